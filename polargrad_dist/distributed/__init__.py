@@ -1,1 +1,1 @@
-"""."""
+"""Who computes which matrix, and how matrices travel between ranks."""

@@ -1,0 +1,349 @@
+"""PolarGrad: one optimizer for every role of a model, on one device, under DDP, FSDP2 and HSDP.
+
+What lives here is what a user touches: groups, clipping, the order of a step, the plan and the facts. The mathematics
+of a step is in `update`, what travels between ranks in `pipeline`, saving and loading in `state`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from polargrad_dist.distributed.gradients import OwnerReducer
+from polargrad_dist.distributed.grid import Grid, Grids
+from polargrad_dist.distributed.plan import Plan, entry
+from polargrad_dist.distributed.transport import Agreement, Traffic
+from polargrad_dist.errors import ConfigError, PolarError
+from polargrad_dist.optim.pipeline import Travel, solve_tall, start_tall, step_grid
+from polargrad_dist.optim.routing import refuse_flat, route
+from polargrad_dist.optim.rules import OptimizerConfig, Rule
+from polargrad_dist.optim.state import NamedState
+from polargrad_dist.optim.update import NAN, Facts, Work, local, make_state, step_adamw
+
+KEYS = tuple(Rule.__dataclass_fields__)
+
+
+class PolarGrad(NamedState, torch.optim.Optimizer):
+    """The PolarGrad family, Muon and AdamW in one optimizer.
+
+    Args:
+        params: a model (routed by `route` with the default rules), an iterable of parameters or of (name, parameter)
+            pairs, or parameter groups; a group may set every field of `Rule` and the three keywords after it.
+        lr, algorithm, momentum, beta, nesterov, scale, oracle, steps, lower, weight_decay, cautious, betas, eps,
+            row_sharded: see `Rule`; read from the group at every step.
+        split_sizes: rows of the matrices that a fused parameter holds one below the other, each stepped on its own.
+        num_heads: likewise, for equal blocks.
+        flatten: treat a 3-D parameter as a convolution (first dimension against the rest), not as a stack of matrices.
+        process_group: ranks that hold copies of plain parameters; the default group where torch.distributed is set up.
+        gradients: "all_reduced", or "to_owner": the optimizer reduces gradients itself, the model stays out of DDP.
+        comm_dtype: type in which momenta and updates travel, as a dtype or its name; None for that of the parameters.
+        bucket_mb: MiB of matrices, and of updates, per collective.
+
+    Build it after DDP, ``fully_shard`` or ``to(device)``, on all ranks alike. Half-precision parameters are stepped in
+    fp32, bf16 ones exactly: the bits that bf16 lacks are kept as state.
+
+    Raises ``ConfigError`` for parameters that it cannot step. ``step`` raises ``PolarError``, on all ranks together,
+    when a polar factor is not finite (on GPUs at the following step, so that no step waits for the device).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 0.02,
+        *,
+        algorithm: str = "polar",
+        momentum: str = "none",
+        beta: float = 0.95,
+        nesterov: bool = False,
+        scale: str = "nuclear",
+        oracle: str = "auto",
+        steps: int | None = None,
+        lower: float = 1e-4,
+        weight_decay: float = 0.0,
+        cautious: bool = False,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        row_sharded: bool | None = None,
+        split_sizes: tuple[int, ...] | None = None,
+        num_heads: int | None = None,
+        flatten: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+        gradients: str = "all_reduced",
+        comm_dtype: torch.dtype | str | None = None,
+        bucket_mb: float = 32.0,
+    ):
+        if gradients not in ("all_reduced", "to_owner"):
+            raise ConfigError(f"gradients is {gradients!r}, expected 'all_reduced' or 'to_owner'")
+        defaults = dict(
+            lr=lr, algorithm=algorithm, momentum=momentum, beta=beta, nesterov=nesterov, scale=scale, oracle=oracle,
+            steps=steps, lower=lower, weight_decay=weight_decay, cautious=cautious, betas=betas, eps=eps,
+            row_sharded=row_sharded, split_sizes=split_sizes, num_heads=num_heads, flatten=flatten, role=None,
+        )  # fmt: skip
+        self.traffic = Traffic()
+        dtype = getattr(torch, comm_dtype) if isinstance(comm_dtype, str) else comm_dtype
+        self._travel = Travel(self.traffic, dtype, int(bucket_mb * 2**20))
+        self._gradients = gradients
+        self._grids = Grids(process_group)
+        self._works: list[Work] = []
+        self._plan: Plan | None = None
+        self._agreement: Agreement | None = None
+        self._reducer: OwnerReducer | None = None
+        self._copies_checked = False
+        self._facts = Facts()
+        groups = route(params) if isinstance(params, nn.Module) else params
+        super().__init__(groups, defaults)
+        self._place_and_deal()
+
+    @classmethod
+    def from_config(
+        cls, model: nn.Module, config: OptimizerConfig, process_group: dist.ProcessGroup | None = None
+    ) -> PolarGrad:
+        """Routes a model by its roles and builds the optimizer that the configuration describes."""
+        return cls(
+            route(model, config),
+            process_group=process_group,
+            gradients=config.gradients,
+            comm_dtype=config.comm_dtype,
+            bucket_mb=config.bucket_mb,
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; on several ranks all of them must. Owners of earlier parameters stay as they are."""
+        others = list(self.param_groups)
+        given = param_group["params"]
+        params = [given] if isinstance(given, torch.Tensor) else list(given)
+        if not params:
+            raise ConfigError("a parameter group is empty, expected at least one parameter in each")
+        if "param_names" not in param_group and isinstance(params[0], torch.Tensor):
+            count = sum(len(other["params"]) for other in others)
+            param_group["param_names"] = [f"param.{count + i}" for i in range(len(params))]
+        super().add_param_group(param_group | {"params": params})
+        group = self.param_groups[-1]
+        group.setdefault("initial_lr", group["lr"])
+        group["role"] = group["role"] or ("scalar" if group["algorithm"] == "adamw" else "hidden")
+        names = [name for other in self.param_groups for name in other["param_names"]]
+        if again := {name for name in names if names.count(name) > 1}:
+            raise ConfigError(f"{min(again)!r} names two parameters, expected each name once")
+        Rule(**{key: group[key] for key in KEYS}).check(f"parameter group {len(others)}")
+        if self._plan is not None:
+            self._place_and_deal()
+
+    def _place_and_deal(self) -> None:
+        """Finds the grid and the owner of every parameter that has none yet, and makes its state."""
+        new: list[Work] = []
+        known = {work.entry.name for work in self._works}
+        for group in self.param_groups:
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                if name not in known:
+                    self._refuse(name, p)
+                    e, grid = entry(group, name, p), self._grids.of(name, p)
+                    e.shards = grid.shards
+                    new.append(Work(e, p, group, grid, self.state[p], len(self._works) + len(new)))
+        self._works += new
+        world = max(work.grid.world for work in self._works)
+        if world > 1:
+            self._agreement = self._agreement or Agreement([w.grid for w in self._works], self._device)
+            self._agree_on_construction()
+        self._plan = self._plan or Plan(world, self._gradients)
+        self._plan.add([work.entry for work in new])
+        for work in new:
+            make_state(work, work.grid.world, work.grid.rank)
+        if self._gradients == "to_owner":
+            if self._reducer is not None:
+                raise ConfigError("gradients='to_owner' cannot take further parameter groups after construction")
+            entries = [w.entry for w in self._works]
+            self._reducer = OwnerReducer([w.p for w in self._works], entries, self._works[0].grid, self.traffic)
+
+    def _refuse(self, name: str, p: torch.Tensor) -> None:
+        refuse_flat(name, p)
+        if not local(p).is_contiguous():
+            raise ConfigError(f"{name} is not contiguous in memory, expected it to be: use .contiguous()")
+        if self._gradients == "to_owner" and (isinstance(p, DTensor) or not p.requires_grad):
+            raise ConfigError(
+                f"{name} is {'sharded' if isinstance(p, DTensor) else 'frozen'}, which gradients='to_owner' does not "
+                "support: use gradients='all_reduced', or leave frozen parameters out"
+            )
+
+    def _agree_on_construction(self) -> None:
+        assert self._agreement is not None
+        facts = [f"{w.entry.name} {w.entry.shape} {w.entry.rule} {w.p.dtype} {w.grid.shards}" for w in self._works]
+        digest = torch.tensor([len(facts), zlib.crc32("\n".join(facts).encode())], dtype=torch.int64)
+        if not self._agreement.same(digest).all():
+            raise ConfigError(
+                "the ranks were given different parameters, shapes or rules, expected the same on all: build the same "
+                "model and groups on every rank"
+            )
+
+    @property
+    def _device(self) -> torch.device:
+        return local(self._works[0].p).device
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """For gradients="to_owner": backward passes inside accumulate without reducing. Elsewhere it does nothing."""
+        return self._reducer.no_sync() if self._reducer else nullcontext()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        if self._reducer:
+            self._reducer.clear()
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """Scales all gradients so that their global Euclidean norm is at most ``max_norm``; returns the norm before, 0-d fp64.
+
+        The norm is over all parameters and ranks, each element counted once, and has the same bits on every rank. With
+        an infinite ``max_norm`` it only measures.
+        """
+        if self._reducer:
+            self._reducer.finish()
+        parts: dict[Grid, list[torch.Tensor]] = defaultdict(list)
+        grads = [local(work.p.grad) for work in self._works if work.p.grad is not None]
+        for work in self._works:
+            mine = parts[work.grid]
+            if work.p.grad is not None:
+                grad = local(work.p.grad)
+                mine.append(self._reduced_here(work, grad) if self._reducer else grad)
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for grid, mine in parts.items():
+            mine = [x.float() if x.element_size() < 4 else x for x in mine if x.numel()]
+            square = sum((norm.double().square() for norm in torch._foreach_norm(mine)), torch.zeros_like(total))
+            for group in grid.groups if self._reducer else [grid.sharding]:
+                if group is not None:
+                    self.traffic.all_reduce(square, group).wait()
+            total += square
+        norm = total.sqrt()
+        coefficient = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        for grad in grads:
+            grad.mul_(coefficient.to(grad.dtype))
+        return norm
+
+    def _reduced_here(self, work: Work, grad: torch.Tensor) -> torch.Tensor:
+        """The part of a gradient that was reduced to this rank; elementwise ones are counted by the first."""
+        if work.entry.kind == "rows":
+            first, last = work.grid.my_rows(grad.shape[0])
+            return grad[first:last]
+        counted = work.grid.rank == (work.entry.owner if work.entry.kind == "owner" else 0)
+        return grad if counted else grad.new_zeros(0)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Steps every parameter that has a gradient on some rank; returns the closure's loss.
+
+        Each rank must call it. Raises ``PolarError`` on all of them when a polar factor was not finite.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        active = self._active()
+        if self._reducer:
+            self._reducer.finish()
+        self._check_copies()
+        facts = self._facts = Facts()
+        talls = [start_tall(w, self._travel, facts) for w in active if w.entry.kind == "rows"]
+        step_adamw(w for w in active if w.entry.kind == "everywhere")
+        for tall in talls:
+            solve_tall(tall, self._travel, facts)
+        matrices = [w for w in active if w.entry.kind != "everywhere"]
+        for grid in dict.fromkeys(w.grid for w in matrices):
+            whole = [w for w in matrices if w.grid is grid and w.entry.kind == "owner"]
+            step_grid(grid, whole, [t for t in talls if t.work.grid is grid], self._travel, facts)
+        if self._device.type == "cpu":
+            self._raise_together(self._failure())
+        return loss
+
+    def _active(self) -> list[Work]:
+        """The parameters that have a gradient on some rank, and the last step's failure where that was not asked yet."""
+        late = self._failure() if self._device.type != "cpu" else 0
+        present = torch.tensor([*(w.p.grad is not None for w in self._works), late], dtype=torch.int32)
+        if self._agreement is not None:
+            self._agreement.largest(present)
+        *here, failed = present.tolist()
+        if failed:
+            self._facts = Facts()
+            raise self._not_finite(failed)
+        return [w for w, has_gradient in zip(self._works, here, strict=True) if has_gradient]
+
+    def _failure(self) -> int:
+        """1 + the number of a parameter whose step this rank found not finite, else 0."""
+        return 0 if self._facts.failed is None else int(self._facts.failed)
+
+    def _raise_together(self, failure: int) -> None:
+        if self._agreement is not None:
+            failure = int(self._agreement.largest(torch.tensor([failure])))
+        if failure:
+            raise self._not_finite(failure)
+
+    def _not_finite(self, failure: int) -> PolarError:
+        name = self._works[failure - 1].entry.name
+        return PolarError(
+            f"the polar factor of {name} is not finite, and so are its weights now: restore them from a checkpoint, and "
+            "step only when clip_grad_norm_ returns a finite norm"
+        )
+
+    def _check_copies(self) -> None:
+        """Once: copies of a parameter that were never made equal would drift apart in silence."""
+        if self._agreement is None or self._copies_checked:
+            return
+        self._copies_checked = True
+        nothing = torch.zeros((), dtype=torch.float64)
+        sums = [w.flat.double().sum().cpu() if w.grid.shards == 1 else nothing for w in self._works]
+        same = self._agreement.same(torch.stack(sums).nan_to_num())
+        if not same.all():
+            name = self._works[int((~same).nonzero()[0])].entry.name
+            raise ConfigError(
+                f"{name} differs between ranks that should hold copies of it: broadcast the parameters before the first "
+                "step (DistributedDataParallel does so when it wraps the model)"
+            )
+
+    def plan(self) -> Plan:
+        """Owner, kind and cost of every parameter, the balance over ranks, memory and expected traffic."""
+        assert self._plan is not None
+        return self._plan
+
+    def stats(self, by: str = "role") -> dict[str, dict[str, float]]:
+        """What the last step learnt, per role or per parameter (``by="parameter"``); nothing is computed again.
+
+        ``nuclear_norm`` (summed over a parameter's matrices, averaged over a role), ``condition`` (largest over smallest
+        singular value above the cut-off) and ``residual`` (norm of U'U - I), both the largest of a role and NaN where
+        the oracle does not know them; per role also ``seconds`` in the oracle on the busiest rank and ``bytes`` of steps
+        handed on by this rank. One small collective: call it on all ranks.
+        """
+        if by not in ("role", "parameter"):
+            raise ConfigError(f"stats(by={by!r}), expected 'role' or 'parameter'")
+        table = torch.zeros(len(self._works), 5, dtype=torch.float64)
+        for index, values in self._facts.values.items():
+            table[index, :4] = values.double().cpu()
+            table[index, 4] = 1
+        roles = list(dict.fromkeys(w.entry.role for w in self._works))
+        seconds = torch.tensor([self._facts.total_seconds(role) for role in roles], dtype=torch.float64)
+        if self._agreement is not None:
+            self._agreement.total(table)
+            self._agreement.largest(seconds)
+        rows = {}
+        for work, (nuclear, largest, smallest, residual, known) in zip(self._works, table.tolist(), strict=True):
+            if known:
+                condition = largest / smallest if smallest > 0 else NAN
+                rows[work.entry.name] = {"nuclear_norm": nuclear, "condition": condition, "residual": residual}
+        if by == "parameter":
+            return rows
+        out = {}
+        for role, spent in zip(roles, seconds.tolist(), strict=True):
+            mine = [rows[w.entry.name] for w in self._works if w.entry.role == role and w.entry.name in rows]
+            if mine:
+                out[role] = {
+                    "nuclear_norm": sum(row["nuclear_norm"] for row in mine) / len(mine),
+                    "condition": max((row["condition"] for row in mine if row["condition"] == row["condition"]), default=NAN),
+                    "residual": max((row["residual"] for row in mine if row["residual"] == row["residual"]), default=NAN),
+                    "seconds": spent,
+                    "bytes": float(self._facts.bytes[role]),
+                }
+        return out

@@ -1,0 +1,152 @@
+"""What a parameter group may say: the rule by which its parameters are stepped, and one rule per role for a model.
+
+Sources: PolarGrad family, algorithms C.1-C.4 of Lau, Long, Su (2025); Muon's scale sqrt(max(1, m/n)) of Jordan et al.
+(2024), 0.2 sqrt(max(m, n)) of Liu et al. (2025, "Moonlight"), sqrt(d_out/d_in) of Bernstein and Newhouse (2024).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from polargrad_dist.errors import ConfigError
+
+Algorithm = Literal["polar", "adamw"]
+Momentum = Literal["none", "momentum_first", "polar_first", "heavy_ball"]
+Scale = Literal["nuclear", "muon", "moonlight", "spectral", "none"]
+Oracle = Literal["auto", "gram", "svd", "qdwh", "zolo", "newton", "newton_schulz", "polar_express"]
+
+
+@dataclass
+class Rule:
+    """How the parameters of one role are stepped.
+
+    Args:
+        lr: base learning rate; with scale "nuclear" it multiplies the nuclear norm, so values near 1e-3 x Muon's are usual.
+        algorithm: "polar" for matrices, "adamw" for anything.
+        momentum: "none" (C.1), "momentum_first" (C.2, Muon's order), "polar_first" (C.3) or "heavy_ball" (C.4).
+        beta: momentum coefficient of the polar algorithm, in [0, 1).
+        nesterov: take the polar factor of (1 - beta) G + beta M instead of M, as Muon does.
+        scale: factor of the polar factor: "nuclear" (PolarGrad), "muon", "moonlight", "spectral" or "none".
+        oracle: how polar factors are computed; "auto" is exact, "newton_schulz" is Muon's.
+        steps: inner steps of the oracle; null for as many as it needs (5 for Muon's Newton-Schulz).
+        lower: singular values below this fraction of the largest count as zero, in the exact oracles.
+        weight_decay: decoupled decay, per unit of learning rate.
+        cautious: decay only the entries that the step also shrinks.
+        betas: AdamW's coefficients of the first and second moment.
+        eps: AdamW's epsilon.
+        row_sharded: compute a tall matrix from the Gram matrices of its row shards; null decides by shape (m >= 8n)
+            and role.
+    """
+
+    lr: float = 0.02
+    algorithm: Algorithm = "polar"
+    momentum: Momentum = "momentum_first"
+    beta: float = 0.95
+    nesterov: bool = False
+    scale: Scale = "nuclear"
+    oracle: Oracle = "auto"
+    steps: int | None = None
+    lower: float = 1e-4
+    weight_decay: float = 0.0
+    cautious: bool = False
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    row_sharded: bool | None = None
+
+    def check(self, where: str) -> None:
+        """Raises ``ConfigError`` naming ``where`` and the field for a value that cannot be meant."""
+        choices = {"algorithm": Algorithm, "momentum": Momentum, "scale": Scale, "oracle": Oracle}
+        for name, literal in choices.items():
+            if getattr(self, name) not in literal.__args__:  # type: ignore[attr-defined]
+                known = ", ".join(literal.__args__)  # type: ignore[attr-defined]
+                raise ConfigError(f"{where}.{name} is {getattr(self, name)!r}, expected one of: {known}")
+        ranges = {
+            "lr": (self.lr >= 0, "a number >= 0"),
+            "beta": (0 <= self.beta < 1, "a number in [0, 1)"),
+            "betas": (all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)"),
+            "eps": (self.eps > 0, "a number > 0"),
+            "lower": (0 < self.lower < 1, "a number in (0, 1)"),
+            "weight_decay": (self.weight_decay >= 0, "a number >= 0"),
+            "steps": (self.steps is None or self.steps >= 1, "null or a whole number >= 1"),
+        }
+        for name, (good, expected) in ranges.items():
+            if not good:
+                raise ConfigError(f"{where}.{name} is {getattr(self, name)}, expected {expected}")
+        if self.nesterov and self.momentum not in ("momentum_first", "heavy_ball"):
+            raise ConfigError(
+                f"{where}.nesterov is true with momentum {self.momentum!r}, expected momentum_first or heavy_ball: "
+                "there is no momentum to look ahead along before the polar factor"
+            )
+
+
+def muon_rule(lr: float = 0.02, **changes) -> Rule:
+    """Muon as in its reference implementation: Nesterov momentum 0.95, five Newton-Schulz steps, scale sqrt(max(1, m/n))."""
+    defaults = {"beta": 0.95, "nesterov": True, "scale": "muon", "oracle": "newton_schulz", "steps": 5}
+    return Rule(**({"lr": lr} | defaults | changes))
+
+
+def polarsgdm_rule(lr: float = 1e-3, **changes) -> Rule:
+    """PolarSGDM as the paper trains embeddings and heads (table D.9): momentum-first, beta 0.5, nuclear-norm scale."""
+    return Rule(**({"lr": lr, "beta": 0.5, "scale": "nuclear"} | changes))
+
+
+def adamw_rule(lr: float = 1e-3, **changes) -> Rule:
+    """AdamW with betas (0.9, 0.95)."""
+    return Rule(**({"lr": lr, "algorithm": "adamw"} | changes))
+
+
+@dataclass
+class OptimizerConfig:
+    """One rule per role, and how gradients and updates travel.
+
+    Args:
+        hidden: weights of the hidden layers.
+        embed: token embedding.
+        scalar: norms, biases, and everything else that is not a matrix.
+        head: output embedding; null takes the rule of ``embed``.
+        value_embed: value embeddings; null takes the rule of ``embed``.
+        gradients: "all_reduced" where DDP or FSDP reduces the gradients; "to_owner" where the optimizer itself reduces
+            each gradient to the rank that needs it (replicated parameters only).
+        comm_dtype: type in which momenta and updates travel between ranks; null for that of the parameters.
+        bucket_mb: size of the pieces in which they travel, in MiB.
+    """
+
+    hidden: Rule = field(default_factory=muon_rule)
+    embed: Rule = field(default_factory=polarsgdm_rule)
+    scalar: Rule = field(default_factory=adamw_rule)
+    head: Rule | None = None
+    value_embed: Rule | None = None
+    gradients: Literal["all_reduced", "to_owner"] = "all_reduced"
+    comm_dtype: Literal["float32", "bfloat16"] | None = None
+    bucket_mb: float = 32.0
+
+    def rule(self, role: str) -> Rule:
+        """The rule of a role."""
+        rule = getattr(self, role)
+        return self.embed if rule is None else rule
+
+    def check(self) -> None:
+        """Raises ``ConfigError`` for the first rule that cannot be meant."""
+        for role in ROLES:
+            self.rule(role).check(f"optimizer.{role}")
+        if self.bucket_mb <= 0:
+            raise ConfigError(f"optimizer.bucket_mb is {self.bucket_mb}, expected a size in MiB > 0")
+        if self.scalar.algorithm != "adamw":
+            raise ConfigError("optimizer.scalar.algorithm is 'polar', expected 'adamw': scalars and vectors are no matrices")
+
+
+ROLES = ("hidden", "embed", "value_embed", "head", "scalar")
+
+
+def step_scale(scale: str, m: int, n: int) -> float:
+    """The shape's factor of an m x n polar factor; "nuclear" has none here, its factor is the nuclear norm itself."""
+    match scale:
+        case "muon":
+            return math.sqrt(max(1.0, m / n))
+        case "moonlight":
+            return 0.2 * math.sqrt(max(m, n))
+        case "spectral":
+            return math.sqrt(m / n)
+    return 1.0

@@ -1,0 +1,264 @@
+"""The mathematics of one step, on whatever part of a parameter this rank stores; knows no collective.
+
+Sources: algorithms C.1-C.4 of Lau, Long, Su (2025), with decoupled weight decay; AdamW is torch's own function.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
+
+from polargrad_dist.distributed.grid import Grid
+from polargrad_dist.distributed.plan import Entry
+from polargrad_dist.errors import PolarError
+from polargrad_dist.optim.rules import step_scale
+from polargrad_dist.polar import polar
+
+NAN = float("nan")
+
+
+def local(x: torch.Tensor) -> torch.Tensor:
+    """What this rank stores of a tensor, writing through."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+@dataclass(eq=False)
+class Work:
+    """One parameter: its plan entry, its group, the grid it lives on, its state."""
+
+    entry: Entry
+    p: nn.Parameter
+    group: dict[str, Any]
+    grid: Grid
+    state: dict[str, torch.Tensor]
+    index: int
+
+    @property
+    def owner(self) -> tuple[int, int]:
+        """(replica, shard) of the rank that owns it."""
+        return self.entry.place(self.entry.owner)
+
+    @property
+    def cols(self) -> int:
+        assert self.entry.layout is not None
+        return self.entry.layout.cols
+
+    @property
+    def flat(self) -> torch.Tensor:
+        """The elements of the parameter stored here, one-dimensional."""
+        return local(self.p).view(-1)
+
+    @property
+    def grad(self) -> torch.Tensor:
+        """The gradient of those elements, zeros where this rank has none."""
+        return torch.zeros_like(self.flat) if self.p.grad is None else local(self.p.grad).reshape(-1)
+
+    def held(self, key: str) -> torch.Tensor:
+        """The elements of a state stored here, one-dimensional."""
+        return local(self.state[key]).view(-1)
+
+
+@dataclass
+class Facts:
+    """What a step learnt in passing. ``values[i]`` belongs to parameter i, at its owner: nuclear norm, largest and
+    smallest singular value, residual ||U'U - I||, NaN where the oracle does not know it."""
+
+    values: dict[int, torch.Tensor] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    bytes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    failed: torch.Tensor | None = None
+    _events: list[tuple[str, Any, Any]] = field(default_factory=list)
+
+    def clock(self, role: str, device: torch.device) -> _Clock:
+        """A context that adds the time of the device's work in it to a role, without waiting for a GPU."""
+        return _Clock(self, role, device)
+
+    def flag(self, index: int, bad: torch.Tensor) -> None:
+        """Remembers, on the device, that a parameter's step is not finite where ``bad`` (0-d bool) is true."""
+        found = bad * (index + 1)
+        self.failed = found if self.failed is None else torch.maximum(self.failed, found)
+
+    def total_seconds(self, role: str) -> float:
+        """Time of the oracle for a role on this rank."""
+        for its_role, start, end in self._events:
+            end.synchronize()
+            self.seconds[its_role] += start.elapsed_time(end) / 1e3
+        self._events.clear()
+        return self.seconds[role]
+
+
+class _Clock:
+    def __init__(self, facts: Facts, role: str, device: torch.device):
+        self.facts, self.role, self.gpu = facts, role, device.type == "cuda"
+
+    def __enter__(self) -> None:
+        if self.gpu:
+            self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.start.record()
+        else:
+            self.began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        if self.gpu:
+            self.end.record()
+            self.facts._events.append((self.role, self.start, self.end))
+        else:
+            self.facts.seconds[self.role] += time.perf_counter() - self.began
+
+
+def source(work: Work, grad: torch.Tensor, first: int = 0) -> torch.Tensor:
+    """Moves the momentum along a stretch of the gradient, and returns what the oracle is to be given for it.
+
+    ``grad`` are the elements from ``first`` on of those whose momentum is held here.
+    """
+    group, beta = work.group, work.group["beta"]
+    if group["momentum"] in ("none", "polar_first"):
+        return grad.to(torch.promote_types(grad.dtype, torch.float32))
+    m = work.held("momentum")[first : first + grad.numel()]
+    grad = grad.to(m.dtype)
+    if group["momentum"] == "heavy_ball":
+        m.mul_(beta).add_(grad)
+        return grad.add(m, alpha=beta) if group["nesterov"] else m
+    m.lerp_(grad, 1 - beta)
+    return grad.lerp(m, beta) if group["nesterov"] else m
+
+
+def step_of(work: Work, u: torch.Tensor, scales: torch.Tensor, first: int = 0) -> torch.Tensor:
+    """The step of a stretch of the polar factor (its elements from ``first`` on), whose rows have the given scales."""
+    if work.group["momentum"] == "polar_first":
+        m = work.held("momentum")[first : first + u.numel()]
+        u = m.lerp_(u.reshape(-1).to(m.dtype), 1 - work.group["beta"])
+    return (u.view(-1, work.cols) * (scales * -work.group["lr"]).to(u.dtype).unsqueeze(-1)).view(-1)
+
+
+def apply_step(work: Work, first: int, last: int, step: torch.Tensor) -> None:
+    """Decays and steps a stretch of the elements stored here. Elementwise, so any stretch at any time."""
+    x = target = work.flat[first:last]
+    residual = work.held("residual")[first:last] if "residual" in work.state else None
+    if residual is not None:
+        x = join_bf16(target, residual)
+    elif target.dtype == torch.float16:
+        x = target.float()
+    step = step.view(-1).to(x.dtype)
+    if decay := work.group["lr"] * work.group["weight_decay"]:
+        if work.group["cautious"]:
+            x.addcmul_(x, (x * step < 0).to(x.dtype), value=-decay)
+        else:
+            x.mul_(1 - decay)
+    x.add_(step)
+    if residual is not None:
+        split_bf16(x, target, residual)
+    elif x is not target:
+        target.copy_(x)
+
+
+def orthogonalize(batch: list[Work], stack: torch.Tensor, facts: Facts) -> torch.Tensor:
+    """Replaces the matrices of alike parameters (k, numel) by their polar factors; returns the scale of each row (k, rows).
+
+    A failure of the oracle gives NaN and a flag, no exception: the other ranks must not be left waiting.
+    """
+    work = batch[0]
+    layout, group = work.entry.layout, work.group
+    assert layout is not None
+    scales, blocks, columns = [], [], []
+    with facts.clock(work.entry.role, stack.device):
+        try:
+            for view in layout.views(stack):
+                u, _, nuclear, info = polar(
+                    view, method=group["oracle"], steps=group["steps"], lower=group["lower"], check=False, info=True
+                )
+                view.copy_(u)
+                m, n = view.shape[-2:]
+                nuclear_scale = group["scale"] == "nuclear"
+                scales.append(nuclear if nuclear_scale else torch.full_like(nuclear, step_scale(group["scale"], m, n)))
+                blocks += [m] * view.shape[2]
+                unknown = torch.full_like(nuclear, NAN)
+                known = (nuclear, info.sigma_max, info.sigma_min, info.residual)
+                columns.append(torch.stack([unknown if x is None else x.to(nuclear.dtype) for x in known]).flatten(2))
+        except (RuntimeError, PolarError):
+            stack.fill_(NAN)
+            facts.flag(work.index, torch.ones((), dtype=torch.bool, device=stack.device))
+            return stack.new_full((len(batch), layout.stack * layout.rows), NAN)
+    values = torch.cat(columns, -1)  # (4, k, matrices)
+    for i, work in enumerate(batch):
+        nuclear, largest, smallest, residual = values[:, i]
+        worst = (largest / smallest).nan_to_num(0).argmax()
+        facts.values[work.index] = torch.stack([nuclear.sum(), largest[worst], smallest[worst], residual.amax()])
+        facts.flag(work.index, ~nuclear.isfinite().all())
+    rows = torch.tensor(blocks, device=stack.device)
+    return torch.cat(scales, -1).repeat_interleave(rows, -1, output_size=layout.rows).flatten(1).to(stack.dtype)
+
+
+def step_adamw(works: Iterable[Work]) -> None:
+    """AdamW on what this rank stores, group by group, by torch's own function; bf16 parameters in fp32."""
+    groups: dict[int, list[Work]] = defaultdict(list)
+    for work in works:
+        if work.flat.numel():
+            groups[id(work.group)].append(work)
+    for members in groups.values():
+        group = members[0].group
+        values = [join_bf16(w.flat, w.held("residual")) if "residual" in w.state else w.flat for w in members]
+        values = [v.float() if v.dtype == torch.float16 else v for v in values]
+        adamw(
+            values,
+            [w.grad.to(v.dtype) for w, v in zip(members, values, strict=True)],
+            [w.held("exp_avg") for w in members],
+            [w.held("exp_avg_sq") for w in members],
+            [],
+            [w.state["step"] for w in members],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        for work, value in zip(members, values, strict=True):
+            if "residual" in work.state:
+                split_bf16(value, work.flat, work.held("residual"))
+            elif work.p.dtype == torch.float16:
+                work.flat.copy_(value)
+
+
+def make_state(work: Work, world: int, rank: int) -> None:
+    """Zeros for every state of a parameter. What another rank holds is an empty tensor here: keys are the same on all."""
+    p, entry = work.p, work.entry
+    dtype = torch.float32 if p.element_size() < 4 else p.dtype
+    if p.dtype == torch.bfloat16:
+        work.state["residual"] = torch.zeros_like(p, dtype=torch.int16, requires_grad=False)
+    if entry.kind == "everywhere":
+        work.state["step"] = torch.zeros(())
+        for key in ("exp_avg", "exp_avg_sq"):
+            work.state[key] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
+    elif entry.states:
+        size = entry.held_state(rank, world)
+        zeros = torch.zeros(size, dtype=dtype, device=local(p).device)
+        if entry.kind == "rows":
+            work.state["momentum"] = work.grid.rows_state(zeros.view(-1, work.cols), p.shape)
+        elif work.owner[0] == work.grid.replica:
+            work.state["momentum"] = work.grid.shard_state(zeros.view(-1, *p.shape[1:]), p.shape)
+        else:
+            work.state["momentum"] = zeros
+
+
+def join_bf16(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """The fp32 value of which ``high`` (bf16) is the rounding and ``low`` (int16) the difference of their bits."""
+    bits = (high.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)
+    return bits.view(torch.float32)
+
+
+def split_bf16(x: torch.Tensor, high: torch.Tensor, low: torch.Tensor) -> None:
+    """Writes fp32 ``x`` into its nearest bf16 (ties away from zero) and the remaining bits, so that `join_bf16` is exact."""
+    bits = x.view(torch.int32)
+    upper = (bits + 0x8000) >> 16
+    low.copy_(bits - (upper << 16))
+    high.copy_(upper.to(torch.int16).view(torch.bfloat16))

@@ -1,0 +1,291 @@
+"""The contract: on 1, 2, 3 and 4 processes, however parameters are placed, the weights of one process.
+
+One group of processes runs many cases, since starting it costs more than a case.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.gloo import run_ranks
+from tests.optim import reference
+from tests.optim.bag import OWN, SHAPES, Bag
+from tests.optim.training import distance, train
+
+RULES = {
+    "polargrad": {"lr": 0.01},
+    "polargradm": {"lr": 0.01, "momentum": "momentum_first", "weight_decay": 0.1},
+    "polar_first": {"lr": 0.01, "momentum": "polar_first", "weight_decay": 0.1, "cautious": True},
+    "heavy_ball": {"lr": 0.005, "momentum": "heavy_ball", "nesterov": True},
+    "muon": {"lr": 0.05, "momentum": "momentum_first", "nesterov": True, "scale": "muon", "oracle": "svd"},
+    "moonlight": {"lr": 0.05, "momentum": "momentum_first", "scale": "moonlight", "weight_decay": 0.1},
+    "spectral": {"lr": 0.05, "momentum": "polar_first", "scale": "spectral"},
+    "unscaled": {"lr": 0.05, "scale": "none", "oracle": "qdwh"},
+    "adamw": {"lr": 0.05, "algorithm": "adamw", "weight_decay": 0.1},
+}
+BAG = {"condition": 100.0}
+GRAM = {"tall"}  # the Gram method's error grows with the condition number squared
+WORLDS = [1, 2, 3, 4]
+
+
+def agree(one: dict, many: dict, tolerance: float = 1e-10, gram: float = 1e-8) -> None:
+    for name, value in one.items():
+        error = float((value.double() - many[name].double()).abs().max())
+        assert error <= (gram if name in GRAM else tolerance), f"{name}: {error:.2e}"
+
+
+def _cases(rank: int, world: int, cases: list[tuple[str, dict]]) -> list[dict]:
+    return [train(rank, world, mode, **arguments) for mode, arguments in cases]
+
+
+def same_on_all_ranks(results: list[list[dict]]) -> list[dict]:
+    for case in range(len(results[0])):
+        for other in results[1:]:
+            for name, value in results[0][case]["parameters"].items():
+                assert torch.equal(value, other[case]["parameters"][name]), f"ranks differ in {name}"
+    return results[0]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_one_process_agrees_with_the_paper_written_in_svd(name):
+    rule = RULES[name]
+    result = train(0, 1, "single", BAG, rule)
+    bag = Bag(**BAG)
+    for key, shape in SHAPES.items():
+        if key == "bias":
+            continue
+        x = dict(bag.named_parameters())[key].detach()
+        rows = x.view(-1, shape[-1]) if key != "conv" else x.flatten(1)
+        sizes = OWN.get(key, {}).get("split_sizes") or [len(rows) // OWN[key]["num_heads"]] * 2 if key in OWN else [len(rows)]
+        if key == "experts":
+            sizes = [shape[1]] * shape[0]
+        for number, (first, size) in enumerate(zip(torch.tensor([0, *sizes]).cumsum(0).tolist(), sizes, strict=False)):
+            arguments = {k: v for k, v in rule.items() if k not in ("lr", "oracle", "algorithm")}
+            kind = reference.ReferenceAdamW if rule.get("algorithm") == "adamw" else reference.Reference
+            if kind is reference.Reference:
+                arguments["beta"] = rule.get("beta", 0.95)
+            block = kind(rows[first : first + size], **arguments)
+            for step in range(5):
+                mean = bag.coefficients(step)[key].mean(0).view(rows.shape)[first : first + size]
+                block.step(mean + 0.1 * block.x, rule["lr"] / (1 + 0.3 * step))
+            got = result["parameters"][key].view(rows.shape)[first : first + size]
+            error = float((got - block.x).abs().max())
+            assert error <= (1e-8 if key in GRAM else 1e-10), f"{key}[{number}]: {error:.2e}"
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_rule_gives_the_weights_of_one_process_in_every_mode(world):
+    cases = [(mode, {"bag": BAG, "rule": rule}) for mode in modes_of(world) for rule in RULES.values()]
+    expected = {id(rule): train(0, 1, "single", BAG, rule)["parameters"] for rule in RULES.values()}
+    results = same_on_all_ranks(run_ranks(_cases, world, cases))
+    for (_, arguments), result in zip(cases, results, strict=True):
+        agree(expected[id(arguments["rule"])], result["parameters"])
+
+
+def modes_of(world: int) -> list[str]:
+    return ["ddp", "to_owner", "fsdp"] + ["hsdp"] * (world == 4)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_accumulated_and_clipped_steps_give_the_weights_of_one_process(world):
+    rule = RULES["polargradm"]
+    extra = {"accumulation": 4, "clip": 0.5}
+    cases = [(mode, {"bag": BAG, "rule": rule, **extra}) for mode in modes_of(world)]
+    one = train(0, 1, "single", BAG, rule, clip=0.5)
+    for result in same_on_all_ranks(run_ranks(_cases, world, cases)):
+        agree(one["parameters"], result["parameters"])
+        assert result["norms"] == pytest.approx(one["norms"], rel=1e-12)
+    assert all(norm > 0.5 for norm in one["norms"]), "the test should clip"
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_small_buckets_change_nothing(world):
+    rule = RULES["polar_first"]
+    options = {"bucket_mb": 100 / 2**20}
+    cases = [(mode, {"bag": BAG, "rule": rule, "options": options}) for mode in modes_of(world)]
+    one = train(0, 1, "single", BAG, rule)["parameters"]
+    for result in same_on_all_ranks(run_ranks(_cases, world, cases)):
+        agree(one, result["parameters"])
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_parameter_without_gradient_anywhere_is_left_alone(world):
+    rule = RULES["polargradm"]
+    bag = BAG | {"unused": ("square", "bias", "tall")}
+    one = train(0, 1, "single", bag, rule)
+    start = dict(Bag(**bag).named_parameters())
+    for result in same_on_all_ranks(run_ranks(_cases, world, [(m, {"bag": bag, "rule": rule}) for m in modes_of(world)])):
+        agree(one["parameters"], result["parameters"])
+        for name in bag["unused"]:
+            assert torch.equal(result["parameters"][name], start[name])
+
+
+def _half_present(rank: int, world: int, mode: str) -> dict:
+    """Odd ranks have no gradient of two parameters."""
+    from tests.optim.training import build, whole
+
+    model, optimizer = build(mode, BAG | {"unused": ("square", "tall") if rank % 2 else ()}, RULES["polargradm"])
+    for step in range(2):
+        optimizer.zero_grad()
+        per_rank = list(range(rank * 12, rank * 12 + 12))
+        model(per_rank, step).backward()
+        optimizer.step()
+    return {n.removeprefix("module."): whole(p) for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("mode", ["ddp", "to_owner"])
+def test_a_gradient_that_only_some_ranks_have_counts_as_zero_on_the_others(mode):
+    results = run_ranks(_half_present, 2, mode)
+    assert distance(results[0], results[1]) == 0
+
+    model = Bag(**BAG)
+    from polargrad_dist.optim import PolarGrad
+    from tests.optim.bag import groups
+
+    optimizer = PolarGrad(groups(model, **RULES["polargradm"]))
+    absent = Bag(**BAG, unused=("square", "tall"))
+    for step in range(2):
+        optimizer.zero_grad()
+        absent.load_state_dict(model.state_dict())
+        (model(list(range(12)), step) / 2).backward()
+        absent.zero_grad()
+        (absent(list(range(12, 24)), step) / 2).backward()
+        for p, q in zip(model.parameters(), absent.parameters(), strict=True):
+            p.grad += 0 if q.grad is None else q.grad
+        optimizer.step()
+    agree({n: p.detach() for n, p in model.named_parameters()}, results[0])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_updates_in_bf16_leave_ranks_identical_and_close(world):
+    rule = RULES["polargradm"]
+    options = {"comm_dtype": "bfloat16"}
+    one = train(0, 1, "single", BAG, rule)["parameters"]
+    cases = [(mode, {"bag": BAG, "rule": rule, "options": options}) for mode in modes_of(world)]
+    for result in same_on_all_ranks(run_ranks(_cases, world, cases)):
+        agree(one, result["parameters"], 3e-2, 3e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp32_and_bf16_parameters_agree_with_one_process(dtype):
+    bag = {"condition": 100.0, "dtype": dtype}
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for name in ("polargradm", "adamw"):
+        one = train(0, 1, "single", bag, RULES[name])["parameters"]
+        cases = [(mode, {"bag": bag, "rule": RULES[name]}) for mode in modes_of(4)]
+        for result in same_on_all_ranks(run_ranks(_cases, 4, cases)):
+            agree(one, result["parameters"], tolerance, tolerance)
+
+
+def test_fewer_matrices_than_ranks_and_tiny_ones_neither_hang_nor_differ():
+    bag = {"shapes": {"square": (2, 2), "bias": (3,), "tall": (17, 2)}, "condition": 10.0}
+    one = train(0, 1, "single", bag, RULES["polargradm"])["parameters"]
+    for result in same_on_all_ranks(run_ranks(_cases, 4, [(m, {"bag": bag, "rule": RULES["polargradm"]}) for m in modes_of(4)])):
+        agree(one, result["parameters"])
+
+
+@pytest.mark.parametrize("name", ["polargradm", "polar_first"])
+def test_state_saved_at_any_world_size_and_mode_continues_at_any_other(name):
+    rule = RULES[name]
+    straight = train(0, 1, "single", BAG, rule, steps=6)["parameters"]
+    saved = [train(0, 1, "single", BAG, rule, steps=3)]
+    for world in (2, 3, 4):
+        cases = [(mode, {"bag": BAG, "rule": rule, "steps": 3}) for mode in modes_of(world)]
+        saved += run_ranks(_cases, world, cases)[0]
+    for world in (1, 2, 3, 4):
+        cases = [
+            (mode, {"bag": BAG, "rule": rule, "steps": 3, "first_step": 3, "load": s["state"], "start": s["parameters"]})
+            for mode in modes_of(world)
+            for s in saved
+        ]
+        for result in run_ranks(_cases, world, cases)[0]:
+            agree(straight, result["parameters"])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_collectives_are_as_many_and_as_large_as_planned(world):
+    shapes = {f"m{i}": (64, 64) for i in range(8)} | {f"n{i}": (128, 64) for i in range(8)} | {"tall": (2048, 32)}
+    bag = {"shapes": shapes, "condition": 10.0, "dtype": torch.float32}
+    cases = [(mode, {"bag": bag, "rule": RULES["polargradm"], "steps": 1}) for mode in modes_of(world)]
+    for (mode, _), result in zip(cases, run_ranks(_cases, world, cases)[0], strict=True):
+        for kind, size in result["expected"].items():
+            assert result["bytes"][kind] == pytest.approx(size, rel=0.05), f"{mode} {kind}"
+        assert set(result["bytes"]) == set(result["expected"]), mode
+        parameters = sum(torch.Size(s).numel() for s in shapes.values()) * 4
+        triangle = 4 * 32 * 33
+        assert result["bytes"]["reduce"] - (parameters if mode == "to_owner" else 0) == triangle
+        if mode in ("ddp", "to_owner"):
+            assert result["bytes"]["all_gather"] == pytest.approx(parameters, rel=0.05)
+        if mode == "fsdp":
+            travelling = parameters - 2048 * 32 * 4
+            assert result["bytes"]["all_to_all"] == pytest.approx(2 * travelling / world, rel=0.05)
+
+
+def _dies(rank: int, world: int) -> str:
+    import os
+    import signal
+
+    from tests.optim.training import backward, build
+
+    model, optimizer = build("ddp", BAG, RULES["polargradm"])
+    for step in range(4):
+        optimizer.zero_grad()
+        backward("ddp", model, optimizer, rank, world, step)
+        if rank == 1 and step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        optimizer.step()
+    return "finished"
+
+
+def test_a_killed_rank_makes_the_others_fail_instead_of_hang():
+    with pytest.raises(AssertionError, match=r"rank \d( of \d failed| died)"):
+        run_ranks(_dies, 3, timeout=60)
+
+
+def _nan(rank: int, world: int, mode: str) -> str:
+    from polargrad_dist.errors import PolarError
+    from tests.optim.training import backward, build
+
+    model, optimizer = build(mode, BAG, RULES["polargradm"])
+    backward(mode, model, optimizer, rank, world, 0)
+    for p in model.parameters():
+        if tuple(p.shape) == (8, 8):
+            p.grad.mul_(float("nan"))
+            break
+    try:
+        optimizer.step()
+    except PolarError as error:
+        return str(error)
+    return "silent"
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_a_nan_gradient_raises_on_all_ranks_together_and_names_the_parameter(mode):
+    messages = run_ranks(_nan, 3, mode)
+    assert len(set(messages)) == 1
+    assert "polar factor of square" in messages[0]
+
+
+def _unequal(rank: int, world: int) -> tuple[str, str]:
+    from polargrad_dist.errors import ConfigError
+    from polargrad_dist.optim import PolarGrad
+
+    torch.manual_seed(rank)
+    p = torch.nn.Parameter(torch.randn(4, 4))
+    optimizer = PolarGrad([p], lr=0.1)
+    p.grad = torch.ones_like(p)
+    found = []
+    for attempt in (optimizer.step, lambda: PolarGrad([torch.nn.Parameter(torch.zeros(4, 4 + rank))])):
+        try:
+            attempt()
+            found.append("accepted")
+        except ConfigError as error:
+            found.append(str(error))
+    dist.barrier()
+    return tuple(found)
+
+
+def test_copies_that_differ_and_models_that_differ_are_refused_on_all_ranks():
+    for differ, models in run_ranks(_unequal, 2):
+        assert "differs between ranks" in differ
+        assert "different parameters" in models

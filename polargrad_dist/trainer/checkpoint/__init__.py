@@ -1,0 +1,23 @@
+"""Checkpoints that survive a kill, a full disk and a flipped bit, and load at any world size, under any
+strategy.
+
+``manifest`` knows the format, ``storage`` the bytes under torch.distributed.checkpoint, ``folder`` what is
+kept, ``ranks`` how ranks agree, and ``store`` brings them together. ``python -m
+polargrad_dist.trainer.checkpoint verify|list|show PATH`` looks at them.
+"""
+
+from polargrad_dist.trainer.checkpoint.folder import CheckpointConfig
+from polargrad_dist.trainer.checkpoint.manifest import Manifest, checkpoints_in, verify
+from polargrad_dist.trainer.checkpoint.rng import restore_rng_state, rng_state
+from polargrad_dist.trainer.checkpoint.store import CheckpointStore, Loaded
+
+__all__ = [
+    "CheckpointConfig",
+    "CheckpointStore",
+    "Loaded",
+    "Manifest",
+    "checkpoints_in",
+    "restore_rng_state",
+    "rng_state",
+    "verify",
+]

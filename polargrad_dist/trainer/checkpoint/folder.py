@@ -1,0 +1,107 @@
+"""The folder of one run's checkpoints: which are kept, and what moves out of the way. Only rank 0 calls
+these.
+
+Names: ``step-00001000`` is a checkpoint; ``.saving-…`` one being written; ``.removing-…`` one being deleted;
+``aside-…`` one that no run resumes from any more (damaged, or of a branch given up), left for a person to
+look at or delete.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from polargrad_dist.errors import CheckpointError, ConfigError
+from polargrad_dist.trainer.checkpoint.manifest import Manifest, checkpoints_in, step_of
+
+log = logging.getLogger("polargrad_dist.trainer.checkpoint")
+SAVING, REMOVING, ASIDE = ".saving-", ".removing-", "aside-"
+
+
+@dataclass
+class CheckpointConfig:
+    """How often a run is saved, what is kept, and where it starts.
+
+    every: steps between saves; 0 saves only at the end and on a signal.
+    keep_last: the newest ones to keep, at least 2.
+    keep_every: checkpoints whose step it divides are kept for good; 0 keeps none.
+    keep_best: also keep the one with the lowest validation loss.
+    asynchronous: copy to host memory, then write in the background while training goes on.
+    on_failure: whether a failed save ends the run; null: raise when synchronous, continue when asynchronous.
+    threads: per rank, for hashing, reading and writing.
+    resume: auto (newest valid one of this run, if any), never, or the path of one checkpoint.
+    allow_other_data: resume although tokens come from other data than the checkpoint's.
+    """
+
+    every: int = 1000
+    keep_last: int = 3
+    keep_every: int = 0
+    keep_best: bool = True
+    asynchronous: bool = False
+    on_failure: Literal["raise", "continue"] | None = None
+    threads: int = 4
+    resume: str = "auto"
+    allow_other_data: bool = False
+
+    def __post_init__(self) -> None:
+        least = {"every": 0, "keep_last": 2, "keep_every": 0, "threads": 1}
+        for key, value in least.items():
+            if getattr(self, key) < value:
+                raise ConfigError(f"checkpoint.{key} is {getattr(self, key)}; it must be at least {value}")
+
+
+def prune(folder: Path, config: CheckpointConfig, losses: dict[str, float | None]) -> None:
+    """Removes what is neither among the last, nor for good, nor the best. ``losses`` caches validation losses
+    by name.
+    """
+    paths = checkpoints_in(folder)
+    keep = set(paths[-config.keep_last :])
+    if config.keep_every:
+        keep |= {path for path in paths if (step_of(path) or 0) % config.keep_every == 0}
+    if config.keep_best:
+        for path in paths:
+            if path.name not in losses:
+                losses[path.name] = _validation_loss(path)
+        scored = {path: loss for path in paths if (loss := losses[path.name]) is not None}
+        keep |= {min(scored, key=scored.__getitem__)} if scored else set()
+    for path in paths:
+        if path not in keep:
+            try:
+                # Renamed first, so that a kill in the middle leaves nothing that looks like a checkpoint.
+                shutil.rmtree(path.rename(path.with_name(REMOVING + path.name)))
+            except OSError as error:
+                log.warning("could not remove the old checkpoint %s: %s", path, error)
+
+
+def finite(loss: float | None) -> float | None:
+    return loss if loss is not None and math.isfinite(loss) else None
+
+
+def _validation_loss(path: Path) -> float | None:
+    try:
+        return finite(Manifest.read(path).validation_loss)
+    except CheckpointError:
+        return None
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Removes what killed saves and removals left."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name.startswith((SAVING, REMOVING)):
+            log.info("removing %s, which a killed run left", path)
+            shutil.rmtree(path)
+
+
+def set_aside(paths: Iterable[Path], why: str) -> None:
+    for path in paths:
+        target, n = path.with_name(ASIDE + path.name), 1
+        while target.exists():
+            n += 1
+            target = path.with_name(f"{ASIDE}{path.name}-{n}")
+        log.warning("renaming checkpoint %s to %s: %s", path.name, target.name, why)
+        path.rename(target)

@@ -1,0 +1,59 @@
+"""How the ranks of a run agree about files: what one rank finds, all learn before any of them acts on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from polargrad_dist.errors import CheckpointError
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """This run's ranks on a gloo group of their own; a run of one process has no group and needs no messages.
+
+    Background saves on the training's group would mix their collectives with the training's, and hang.
+    """
+
+    def __init__(self, timeout: timedelta | None) -> None:
+        distributed = dist.is_available() and dist.is_initialized()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if self.world > 1 else None
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in rank order."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def together(self, doing: str, fn: Callable[[], T]) -> list[T]:
+        """Every rank's ``fn()``, in rank order; an error on any rank is raised as CheckpointError on all of
+        them.
+        """
+        value, error = None, None
+        try:
+            value = fn()
+        except CheckpointError as caught:
+            error = str(caught)
+        except (OSError, TypeError, ValueError) as caught:
+            error = f"{type(caught).__name__}: {caught}"
+        everyone = self.gather((value, error))
+        for rank, (_, error) in enumerate(everyone):
+            if error is not None:
+                raise CheckpointError(f"{doing}: {error}" + (f" (rank {rank})" if self.world > 1 else ""))
+        return [value for value, _ in everyone]  # type: ignore[misc]
+
+    def on_rank_0(self, doing: str, fn: Callable[[], T]) -> T:
+        """Rank 0's ``fn()``, or its error, on every rank."""
+        return self.together(doing, lambda: fn() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+
+    def close(self) -> None:
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
+            self.group = None

@@ -1,0 +1,257 @@
+"""The bytes of a checkpoint under torch.distributed.checkpoint (DCP): its planners say which rank writes or
+wants which slice of which tensor, these classes write and read them. DCP's own file storage keeps its
+metadata as a pickle and has no checksums; here the metadata is the JSON manifest, and every piece is hashed
+when written and checked when read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    StorageReader,
+    StorageWriter,
+    WriteItem,
+)
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
+from torch.futures import Future
+
+from polargrad_dist.errors import CheckpointError
+from polargrad_dist.trainer.checkpoint.manifest import Manifest, Piece, SavedTensor, in_threads, some
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor, without its autograd history."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor of any dtype."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+class Copies(DefaultSavePlanner):
+    """Plans from the live tensors' shapes and shardings, and writes ``data``: their local parts, or copies of
+    these.
+    """
+
+    def __init__(self, data: dict[str, torch.Tensor]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.data = data
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        return self.data[index.fqn]
+
+
+class Writer(StorageWriter):
+    """Writes one file per rank into a new folder; rank 0 calls ``commit`` when all bytes are on the disk.
+
+    DCP gathers whatever a rank raises here, and raises it on all of them.
+    """
+
+    def __init__(self, folder: Path, threads: int, commit: Callable[[dict[str, SavedTensor]], None]) -> None:
+        self.folder, self.threads, self.commit = folder, threads, commit
+
+    def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
+        pass
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
+        return True
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        self.folder.mkdir(parents=True)
+        return [dataclasses.replace(p, storage_data=f"rank-{rank:05d}.bin") for rank, p in enumerate(plans)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(self._write(plan, planner) if plan.items else [])
+        return done
+
+    def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
+        path = self.folder / plan.storage_data
+        starts = [0, *accumulate(_bytes(item) for item in plan.items)]
+
+        def write(work: tuple[WriteItem, int]) -> WriteResult:
+            item, start = work
+            data = as_bytes(planner.resolve_data(item).to("cpu").contiguous())  # type: ignore[union-attr]
+            digest = hashlib.sha256(data).hexdigest()
+            written = 0
+            while written < len(data):  # Linux writes at most 2 GiB at a time
+                written += os.pwrite(file, data[written:], start + written)
+            chunk = _chunk(item)
+            piece = Piece(path.name, start, len(data), digest, tuple(chunk.offsets), tuple(chunk.sizes))
+            return WriteResult(item.index, len(data), piece)
+
+        try:
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            try:
+                results = in_threads(self.threads, write, zip(plan.items, starts, strict=False))
+                os.fsync(file)
+            finally:
+                os.close(file)
+            return results
+        except OSError as error:
+            hint = " (all ranks must see one file system)" if error.errno == errno.ENOENT else ""
+            raise CheckpointError(f"cannot write {path}: {error.strerror}{hint}") from error
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        pieces: dict[str, list[Piece]] = defaultdict(list)
+        for result in (result for of_rank in results for result in of_rank):
+            pieces[result.index.fqn].append(result.storage_data)
+        tensors = {}
+        for name, saved in metadata.state_dict_metadata.items():
+            assert isinstance(saved, TensorStorageMetadata)  # for the type checker, as above
+            parts = sorted(pieces[name], key=lambda piece: piece.offset)
+            tensors[name] = SavedTensor(saved.properties.dtype, tuple(saved.size), tuple(parts))
+        self.commit(tensors)
+
+
+class StrictLoad(DefaultLoadPlanner):
+    """Refuses names and shapes that the checkpoint does not have, naming them, before anything is read."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.saved = manifest.tensors
+
+    def create_local_plan(self) -> LoadPlan:
+        missing = [name for name in self.state_dict if name not in self.saved]
+        if missing:
+            raise CheckpointError(f"it has no {some(missing)}: it is of another model or optimizer")
+        shapes = [
+            f"{name} {self.saved[name].shape}, not {tuple(tensor.shape)}"
+            for name, tensor in self.state_dict.items()
+            if self.saved[name].shape != tuple(tensor.shape)
+        ]
+        if shapes:
+            raise CheckpointError(f"it has {some(shapes)}: it is of another model")
+        return super().create_local_plan()
+
+
+class Reader(StorageReader):
+    """Reads whole pieces, checks each, and copies what is asked for. A piece that is its target is read in
+    place.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, threads: int) -> None:
+        self.folder, self.manifest, self.threads = folder, manifest, threads
+
+    def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
+        pass
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
+        return True
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        def describe(tensor: SavedTensor) -> TensorStorageMetadata:
+            chunks = [ChunkStorageMetadata(torch.Size(p.offset), torch.Size(p.shape)) for p in tensor.pieces]
+            return TensorStorageMetadata(TensorProperties(tensor.dtype), torch.Size(tensor.shape), chunks)
+
+        return Metadata({name: describe(tensor) for name, tensor in self.manifest.tensors.items()})
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        self.pieces = {
+            (name, piece.offset): piece
+            for name, tensor in self.manifest.tensors.items()
+            for piece in tensor.pieces
+            if piece.bytes
+        }
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        wanted: dict[tuple[str, tuple[int, ...]], list[ReadItem]] = defaultdict(list)
+        for item in plan.items:
+            wanted[item.storage_index.fqn, tuple(item.storage_index.offset or ())].append(item)
+
+        def read(work: tuple[tuple[str, tuple[int, ...]], list[ReadItem]]) -> None:
+            key, items = work
+            if key not in self.pieces:  # no elements, no bytes
+                return
+            piece, dtype = self.pieces[key], self.manifest.tensors[key[0]].dtype
+            targets = [planner.resolve_tensor(item).detach() for item in items]
+            if len(items) == 1 and _same_layout(targets[0], dtype, piece):
+                self._read(key[0], piece, as_bytes(targets[0]))
+                return
+            whole = torch.empty(piece.bytes, dtype=torch.uint8)
+            self._read(key[0], piece, as_bytes(whole))
+            whole = whole.view(dtype).view(piece.shape)
+            for item, target in zip(items, targets, strict=True):
+                source = whole
+                for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+                    source = source.narrow(dim, start, length)
+                target.copy_(source)
+
+        in_threads(self.threads, read, wanted.items())
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _read(self, name: str, piece: Piece, into: memoryview) -> None:
+        path, read = self.folder / piece.file, 0
+        try:
+            with open(path, "rb", buffering=0) as file:
+                file.seek(piece.start)
+                while read < len(into) and (n := file.readinto(into[read:])):
+                    read += n
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        if read < len(into) or hashlib.sha256(into).hexdigest() != piece.sha256:
+            raise CheckpointError(f"{piece.file} is damaged at {name}")
+
+
+def _chunk(item: WriteItem) -> ChunkStorageMetadata:
+    assert item.tensor_data is not None  # for the type checker: these planners see nothing but tensors
+    return item.tensor_data.chunk
+
+
+def _bytes(item: WriteItem) -> int:
+    assert item.tensor_data is not None
+    return math.prod(_chunk(item).sizes) * item.tensor_data.properties.dtype.itemsize
+
+
+def _same_layout(target: torch.Tensor, dtype: torch.dtype, piece: Piece) -> bool:
+    return (
+        target.device.type == "cpu"
+        and target.dtype == dtype
+        and tuple(target.shape) == piece.shape
+        and target.is_contiguous()
+    )

@@ -1,0 +1,411 @@
+"""The checkpoints of one run: when a save counts, and from which one a run resumes.
+
+A save goes to a hidden folder beside the older checkpoints, is hashed and flushed by every rank, and is
+renamed into place by rank 0 as its last act; nothing that exists is ever written to.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+import time
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import DTensor
+
+import polargrad_dist
+from polargrad_dist.errors import CheckpointError
+from polargrad_dist.trainer.checkpoint.folder import (
+    SAVING,
+    CheckpointConfig,
+    clear_leftovers,
+    finite,
+    prune,
+    set_aside,
+)
+from polargrad_dist.trainer.checkpoint.manifest import (
+    Manifest,
+    SavedTensor,
+    checkpoints_in,
+    damage,
+    differences,
+    folder_name,
+    some,
+    step_of,
+    sync_folder,
+)
+from polargrad_dist.trainer.checkpoint.ranks import Ranks
+from polargrad_dist.trainer.checkpoint.storage import Copies, Reader, StrictLoad, Writer, local
+
+log = logging.getLogger("polargrad_dist.trainer.checkpoint")
+# A run of one process needs no process group, and DCP would say so at every save.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a checkpoint holds besides tensors; ``per_rank`` is None if another number of ranks saved it."""
+
+    step: int
+    objects: dict[str, Any]
+    per_rank: dict[str, torch.Tensor] | None
+    world_size: int
+
+
+class CheckpointStore:
+    """The checkpoints in ``folder``. All ranks call every method, in the same order.
+
+    identity: JSON-able parts ("model", "tokenizer", "data") that must equal a checkpoint's for it to load.
+    configuration: JSON-able, kept in every manifest for people to read.
+    timeout: how long a rank waits for the others while saving or loading; None is gloo's own, 30 minutes.
+
+    ``last_saved`` is the step of the newest checkpoint that this store wrote or loaded, ``failed`` counts
+    failed saves.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        config: CheckpointConfig | None = None,
+        *,
+        identity: dict[str, Any] | None = None,
+        configuration: dict[str, Any] | None = None,
+        timeout: timedelta | None = None,
+    ) -> None:
+        self.folder = Path(folder).absolute()
+        self.config = config or CheckpointConfig()
+        # Through JSON once, so that tuples equal the lists a manifest gives back.
+        self.identity = json.loads(json.dumps(identity or {}))
+        self.configuration = json.loads(json.dumps(configuration or {}))
+        self.last_saved: int | None = None
+        self.failed = 0
+        self._ranks = Ranks(timeout)
+        self._origin: str | None = None
+        self._losses: dict[str, float | None] = {}
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[CheckpointError | None] | None = None
+        self._all_saved = True
+
+    def save(
+        self,
+        step: int,
+        tensors: dict[str, torch.Tensor],
+        *,
+        objects: dict[str, Any] | None = None,
+        per_rank: dict[str, torch.Tensor] | None = None,
+        validation_loss: float | None = None,
+    ) -> bool:
+        """Saves the state after ``step`` steps; True if it is on the disk or, asynchronous, copied and on its
+        way.
+
+        tensors: name to Tensor or DTensor, only those this rank holds; what several ranks hold is written
+        once.
+        objects: JSON-able; rank 0's are kept. per_rank: small tensors of which every rank's own is kept.
+        A failure raises CheckpointError on all ranks or returns False on all, as ``on_failure`` says; older
+        checkpoints stay as they are. A background save still running is waited for first.
+        """
+        self._finish()
+        if step == self.last_saved:
+            return True
+        named = tensors | {f"rank/{self._ranks.rank}/{name}": t for name, t in (per_rank or {}).items()}
+
+        def prepare() -> tuple[int, dict[str, int]]:
+            nonlocal objects
+            objects = json.loads(json.dumps(objects or {}))
+            if self._ranks.rank == 0:
+                self._make_room(step)
+            return step, {name: t.nbytes for name, t in named.items() if not isinstance(t, DTensor)}
+
+        try:
+            steps, held = zip(*self._ranks.together(f"step {step} was not saved", prepare), strict=True)
+        except CheckpointError as error:
+            return self._failure(error, background=False)
+        if len(set(steps)) > 1:
+            raise CheckpointError(
+                f"ranks save different steps, {steps} in rank order: their loops have parted"
+            )
+        mine = deal(held)[self._ranks.rank]
+        named = {name: t for name, t in named.items() if isinstance(t, DTensor) or name in mine}
+        manifest = self._describe(step, objects or {}, validation_loss)
+        if self.config.asynchronous:
+            self._pending = self._thread.submit(self._write, manifest, named, self._copy(named))
+            return True
+        failure = self._write(manifest, named, {name: local(t) for name, t in named.items()})
+        return True if failure is None else self._failure(failure, background=False)
+
+    def wait(self) -> bool:
+        """Waits for a background save; True if every save since the last ``wait`` is on the disk."""
+        self._finish()
+        self._all_saved, saved = True, self._all_saved
+        return saved
+
+    def close(self) -> bool:
+        """``wait``, then gives the process group and the buffers back."""
+        try:
+            return self.wait()
+        finally:
+            self._thread.shutdown()
+            self._buffers.clear()
+            self._ranks.close()
+
+    def resume_point(self) -> Path | None:
+        """The checkpoint to start from, as ``config.resume`` says; None to start afresh. Clears what a killed
+        run left.
+
+        Checkpoints of this folder newer than the chosen one (damaged, or of a branch given up) are renamed to
+        ``aside-…``, so that no later start picks them. A run that began at a path goes on from its own
+        checkpoints when it is restarted with the same path. Raises CheckpointError if there are checkpoints
+        but no valid one.
+        """
+        self._finish()
+        self._ranks.on_rank_0("clearing the checkpoint folder", lambda: clear_leftovers(self.folder))
+        own = self._list()
+        if self.config.resume == "never" and own:
+            raise CheckpointError(
+                f"checkpoint.resume is never, but {self.folder} holds {own[-1].name}: "
+                "choose another run directory, or checkpoint.resume=auto"
+            )
+        if not own and self.config.resume in ("never", "auto"):
+            return None
+        chosen = self._choose(own)
+        if chosen.parent == self.folder:
+            newer = [path for path in own if (step_of(path) or 0) > (step_of(chosen) or 0)]
+            self._ranks.on_rank_0(
+                "renaming", lambda: set_aside(newer, f"resuming from the older {chosen.name}")
+            )
+        return chosen
+
+    def newest_valid(self) -> Path | None:
+        """The newest checkpoint of which every byte is right. Logs what it skips and why; changes nothing."""
+        self._finish()
+        return self._newest_valid(self._list())[0]
+
+    def load(self, path: str | os.PathLike, tensors: dict[str, torch.Tensor]) -> Loaded:
+        """Fills ``tensors`` in place: each rank those it wants, whole or sharded, however they were saved.
+
+        Raises CheckpointError on all ranks: damage, missing names, other shapes, another model, tokenizer or
+        data.
+        """
+        self._finish()
+        path, rank = Path(path).absolute(), self._ranks.rank
+        self._ranks.together(f"{path} was not loaded", lambda: self._admit(path))
+        manifest, per_rank = Manifest.read(path), None
+        if manifest.world_size == self._ranks.world:
+            per_rank = {
+                name.removeprefix(f"rank/{rank}/"): torch.empty(saved.shape, dtype=saved.dtype)
+                for name, saved in manifest.tensors.items()
+                if name.startswith(f"rank/{rank}/")
+            }
+        elif rank == 0:
+            ranks = (manifest.world_size, self._ranks.world)
+            log.warning(
+                "%s was saved by %d ranks and is loaded by %d: random generators start anew", path, *ranks
+            )
+        try:
+            dcp.load(
+                tensors | {f"rank/{rank}/{name}": tensor for name, tensor in (per_rank or {}).items()},
+                storage_reader=Reader(path, manifest, self.config.threads),
+                planner=StrictLoad(manifest),
+                process_group=self._ranks.group,
+                no_dist=self._ranks.group is None,
+            )
+        except (Exception, dcp.CheckpointException) as error:
+            raise CheckpointError(f"{path} was not loaded: {_cause(error)}") from None
+        if path.parent == self.folder:
+            self.last_saved, self._origin = manifest.step, manifest.origin
+        else:
+            self._origin = str(path)
+        return Loaded(manifest.step, manifest.objects, per_rank, manifest.world_size)
+
+    def _describe(self, step: int, objects: dict[str, Any], validation_loss: float | None) -> Manifest:
+        return Manifest(
+            step=step,
+            world_size=self._ranks.world,
+            tensors={},
+            objects=objects,
+            identity=self.identity,
+            configuration=self.configuration,
+            versions={
+                "polargrad_dist": polargrad_dist.__version__,
+                "torch": str(torch.__version__),
+                "python": platform.python_version(),
+            },
+            validation_loss=validation_loss,
+            saved_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            origin=self._origin,
+        )
+
+    def _write(
+        self, manifest: Manifest, named: dict[str, torch.Tensor], data: dict[str, torch.Tensor]
+    ) -> CheckpointError | None:
+        """The whole transaction, on this thread or in the background; returns an error rather than raising
+        it.
+        """
+        final = self.folder / folder_name(manifest.step)
+        temporary = final.with_name(SAVING + final.name)
+        started = time.monotonic()
+
+        def commit(tensors: dict[str, SavedTensor]) -> None:
+            replace(manifest, tensors=tensors).write(temporary)
+            temporary.rename(final)
+            sync_folder(self.folder)
+
+        try:
+            dcp.save(
+                named,
+                storage_writer=Writer(temporary, self.config.threads, commit),
+                planner=Copies(data),
+                process_group=self._ranks.group,
+                no_dist=self._ranks.group is None,
+            )
+        except (Exception, dcp.CheckpointException) as error:
+            if self._ranks.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            return CheckpointError(
+                f"step {manifest.step} was not saved: {_cause(error)}. "
+                f"Older checkpoints in {self.folder} are untouched"
+            )
+        if self._ranks.rank == 0:
+            log.info("saved %s in %.1f s", final, time.monotonic() - started)
+            self._losses[final.name] = finite(manifest.validation_loss)
+            prune(self.folder, self.config, self._losses)
+        self.last_saved = manifest.step
+        return None
+
+    def _finish(self) -> None:
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            if (error := pending.result()) is not None:
+                self._failure(error, background=True)
+
+    def _failure(self, error: CheckpointError, background: bool) -> bool:
+        self.failed += 1
+        self._all_saved = False
+        if (self.config.on_failure or ("continue" if background else "raise")) == "raise":
+            raise error
+        if self._ranks.rank == 0:
+            log.error("%s; training goes on (failed saves so far: %d)", error, self.failed)
+        return False
+
+    def _copy(self, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Host copies in buffers that live as long as the store, pinned when they come from a GPU."""
+        copies, on_device = {}, False
+        for name, source in ((name, local(t)) for name, t in named.items()):
+            copy = self._buffers.get(name)
+            if copy is None or copy.shape != source.shape or copy.dtype != source.dtype:
+                copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+            copies[name] = copy.copy_(source, non_blocking=True)
+            on_device |= source.device.type != "cpu"
+        if on_device:
+            torch.accelerator.synchronize()
+        self._buffers = copies
+        return copies
+
+    def _make_room(self, step: int) -> None:
+        """On rank 0: clears what a killed save of this step left; renames a damaged checkpoint of it out of
+        the way.
+        """
+        final = self.folder / folder_name(step)
+        if (temporary := final.with_name(SAVING + final.name)).exists():
+            shutil.rmtree(temporary)
+        if final.exists():
+            if (reason := self._damage(final, (0, 1))) is None:
+                raise CheckpointError(f"{final} exists and is valid, and is not written over")
+            set_aside([final], reason)
+
+    def _list(self) -> list[Path]:
+        return self._ranks.on_rank_0(f"listing {self.folder}", lambda: checkpoints_in(self.folder))
+
+    def _choose(self, own: list[Path]) -> Path:
+        """The checkpoint that ``config.resume``, auto or a path, means while the folder holds ``own``."""
+        newest, skipped = self._newest_valid(own)
+        if self.config.resume == "auto":
+            if newest is None:
+                raise CheckpointError(
+                    f"no checkpoint in {self.folder} is valid: {some(skipped)}. "
+                    "Restore one, or start in another run directory"
+                )
+            return newest
+        path = Path(self.config.resume).absolute()
+        if newest is not None and self._origin_of(newest) == str(path):
+            if self._ranks.rank == 0:
+                log.info("this run began at %s and goes on from its own %s", path, newest.name)
+            return newest
+        if own and path.parent != self.folder:
+            raise CheckpointError(
+                f"checkpoint.resume is {path}, but {self.folder} holds {own[-1].name} of a run that did not "
+                "begin there: choose another run directory, or checkpoint.resume=auto"
+            )
+        if path != newest and self._newest_valid([path])[0] is None:
+            raise CheckpointError(f"checkpoint.resume is {path}, which is no valid checkpoint (see the log)")
+        return path
+
+    def _origin_of(self, path: Path) -> str | None:
+        return self._ranks.on_rank_0(f"reading {path}", lambda: Manifest.read(path).origin)
+
+    def _newest_valid(self, paths: list[Path]) -> tuple[Path | None, list[str]]:
+        """The last valid one of ``paths`` and why those after it are not; the ranks share the reading."""
+        skipped: list[str] = []
+        for path in reversed(paths):
+            reasons = self._ranks.gather(self._damage(path, (self._ranks.rank, self._ranks.world)))
+            if not any(reasons):
+                return path, skipped
+            skipped.append(f"{path.name}: {next(reason for reason in reasons if reason)}")
+            if self._ranks.rank == 0:
+                log.warning("skipping checkpoint %s", skipped[-1])
+        return None, skipped
+
+    def _damage(self, path: Path, share: tuple[int, int]) -> str | None:
+        try:
+            found = damage(path, Manifest.read(path), share=share, threads=self.config.threads)
+            return some(found) if found else None
+        except (CheckpointError, OSError) as error:
+            return str(error)
+
+    def _admit(self, path: Path) -> None:
+        """Refuses a checkpoint of another model, tokenizer or data, naming the differences."""
+        identity = Manifest.read(path).identity
+        for part in sorted(identity.keys() | self.identity.keys()):
+            if part == "data" and self.config.allow_other_data:
+                continue
+            if found := list(differences(identity.get(part), self.identity.get(part), part)):
+                way = ", or set checkpoint.allow_other_data=true" if part == "data" else ""
+                raise CheckpointError(
+                    f"it is of another {part}: {some(found)}. Run with what it was made with{way}"
+                )
+
+
+def deal(held: tuple[dict[str, int], ...]) -> list[set[str]]:
+    """Which rank writes which plain tensor, given each rank's names and their bytes.
+
+    Largest first, each to the rank with the least so far among those that hold it. Returns one set per rank.
+    """
+    holders: dict[str, list[int]] = {}
+    for rank, names in enumerate(held):
+        for name in names:
+            holders.setdefault(name, []).append(rank)
+    load, mine = [0] * len(held), [set[str]() for _ in held]
+    for name in sorted(holders, key=lambda n: (-held[holders[n][0]][n], n)):
+        rank = min(holders[name], key=lambda r: (load[r], r))
+        load[rank] += held[rank][name]
+        mine[rank].add(name)
+    return mine
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong on the first rank where something did, in one sentence."""
+    if isinstance(error, dcp.CheckpointException) and error.failures:
+        first = min(error.failures)
+        return f"{_cause(error.failures[first][0])} (rank {', '.join(map(str, sorted(error.failures)))})"
+    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"

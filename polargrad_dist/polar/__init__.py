@@ -1,1 +1,22 @@
-"""."""
+"""The polar decomposition A = U·H of batches of matrices: pure functions of tensors, importable on their own."""
+
+from .api import Polar, PolarInfo, choose_method, cost, polar
+from .gram import InverseSqrt, apply_rows, gram_matrix, inverse_sqrt
+from .polynomial import polar_express_coefficients
+from .rows import CompressedRows, compress_rows, expand_rows
+
+__all__ = [
+    "CompressedRows",
+    "InverseSqrt",
+    "Polar",
+    "PolarInfo",
+    "apply_rows",
+    "choose_method",
+    "compress_rows",
+    "cost",
+    "expand_rows",
+    "gram_matrix",
+    "inverse_sqrt",
+    "polar",
+    "polar_express_coefficients",
+]

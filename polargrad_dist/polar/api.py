@@ -1,0 +1,240 @@
+"""`polar`: one call for every method. Checks, scaling, orientation, the choice `auto` makes, and what is handed back.
+
+Knows tensors only: no optimizer, no process group. Conventions follow scipy.linalg.polar (side="right").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import PolarError
+from .gram import fast_fp64
+from .oracle import Options, Oracle, largest_entry
+from .polynomial import newton_schulz, polar_express
+from .qdwh import qdwh
+from .rows import CompressedRows, compress_rows, expand_rows
+from .spectral import STRICT, gram, svd
+
+ORACLES = {
+    "svd": svd,
+    "gram": gram,
+    "qdwh": qdwh,
+    "newton_schulz": newton_schulz,
+    "polar_express": polar_express,
+}
+TAKES_STEPS = ("qdwh", "newton_schulz", "polar_express")
+
+
+class PolarInfo(NamedTuple):
+    """What happened. Tensors have the batch shape (…); None where the method does not come to know it.
+
+    residual is ‖UᵀU − I‖_F/√min(m, n): 0 for orthonormal columns, √(share of null directions) for a partial isometry.
+    """
+
+    method: str
+    steps: int | None
+    sigma_max: Tensor | None
+    sigma_min: Tensor | None
+    residual: Tensor | None
+
+
+class Polar(NamedTuple):
+    """U (…, m, n), H (…, n, n) or None, nuclear_norm (…) = ⟨A, U⟩ in at least fp32, info or None."""
+
+    U: Tensor
+    H: Tensor | None
+    nuclear_norm: Tensor
+    info: PolarInfo | None
+
+
+def polar(
+    a: Tensor,
+    *,
+    method: str = "auto",
+    steps: int | None = None,
+    lower: float = 1e-4,
+    hermitian: bool = False,
+    out_dtype: torch.dtype | None = None,
+    info: bool = False,
+    check: bool = True,
+    coefficients: str | Sequence[tuple[float, float, float]] | None = None,
+) -> Polar:
+    """The polar decomposition A = U·H of a batch of matrices.
+
+    Args:
+        a: (…, m, n) in fp64, fp32, bf16 or fp16, tall or wide. Half types are computed on in fp32 (the polynomial
+            methods: as they are).
+        method: "auto", "svd", "gram", "qdwh", "zolo", "newton", "newton_schulz" or "polar_express"; docs/polar.md
+            says what each costs and gives.
+        steps: inner steps. qdwh: cut off after that many from ℓ₀ = eps, the operator of the paper's tables; without,
+            to convergence. newton_schulz, polar_express: 5 without. The other methods refuse it.
+        lower: relative to σ_max. Below it a direction counts as null (svd, gram: gain 0) or is damped (qdwh, zolo,
+            newton, polar_express: gain about σ/(lower·σ_max)). Use 1e-7 on fp32 for all that the data holds; `auto`
+            then works in fp64.
+        hermitian: also return H, symmetric positive semidefinite, in at least fp32.
+        out_dtype: of U; that of `a` by default.
+        info: also return what happened. Costs one Gram matrix of U for methods that do not know their spectrum.
+        check: raise on NaN or Inf, which reads one number back from the device. Without, such a matrix becomes NaN
+            and no method waits for a GPU.
+        coefficients: of newton_schulz: "muon" (default), "cubic", or a sequence of (a, b, c), one per step.
+
+    Returns:
+        Polar. On rank-deficient input U is the partial isometry; a zero matrix gives U = 0. The nuclear norm of an
+        approximate method is ⟨A, U⟩ of its own U.
+
+    Raises:
+        PolarError: a matrix with NaN or Inf entries (named by its batch index), or an argument that makes no sense.
+    """
+    _validate(a, method, steps, lower, coefficients)
+    *batch, m, n = a.shape
+    out_dtype = out_dtype or a.dtype
+    tall = (a if m >= n else a.mT).reshape(-1, max(m, n), min(m, n))
+    if tall.numel() == 0:
+        return _empty(a, method, hermitian, out_dtype, info)
+    finite = largest_entry(tall).isfinite()
+    if check:
+        _require_finite(finite[:, 0, 0], a.shape[:-2])
+    options = Options(steps, lower, out_dtype, info, coefficients, may_wait=check or a.device.type == "cpu")
+    sparse = _nonzero_rows(tall) if method == "auto" else None
+    if method == "auto":
+        method = choose_method(tall.shape if sparse is None else sparse.rows.shape, a.device, lower=lower)
+    if sparse is not None:
+        found = _on_nonzero_rows(sparse, method, options)
+    elif check or method == "gram":  # which turns a non-finite matrix into NaN by itself, without this copy
+        found = ORACLES[method](tall, options)
+    else:
+        found = ORACLES[method](torch.where(finite, tall, 0.0), options)
+    if not check:
+        found.U.masked_fill_(~finite, torch.nan)
+        found.nuclear_norm.masked_fill_(~finite[:, 0, 0], torch.nan)
+    U = (found.U if m >= n else found.U.mT).reshape(a.shape)
+    H = _hermitian_factor(tall, found, wide=m < n).reshape(*batch, n, n) if hermitian else None
+    norm = found.nuclear_norm.to(torch.promote_types(a.dtype, torch.float32)).reshape(batch)
+    return Polar(U, H, norm, _details(found, method, batch) if info else None)
+
+
+def choose_method(shape: tuple[int, ...], device: torch.device | str = "cpu", *, lower: float = 1e-4) -> str:
+    """What `auto` runs on an m×n matrix: "svd" or "gram" (or "qdwh" on a GPU without fast fp64).
+
+    CPU: measured by `python -m benchmarks.polar`; svd wins on nearly square matrices in default mode, gram elsewhere.
+    GPU: reasoned, not measured: gram is matrix products and one small eigendecomposition.
+    """
+    m, n = max(shape[-2:]), min(shape[-2:])
+    device = torch.device(device)
+    if device.type == "cpu":
+        return "svd" if lower >= STRICT and m < 2 * n else "gram"
+    return "gram" if fast_fp64(device) or lower < STRICT else "qdwh"
+
+
+def cost(shape: tuple[int, ...], method: str = "auto", steps: int | None = None) -> float:
+    """Work of one call on an m×n matrix in flops of an fp32 product, fitted to CPU timings within about a third.
+
+    Meant for dealing matrices to ranks: only ratios matter. fp64 flops count double, factorizations by their speed.
+    """
+    m, n = max(shape[-2:]), min(shape[-2:])
+    if n == 0:
+        return 0.0
+    if method == "auto":
+        method = choose_method((m, n))
+    product, square = 2.0 * m * n * n, 2.0 * n**3
+    tall_qr = 3 * product if m > n + n // 8 else 0.0
+    match method:
+        case "svd":
+            return 15 * square + 4 * (product - square) + product
+        case "gram":
+            return 2.2 * product + 12 * square
+        case "qdwh":
+            return tall_qr + (6 * (steps or 5)) * square
+        case "zolo":
+            return tall_qr + 40 * square
+        case "newton":
+            return tall_qr + 30 * square
+        case "newton_schulz" | "polar_express":
+            return (steps or 5) * (2 * product + square)
+    raise PolarError(f"method={method!r} is not known; choose one of {', '.join(ORACLES)}")
+
+
+def _nonzero_rows(tall: Tensor) -> CompressedRows | None:
+    """The non-zero rows of a single tall matrix on a CPU, if leaving out the others at least halves the work."""
+    count, m, n = tall.shape
+    if count != 1 or tall.device.type != "cpu" or m < 4 * n:
+        return None
+    sparse = compress_rows(tall[0])
+    return sparse if 0 < sparse.rows.shape[0] <= m // 2 else None
+
+
+def _on_nonzero_rows(sparse: CompressedRows, method: str, options: Options) -> Oracle:
+    """The oracle on the rows that are not zero; the others stay zero in U."""
+    k, n = sparse.rows.shape
+    found = ORACLES[method]((sparse.rows if k >= n else sparse.rows.mT)[None], options)
+    U = found.U[0] if k >= n else found.U[0].mT
+    return found._replace(U=expand_rows(U, sparse.positions, sparse.m)[None], vectors=None)
+
+
+def _hermitian_factor(tall: Tensor, found: Oracle, wide: bool) -> Tensor:
+    """H of each A (B, m, n), m ≥ n, in at least fp32; for a wide matrix, given as A = its transpose, UHUᵀ of that."""
+    dtype = torch.promote_types(tall.dtype, torch.float32)
+    U = found.U.to(dtype)
+    if found.vectors is not None and found.sigma is not None:
+        V = found.vectors * found.sigma[:, None, :].sqrt()
+        H = (V @ V.mT).to(dtype)
+    else:
+        H = U.mT @ tall.to(dtype)
+        H = (H + H.mT) / 2
+    if wide:
+        H = U @ H @ U.mT
+        H = (H + H.mT) / 2
+    return H
+
+
+def _details(found: Oracle, method: str, batch: list[int]) -> PolarInfo:
+    def shaped(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.reshape(batch)
+
+    return PolarInfo(
+        method, found.steps, shaped(found.sigma_max), shaped(found.sigma_min), shaped(found.residual)
+    )
+
+
+def _empty(a: Tensor, method: str, hermitian: bool, out_dtype: torch.dtype, info: bool) -> Polar:
+    """No matrices, or matrices without entries: nothing to decompose, H = 0 and norm 0."""
+    *batch, _, n = a.shape
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    zeros = a.new_zeros(batch, dtype=dtype)
+    H = a.new_zeros(*batch, n, n, dtype=dtype) if hermitian else None
+    details = PolarInfo(method, 0, zeros, zeros, zeros) if info else None
+    return Polar(torch.empty_like(a, dtype=out_dtype), H, zeros, details)
+
+
+def _validate(a: Tensor, method: str, steps: int | None, lower: float, coefficients: object) -> None:
+    if a.dim() < 2 or not a.is_floating_point():
+        raise PolarError(f"polar needs a real floating tensor (…, m, n), got {tuple(a.shape)} of {a.dtype}")
+    if method != "auto" and method not in ORACLES:
+        raise PolarError(f"method={method!r} is not known; choose auto or one of {', '.join(ORACLES)}")
+    if not 0 <= lower < 1:
+        raise PolarError(f"lower={lower} must be in [0, 1): it is relative to the largest singular value")
+    if steps is not None and (steps < 1 or method not in TAKES_STEPS):
+        raise PolarError(
+            f"steps={steps} needs steps >= 1 and a method of {', '.join(TAKES_STEPS)}, got {method!r}"
+        )
+    if method == "polar_express" and lower == 0:
+        raise PolarError("polar_express needs lower > 0: its polynomials are best on [lower, 1]")
+    if coefficients is not None and method != "newton_schulz":
+        raise PolarError(f"coefficients belong to newton_schulz, got method={method!r}")
+
+
+def _require_finite(finite: Tensor, batch: torch.Size) -> None:
+    if bool(finite.all()):
+        return
+    flat = (~finite).nonzero()[:, 0]
+    places = (
+        [str(tuple(int(i) for i in torch.unravel_index(k, batch))) for k in flat[:8]] if batch else ["()"]
+    )
+    raise PolarError(
+        f"{len(flat)} of {len(finite)} matrices hold NaN or Inf, at batch index {', '.join(places)}; "
+        "mend the input, or pass check=False to let NaN through"
+    )

@@ -1,0 +1,90 @@
+"""What every method is given and gives back, and the arithmetic they share: safe scaling, ⟨A, U⟩, ‖UᵀU − I‖."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# One fp64 chunk of A: large enough to feed a matrix product, small beside any matrix worth chunking.
+CHUNK_ELEMENTS = 1 << 20
+
+
+class Options(NamedTuple):
+    """`polar`'s arguments as the methods see them; may_wait says whether numbers may be read back from the device."""
+
+    steps: int | None
+    lower: float
+    out_dtype: torch.dtype
+    info: bool
+    coefficients: str | Sequence[tuple[float, float, float]] | None
+    may_wait: bool
+
+
+class Oracle(NamedTuple):
+    """A method's answer on A (B, m, n), m ≥ n: U in out_dtype, the nuclear norm (B,) in fp64, and what it knows for free.
+
+    vectors (B, n, n) and sigma (B, n) are A's right singular vectors (columns) and singular values, if it found them.
+    """
+
+    U: Tensor
+    nuclear_norm: Tensor
+    vectors: Tensor | None = None
+    sigma: Tensor | None = None
+    steps: int | None = None
+    sigma_max: Tensor | None = None
+    sigma_min: Tensor | None = None
+    residual: Tensor | None = None
+
+
+def row_chunks(m: int, n: int) -> list[slice]:
+    """Slices that cut m rows of n columns into pieces of about CHUNK_ELEMENTS."""
+    rows = max(256, CHUNK_ELEMENTS // max(n, 1))
+    return [slice(start, min(start + rows, m)) for start in range(0, m, rows)]
+
+
+def largest_entry(A: Tensor) -> Tensor:
+    """max |a_ij| of A (…, m, n) as (…, 1, 1), without a copy of A; NaN and Inf pass through."""
+    return torch.maximum(A.amax((-2, -1), keepdim=True), -A.amin((-2, -1), keepdim=True))
+
+
+def inverse_scale(peak: Tensor) -> Tensor:
+    """A power of two in fp32 or fp64 that brings the entry `peak` into [1/2, 1); 1 for a zero, NaN or Inf peak.
+
+    A power of two, so that scaling rounds nothing; held within what the dtype can represent, so denormals come up
+    as far as they can.
+    """
+    peak = peak if peak.dtype == torch.float64 else peak.float()
+    mantissa, _ = torch.frexp(peak)
+    bound = 2.0 ** (1000 if peak.dtype == torch.float64 else 126)
+    scale = (mantissa / peak).clamp(1 / bound, bound)
+    return torch.where((peak > 0) & peak.isfinite(), scale, 1.0)
+
+
+def working_copy(A: Tensor) -> tuple[Tensor, Tensor]:
+    """(scaled A in fp32 or fp64, the scale (B, 1, 1)): half types are computed on in fp32."""
+    scale = inverse_scale(largest_entry(A))
+    return A.to(scale.dtype) * scale, scale
+
+
+def inner_product(A: Tensor, U: Tensor) -> Tensor:
+    """⟨A, U⟩ (B,) of two (B, m, n), summed in fp64 over row chunks."""
+    total = torch.zeros(A.shape[:-2], dtype=torch.float64, device=A.device)
+    for chunk in row_chunks(*A.shape[-2:]):
+        total = total + (A[..., chunk, :].double() * U[..., chunk, :]).sum((-2, -1))
+    return total
+
+
+def orthogonality(U: Tensor) -> Tensor:
+    """‖UᵀU − I‖_F/√n (B,) of U (B, m, n)."""
+    n = U.shape[-1]
+    work = U if U.dtype == torch.float64 else U.float()
+    eye = torch.eye(n, dtype=work.dtype, device=work.device)
+    return torch.linalg.matrix_norm(work.mT @ work - eye) / max(n, 1) ** 0.5
+
+
+def missing_share(kept: Tensor) -> Tensor:
+    """The same of a partial isometry with these directions kept (B, n): the root of the share it leaves out."""
+    return (~kept).double().mean(-1).sqrt()

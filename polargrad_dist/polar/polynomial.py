@@ -1,0 +1,126 @@
+"""Odd matrix polynomials: products only, hence fast in bf16 on a GPU; accurate to their schedule, not to rounding.
+
+Newton–Schulz (algorithm A.2 of the PolarGrad paper, and any quintic schedule such as Muon's) and Polar Express
+(Amsel, Persson, Musco and Gower 2025, arXiv:2505.16932), whose coefficients are computed here for any interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..errors import PolarError
+from .oracle import Options, Oracle, inner_product, inverse_scale, largest_entry, orthogonality
+
+Coefficients = Sequence[tuple[float, float, float]]
+
+CUBIC = (1.5, -0.5, 0.0)
+MUON = (3.4445, -4.7750, 2.0315)
+# The limit of the minimax quintics as their interval shrinks to the point 1.
+PADE_QUINTIC = (1.875, -1.25, 0.375)
+# A step whose interval is wider than this stretches its small end less than it could, so that the steps after it can:
+# the published choice, the ratio ℓ/u at which the centred quintic still has a positive minimum at its lower end.
+CUSHION = 0.02407327424182761
+HALF_SAFETY = 1.01
+DEFAULT_STEPS = 5
+
+
+def newton_schulz(A: Tensor, options: Options) -> Oracle:
+    """A.2 with a schedule of quintics: Muon's constants by default, "cubic", or one (a, b, c) per step."""
+    steps = options.steps or DEFAULT_STEPS
+    match options.coefficients:
+        case None | "muon":
+            schedule: Coefficients = [MUON] * steps
+        case "cubic":
+            schedule = [CUBIC] * steps
+        case str(name):
+            raise PolarError(
+                f"coefficients={name!r} is not known; use muon, cubic or a sequence of (a, b, c)"
+            )
+        case list(rows) | tuple(rows):
+            if options.steps not in (None, len(rows)) or any(len(row) != 3 for row in rows):
+                raise PolarError(
+                    f"coefficients need one (a, b, c) for each of {options.steps} steps, got {rows}"
+                )
+            schedule = rows
+    return _polynomial(A, schedule, 1.0, options)
+
+
+def polar_express(A: Tensor, options: Options) -> Oracle:
+    """Minimax quintics for the interval [lower, 1]; in half types with the safety factor 1.01."""
+    half = A.dtype in (torch.bfloat16, torch.float16)
+    safety = HALF_SAFETY if half else 1.0
+    schedule = polar_express_coefficients(options.lower, options.steps or DEFAULT_STEPS, safety)
+    return _polynomial(A, schedule, 1.0 if half else 1.001, options)
+
+
+def _polynomial(A: Tensor, schedule: Coefficients, margin: float, options: Options) -> Oracle:
+    X = A * inverse_scale(largest_entry(A)).to(A.dtype)
+    norm = torch.linalg.matrix_norm(X, dtype=torch.promote_types(A.dtype, torch.float32))[:, None, None]
+    X = X * torch.where(norm > 0, 1 / (margin * norm), 0.0).to(A.dtype)
+    U = run_polynomials(X, schedule)
+    residual = orthogonality(U) if options.info else None
+    return Oracle(U.to(options.out_dtype), inner_product(A, U), steps=len(schedule), residual=residual)
+
+
+def run_polynomials(X: Tensor, schedule: Coefficients) -> Tensor:
+    """X ← aX + bX(XᵀX) + cX(XᵀX)² for each (a, b, c); X (…, m, n), m ≥ n, spectral norm within the schedule's interval."""
+    for a, b, c in schedule:
+        S = X.mT @ X
+        W = b * S + c * (S @ S) if c else b * S
+        X = a * X + X @ W
+    return X
+
+
+def minimax_quintic(low: float, high: float) -> tuple[float, float, float]:
+    """The odd quintic ax + bx³ + cx⁵ closest to 1 on [low, high] in the maximum norm, by Remez exchange.
+
+    Its error equioscillates at both ends and at its two inner extrema, which solve p'(x) = 0 and are found in closed form.
+    """
+    if not 0 < low <= high:
+        raise ValueError(f"an interval 0 < low <= high is needed, got [{low}, {high}]")
+    if low / high > 1 - 5e-6:  # the four points merge and the system below becomes singular
+        a, b, c = PADE_QUINTIC
+        return a / high, b / high**3, c / high**5
+    inner = [low + (high - low) / 4, high - (high - low) / 4]
+    error = math.inf
+    for _ in range(100):
+        points = torch.tensor([low, *inner, high], dtype=torch.float64)
+        signs = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+        system = torch.stack([points, points**3, points**5, signs], dim=1)
+        a, b, c, level = torch.linalg.solve(system, torch.ones(4, dtype=torch.float64)).tolist()
+        root = math.sqrt(9 * b * b - 20 * a * c)
+        inner = [math.sqrt((-3 * b - root) / (10 * c)), math.sqrt((-3 * b + root) / (10 * c))]
+        if abs(level - error) < 1e-15:
+            break
+        error = level
+    return a, b, c
+
+
+@lru_cache(maxsize=64)
+def polar_express_coefficients(
+    lower: float, steps: int, safety: float = 1.0, cushion: float = CUSHION
+) -> tuple[tuple[float, float, float], ...]:
+    """Minimax schedule of `steps` quintics that takes singular values in [lower, 1] towards 1.
+
+    Each step is the best quintic for the interval that the steps before it leave, centred so that both of its ends
+    are equally far from 1. `safety` > 1 shrinks the argument of every step but the last: in bf16 a singular value may
+    be rounded to above the interval, where the polynomials grow fast.
+    """
+    if not 0 < lower < 1 or steps < 1:
+        raise ValueError(f"0 < lower < 1 and steps >= 1 are needed, got lower={lower}, steps={steps}")
+    low, high = lower, 1.0
+    schedule: list[tuple[float, float, float]] = []
+    for _ in range(steps):
+        a, b, c = minimax_quintic(max(low, cushion * high), high)
+        at_low, at_high = (x * (a + x * x * (b + x * x * c)) for x in (low, high))
+        centre = 2 / (at_low + at_high)
+        schedule.append((a * centre, b * centre, c * centre))
+        low = at_low * centre
+        high = 2 - low
+    shrunk = [(a / safety, b / safety**3, c / safety**5) for a, b, c in schedule[:-1]]
+    return (*shrunk, schedule[-1])

@@ -1,0 +1,26 @@
+"""Row-sparse matrices: an embedding's gradient is zero in every row whose token the batch did not hold."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class CompressedRows(NamedTuple):
+    """The non-zero rows (k, n) of an m×n matrix, their positions (k,), and m."""
+
+    rows: Tensor
+    positions: Tensor
+    m: int
+
+
+def compress_rows(a: Tensor) -> CompressedRows:
+    """Leave out the zero rows of a (m, n). Reads their number back from the device, so a GPU is waited for."""
+    positions = a.any(dim=1).nonzero().squeeze(1)
+    return CompressedRows(a.index_select(0, positions), positions, a.shape[0])
+
+
+def expand_rows(rows: Tensor, positions: Tensor, m: int) -> Tensor:
+    """The m×n matrix with these rows at these positions and zeros elsewhere."""
+    return rows.new_zeros(m, rows.shape[1]).index_copy_(0, positions, rows)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from polargrad_dist.errors import CheckpointError
-from polargrad_dist.trainer.checkpoint.manifest import MANIFEST, Manifest, checkpoints_in, verify
+from polargrad_dist.trainer.checkpoint.manifest import MANIFEST, Manifest, checkpoints_in, step_of, verify
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _checkpoints(path: Path) -> list[Path]:
-    if path.is_dir() and (path / MANIFEST).exists():
+    if path.is_dir() and (step_of(path) is not None or (path / MANIFEST).exists()):
         return [path]
     return checkpoints_in(path) or checkpoints_in(path / "checkpoints")
 

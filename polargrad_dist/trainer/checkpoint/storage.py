@@ -207,7 +207,7 @@ class Reader(StorageReader):
             if key not in self.pieces:  # no elements, no bytes
                 return
             piece, dtype = self.pieces[key], self.manifest.tensors[key[0]].dtype
-            targets = [planner.resolve_tensor(item).detach() for item in items]
+            targets = [planner.resolve_tensor(item) for item in items]
             if len(items) == 1 and _same_layout(targets[0], dtype, piece):
                 self._read(key[0], piece, as_bytes(targets[0]))
                 return

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
@@ -214,7 +215,8 @@ class CheckpointStore:
             )
         try:
             dcp.load(
-                tensors | {f"rank/{rank}/{name}": tensor for name, tensor in (per_rank or {}).items()},
+                {name: tensor.detach() for name, tensor in tensors.items()}
+                | {f"rank/{rank}/{name}": tensor for name, tensor in (per_rank or {}).items()},
                 storage_reader=Reader(path, manifest, self.config.threads),
                 planner=StrictLoad(manifest),
                 process_group=self._ranks.group,
@@ -387,16 +389,16 @@ class CheckpointStore:
 
 
 def deal(held: tuple[dict[str, int], ...]) -> list[set[str]]:
-    """Which rank writes which plain tensor, given each rank's names and their bytes.
+    """Which rank writes which plain tensor, given each rank's names and their bytes; one set per rank.
 
-    Largest first, each to the rank with the least so far among those that hold it. Returns one set per rank.
+    What only one rank holds is settled first; then largest first, each to its holder with the least so far.
     """
     holders: dict[str, list[int]] = {}
     for rank, names in enumerate(held):
         for name in names:
             holders.setdefault(name, []).append(rank)
     load, mine = [0] * len(held), [set[str]() for _ in held]
-    for name in sorted(holders, key=lambda n: (-held[holders[n][0]][n], n)):
+    for name in sorted(holders, key=lambda n: (len(holders[n]) > 1, -held[holders[n][0]][n], n)):
         rank = min(holders[name], key=lambda r: (load[r], r))
         load[rank] += held[rank][name]
         mine[rank].add(name)
@@ -407,5 +409,6 @@ def _cause(error: BaseException) -> str:
     """What went wrong on the first rank where something did, in one sentence."""
     if isinstance(error, dcp.CheckpointException) and error.failures:
         first = min(error.failures)
-        return f"{_cause(error.failures[first][0])} (rank {', '.join(map(str, sorted(error.failures)))})"
+        ranks = f" (rank {', '.join(map(str, sorted(error.failures)))})" if dist.is_initialized() else ""
+        return _cause(error.failures[first][0]) + ranks
     return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import pickle
 import queue
 import tempfile
 import time
@@ -16,20 +17,31 @@ from datetime import timedelta
 from typing import Any
 
 _context = mp.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.tensor", "torch.distributed.fsdp"])
+_context.set_forkserver_preload(
+    ["torch", "torch.distributed", "torch.distributed.tensor", "torch.distributed.fsdp"]
+)
 
 
-def _rank_main(fn: Callable[..., Any], rank: int, world: int, store: str, timeout: float, args: tuple, out: Any) -> None:
+def _rank_main(
+    fn: Callable[..., Any], rank: int, world: int, store: str, timeout: float, args: bytes, out: Any
+) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world)
+    )
     try:
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=timeout),
         )
-        out.put((rank, True, fn(rank, world, *args)))
+        # pickled here: by the queue, tensors would travel as handles to this process's memory, which ends with it
+        out.put((rank, True, pickle.dumps(fn(rank, world, *pickle.loads(args)))))
     except BaseException:
         out.put((rank, False, traceback.format_exc()))
     finally:
@@ -47,7 +59,9 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 1
         out = _context.Queue()
         store = os.path.join(folder, "store")
         ranks = [
-            _context.Process(target=_rank_main, args=(fn, r, world, store, timeout, args, out), daemon=True)
+            _context.Process(
+                target=_rank_main, args=(fn, r, world, store, timeout, pickle.dumps(args), out), daemon=True
+            )
             for r in range(world)
         ]
         for process in ranks:
@@ -59,16 +73,20 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 1
                 try:
                     rank, ok, value = out.get(timeout=min(1.0, max(0.01, deadline - time.monotonic())))
                 except queue.Empty:
-                    dead = [r for r, p in enumerate(ranks) if p.exitcode not in (None, 0) and r not in results]
+                    dead = [
+                        r for r, p in enumerate(ranks) if p.exitcode not in (None, 0) and r not in results
+                    ]
                     if dead:
-                        raise AssertionError(f"rank {dead[0]} died with exit code {ranks[dead[0]].exitcode}") from None
+                        raise AssertionError(
+                            f"rank {dead[0]} died with exit code {ranks[dead[0]].exitcode}"
+                        ) from None
                     if time.monotonic() > deadline:
                         missing = sorted(set(range(world)) - set(results))
                         raise AssertionError(f"ranks {missing} did not finish in {timeout} s") from None
                     continue
                 if not ok:
                     raise AssertionError(f"rank {rank} of {world} failed:\n{value}")
-                results[rank] = value
+                results[rank] = pickle.loads(value)
         finally:
             for process in ranks:
                 process.join(5 if len(results) == world else 0.1)

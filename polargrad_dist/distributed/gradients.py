@@ -27,7 +27,9 @@ class OwnerReducer:
     one, and everywhere for elementwise parameters; what it holds elsewhere is garbage.
     """
 
-    def __init__(self, parameters: Sequence[torch.Tensor], entries: Sequence[Entry], grid: Grid, traffic: Traffic):
+    def __init__(
+        self, parameters: Sequence[torch.Tensor], entries: Sequence[Entry], grid: Grid, traffic: Traffic
+    ):
         self.grid, self.traffic = grid, traffic
         self.order = list(reversed(list(zip(parameters, entries, strict=True))))
         self.small = [e.kind == "everywhere" and e.numel < SMALL for _, e in self.order]
@@ -42,6 +44,7 @@ class OwnerReducer:
         self._next = 0
         self._flying: list[Any] = []
         self.done = False
+        self.present: dict[torch.Tensor, bool] = {}
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -86,18 +89,24 @@ class OwnerReducer:
                     self._flying.append(self.traffic.reduce(grad[first:last], rank, group))
 
     def finish(self) -> None:
-        """Starts what backward did not reach, waits for everything. Idempotent until `clear`."""
+        """Starts what backward did not reach, waits for everything. Idempotent until `clear`.
+
+        ``present`` then tells which parameters had a gradient on this rank: the others have zeros by now.
+        """
         if self.done:
             return
+        self.present = {p: p.grad is not None for p, _ in self.order}
         for index in range(self._next, len(self.order)):
             self._launch(index)
         small = [p for (p, _), is_small in zip(self.order, self.small, strict=True) if is_small]
         for p in small:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        for dtype in sorted({p.dtype for p in small}, key=str) if self.grid.replicate is not None else ():
+        group = self.grid.replicate
+        for dtype in sorted({p.dtype for p in small}, key=str) if group is not None else ():
+            assert group is not None
             grads = [p.grad for p in small if p.dtype == dtype and p.grad is not None]
             flat = torch.cat([g.reshape(-1) for g in grads]).div_(self.grid.replicas)
-            self.traffic.all_reduce(flat, self.grid.replicate).wait()
+            self.traffic.all_reduce(flat, group).wait()
             parts = flat.split([g.numel() for g in grads])
             torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads, strict=True)])
         for work in self._flying:

@@ -18,7 +18,10 @@ from polargrad_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class Grid:
-    """``replicate`` joins the ranks that hold the same shard, ``shard`` those that share one replica (None: just me)."""
+    """``replicate`` joins the ranks that hold the same shard, ``sharding`` those that share one replica.
+
+    Either is None where that is this rank alone.
+    """
 
     replicas: int = 1
     shards: int = 1
@@ -65,7 +68,9 @@ def _dtensor(local: torch.Tensor, mesh: DeviceMesh, placements: list, shape: tor
     strides = [1]
     for size in reversed(shape[1:]):
         strides.insert(0, strides[0] * size)
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=tuple(strides[-len(shape) :]))
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=shape, stride=tuple(strides[-len(shape) :])
+    )
 
 
 class Grids:
@@ -100,6 +105,7 @@ class Grids:
         world = dist.get_world_size(group) if group is not None else 1
         if world == 1:
             return Grid()
+        assert group is not None
         rows = DeviceMesh.from_group(group, device_type)
         return Grid(replicas=world, replica=dist.get_rank(group), replicate=group, rows_mesh=rows)
 
@@ -110,12 +116,23 @@ class Grids:
         if mesh.ndim == 2:
             names = mesh.mesh_dim_names
             if names is None:
-                raise ConfigError(f"the {tuple(sizes)} mesh has no dimension names, expected ('replicate', 'shard')")
+                raise ConfigError(
+                    f"the {tuple(sizes)} mesh has no dimension names, expected ('replicate', 'shard')"
+                )
             both = [mesh.get_group(1), mesh.get_group(0)]
             rows = DeviceMesh.from_group(
                 both, mesh.device_type, mesh=mesh.mesh.T.contiguous(), mesh_dim_names=("rows", "copies")
             )
-            return Grid(*sizes, *here, *groups, mesh=mesh, rows_mesh=rows)
+            return Grid(
+                replicas=sizes[0],
+                shards=sizes[1],
+                replica=here[0],
+                shard=here[1],
+                replicate=groups[0],
+                sharding=groups[1],
+                mesh=mesh,
+                rows_mesh=rows,
+            )
         if isinstance(placements[0], Shard):
             return Grid(shards=sizes[0], shard=here[0], sharding=groups[0], mesh=mesh, rows_mesh=mesh)
         return Grid(replicas=sizes[0], replica=here[0], replicate=groups[0], mesh=mesh, rows_mesh=mesh)

@@ -16,10 +16,7 @@ from typing import Any
 import torch
 
 from polargrad_dist.errors import ConfigError
-try:
-    from polargrad_dist.polar import cost as oracle_cost
-except ImportError:
-    oracle_cost = None
+from polargrad_dist.polar import cost as oracle_cost
 
 TALL_ROLES = ("embed", "value_embed", "head")
 
@@ -44,7 +41,12 @@ class Layout:
 
     @classmethod
     def of(
-        cls, name: str, shape: Sequence[int], split_sizes: Sequence[int] | None, num_heads: int | None, flatten: bool
+        cls,
+        name: str,
+        shape: Sequence[int],
+        split_sizes: Sequence[int] | None,
+        num_heads: int | None,
+        flatten: bool,
     ) -> Layout:
         """Reads a parameter's shape: 2-D one matrix, 3-D a stack of experts, more (or ``flatten``) a convolution.
 
@@ -152,7 +154,11 @@ class Entry:
 
 def entries(groups: Iterable[dict[str, Any]]) -> list[Entry]:
     """What the planner has to know of each parameter of the optimizer's groups, in their order."""
-    return [entry(group, name, p) for group in groups for name, p in zip(group["param_names"], group["params"], strict=True)]
+    return [
+        entry(group, name, p)
+        for group in groups
+        for name, p in zip(group["param_names"], group["params"], strict=True)
+    ]
 
 
 def entry(group: dict[str, Any], name: str, p: torch.Tensor) -> Entry:
@@ -166,7 +172,15 @@ def entry(group: dict[str, Any], name: str, p: torch.Tensor) -> Entry:
     states = int(group["momentum"] != "none")
     if row_sharded(group, layout):
         n = layout.cols
-        return Entry(*common, "rows", p.element_size(), state_itemsize, states, layout, oracle_cost((n, n), "svd", None))
+        return Entry(
+            *common,
+            "rows",
+            p.element_size(),
+            state_itemsize,
+            states,
+            layout,
+            oracle_cost((n, n), "svd", None),
+        )
     cost = layout.cost(group["oracle"], group["steps"])
     return Entry(*common, "owner", p.element_size(), state_itemsize, states, layout, cost)
 
@@ -218,7 +232,12 @@ class Plan:
 
     @classmethod
     def build(
-        cls, groups: Iterable[dict[str, Any]], *, replicas: int = 1, shards: int = 1, gradients: str = "all_reduced"
+        cls,
+        groups: Iterable[dict[str, Any]],
+        *,
+        replicas: int = 1,
+        shards: int = 1,
+        gradients: str = "all_reduced",
     ) -> Plan:
         """Plans the groups that `route` returned, on tensors of any device, meta included."""
         plan = cls(replicas * shards, gradients)
@@ -256,7 +275,9 @@ class Plan:
         Counted as the buffers handed to it: what a rank sends, for an all-gather what it receives. What DDP or FSDP
         moves for the gradients (2P and 3P in their own counts) comes on top.
         """
-        itemsize = comm_itemsize or max((e.itemsize for e in self.entries if e.kind != "everywhere"), default=4)
+        itemsize = comm_itemsize or max(
+            (e.itemsize for e in self.entries if e.kind != "everywhere"), default=4
+        )
         ranks = range(self.world)
         out: dict[str, int] = defaultdict(int)
         if self.world == 1:
@@ -266,8 +287,9 @@ class Plan:
                 out["all_reduce" if e.kind == "everywhere" else "reduce"] += e.bytes
         for e in self.entries:
             if e.kind == "rows":
-                out["reduce"] += 8 * e.triangle
-                out["broadcast"] += 8 * (e.triangle + 3)
+                stages = 1 + (1 < e.shards < self.world)  # within a replica, then between them
+                out["reduce"] += stages * 8 * e.triangle
+                out["broadcast"] += stages * 8 * (e.triangle + 3)
         sharded = [e for e in self.entries if e.kind == "owner" and e.shards > 1]
         if sharded:
             sent = [sum(e.held_state(rank, self.world) for e in sharded) for rank in ranks]
@@ -282,7 +304,9 @@ class Plan:
     def table(self) -> str:
         """One line per parameter (name, shape, role, rule, learning rate, owner, flops), then the balance."""
         width = max([len(e.name) for e in self.entries] + [9])
-        lines = [f"{'parameter':<{width}} {'shape':>16} {'role':<11} {'rule':<44} {'lr':>9} {'owner':>7} {'GFLOP':>9}"]
+        lines = [
+            f"{'parameter':<{width}} {'shape':>16} {'role':<11} {'rule':<44} {'lr':>9} {'owner':>7} {'GFLOP':>9}"
+        ]
         for e in self.entries:
             owner = {"everywhere": "all", "rows": f"rows/{e.owner}", "owner": str(e.owner)}[e.kind]
             shape = "x".join(map(str, e.shape)) or "scalar"

@@ -135,7 +135,9 @@ class Exchange:
         self._work.wait()
         return self._out
 
-    def _each_piece(self, owned: list[list[int]], flat: torch.Tensor, stack: torch.Tensor, do: Callable) -> None:
+    def _each_piece(
+        self, owned: list[list[int]], flat: torch.Tensor, stack: torch.Tensor, do: Callable
+    ) -> None:
         at = 0
         for t in range(self.grid.shards):
             for row, matrix in zip(stack, owned, strict=True):
@@ -166,7 +168,8 @@ class UpdateStream:
         self.length = max(sum(last - first for _, first, last in own) for own in segments)
         self.chunk = max(1, min(chunk, self.length))
         self._readers = [_Reader(own) for own in segments]
-        self._like, self._buffer, self._filled, self._left = like, None, 0, self.length
+        self._like, self._filled, self._left = like, 0, self.length
+        self._buffer: torch.Tensor | None = None
         self._flying: list[tuple[torch.Tensor, torch.Tensor, Any]] = []
 
     def write(self, values: torch.Tensor) -> None:
@@ -184,7 +187,9 @@ class UpdateStream:
     def finish(self) -> None:
         """Pads to the longest replica's length, and applies what is still on its way."""
         while self._left:
-            self._buffer = self._like.new_zeros(min(self.chunk, self._left)) if self._buffer is None else self._buffer
+            self._buffer = (
+                self._like.new_zeros(min(self.chunk, self._left)) if self._buffer is None else self._buffer
+            )
             self._buffer[self._filled :].zero_()
             self._launch()
         while self._flying:
@@ -192,7 +197,8 @@ class UpdateStream:
 
     def _launch(self) -> None:
         buffer, self._buffer, self._filled = self._buffer, None, 0
-        assert buffer is not None and self.grid.replicate is not None
+        assert buffer is not None
+        assert self.grid.replicate is not None
         out = buffer.new_empty(self.grid.replicas, buffer.numel())
         self._flying.append((out, buffer, self.traffic.all_gather(out.view(-1), buffer, self.grid.replicate)))
         self._left -= buffer.numel()
@@ -253,7 +259,7 @@ def broadcast_from(x: torch.Tensor, owner: tuple[int, int], grid: Grid, traffic:
 
 
 def pack_triangle(s: torch.Tensor) -> torch.Tensor:
-    """A symmetric n x n matrix as n(n+1)/2 elements, in LAPACK's rectangular full packed order: two triangles side by side."""
+    """A symmetric n x n matrix as n(n+1)/2 elements: two triangles side by side, as LAPACK's rectangular full packed."""
     n = s.shape[0]
     half = (n + 1) // 2
     odd = n % 2

@@ -3,6 +3,7 @@
 Sources: algorithms C.1-C.4 of Lau, Long, Su (2025); Muon of Jordan et al. (2024) and Liu et al. (2025).
 """
 
+# ruff: noqa: N802 (functions that stand for classes carry the names of the field)
 from __future__ import annotations
 
 from typing import Any
@@ -10,27 +11,35 @@ from typing import Any
 from polargrad_dist.optim.optimizer import PolarGrad
 
 
-def PolarGradM(params: Any, lr: float = 1e-3, *, polar_first: bool = False, beta: float = 0.95, **more: Any) -> PolarGrad:  # noqa: N802
+def PolarGradM(
+    params: Any, lr: float = 1e-3, *, polar_first: bool = False, beta: float = 0.95, **more: Any
+) -> PolarGrad:
     """PolarGrad with EMA momentum: of the gradient (C.2), or of its polar factor (C.3, ``polar_first``)."""
-    return PolarGrad(params, lr, momentum="polar_first" if polar_first else "momentum_first", beta=beta, **more)
+    return PolarGrad(
+        params, lr, momentum="polar_first" if polar_first else "momentum_first", beta=beta, **more
+    )
 
 
-def PolarSGDM(params: Any, lr: float = 1e-3, *, polar_first: bool = False, beta: float = 0.5, **more: Any) -> PolarGrad:  # noqa: N802
+def PolarSGDM(
+    params: Any, lr: float = 1e-3, *, polar_first: bool = False, beta: float = 0.5, **more: Any
+) -> PolarGrad:
     """PolarGradM on stochastic gradients, with the small momentum that suits them (table D.9)."""
     return PolarGradM(params, lr, polar_first=polar_first, beta=beta, **more)
 
 
-def PolarHB(params: Any, lr: float = 1e-3, *, beta: float = 0.95, **more: Any) -> PolarGrad:  # noqa: N802
+def PolarHB(params: Any, lr: float = 1e-3, *, beta: float = 0.95, **more: Any) -> PolarGrad:
     """PolarGrad with Polyak's heavy-ball momentum (C.4)."""
     return PolarGrad(params, lr, momentum="heavy_ball", beta=beta, **more)
 
 
-def PolarMuon(params: Any, lr: float = 1e-3, *, beta: float = 0.95, nesterov: bool = True, **more: Any) -> PolarGrad:  # noqa: N802
+def PolarMuon(
+    params: Any, lr: float = 1e-3, *, beta: float = 0.95, nesterov: bool = True, **more: Any
+) -> PolarGrad:
     """Muon with the nuclear norm as its scale and an exact oracle (equation 9)."""
     return PolarGrad(params, lr, momentum="momentum_first", beta=beta, nesterov=nesterov, **more)
 
 
-def Muon(  # noqa: N802
+def Muon(
     params: Any,
     lr: float = 0.02,
     *,
@@ -38,7 +47,6 @@ def Muon(  # noqa: N802
     nesterov: bool = True,
     scale: str = "muon",
     oracle: str = "newton_schulz",
-    steps: int = 5,
     **more: Any,
 ) -> PolarGrad:
     """Muon: five Newton-Schulz steps, scale sqrt(max(1, m/n)), or 0.2 sqrt(max(m, n)) with ``scale="moonlight"``."""
@@ -50,6 +58,5 @@ def Muon(  # noqa: N802
         nesterov=nesterov,
         scale=scale,
         oracle=oracle,
-        steps=steps,
         **more,
     )

@@ -158,9 +158,13 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             make_state(work, work.grid.world, work.grid.rank)
         if self._gradients == "to_owner":
             if self._reducer is not None:
-                raise ConfigError("gradients='to_owner' cannot take further parameter groups after construction")
+                raise ConfigError(
+                    "gradients='to_owner' cannot take further parameter groups after construction"
+                )
             entries = [w.entry for w in self._works]
-            self._reducer = OwnerReducer([w.p for w in self._works], entries, self._works[0].grid, self.traffic)
+            self._reducer = OwnerReducer(
+                [w.p for w in self._works], entries, self._works[0].grid, self.traffic
+            )
 
     def _refuse(self, name: str, p: torch.Tensor) -> None:
         refuse_flat(name, p)
@@ -174,7 +178,9 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
 
     def _agree_on_construction(self) -> None:
         assert self._agreement is not None
-        facts = [f"{w.entry.name} {w.entry.shape} {w.entry.rule} {w.p.dtype} {w.grid.shards}" for w in self._works]
+        facts = [
+            f"{w.entry.name} {w.entry.shape} {w.entry.rule} {w.p.dtype} {w.grid.shards}" for w in self._works
+        ]
         digest = torch.tensor([len(facts), zlib.crc32("\n".join(facts).encode())], dtype=torch.int64)
         if not self._agreement.same(digest).all():
             raise ConfigError(
@@ -197,7 +203,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        """Scales all gradients so that their global Euclidean norm is at most ``max_norm``; returns the norm before, 0-d fp64.
+        """Scales all gradients to a global Euclidean norm of at most ``max_norm``; returns the norm before, 0-d fp64.
 
         The norm is over all parameters and ranks, each element counted once, and has the same bits on every rank. With
         an infinite ``max_norm`` it only measures.
@@ -214,7 +220,9 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for grid, mine in parts.items():
             mine = [x.float() if x.element_size() < 4 else x for x in mine if x.numel()]
-            square = sum((norm.double().square() for norm in torch._foreach_norm(mine)), torch.zeros_like(total))
+            square = sum(
+                (norm.double().square() for norm in torch._foreach_norm(mine)), torch.zeros_like(total)
+            )
             for group in grid.groups if self._reducer else [grid.sharding]:
                 if group is not None:
                     self.traffic.all_reduce(square, group).wait()
@@ -244,8 +252,6 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         active = self._active()
-        if self._reducer:
-            self._reducer.finish()
         self._check_copies()
         facts = self._facts = Facts()
         talls = [start_tall(w, self._travel, facts) for w in active if w.entry.kind == "rows"]
@@ -261,16 +267,19 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         return loss
 
     def _active(self) -> list[Work]:
-        """The parameters that have a gradient on some rank, and the last step's failure where that was not asked yet."""
+        """The parameters that have a gradient on some rank; raises the last step's failure where that is still owed."""
+        if self._reducer:
+            self._reducer.finish()
+        here = [self._reducer.present[w.p] if self._reducer else w.p.grad is not None for w in self._works]
         late = self._failure() if self._device.type != "cpu" else 0
-        present = torch.tensor([*(w.p.grad is not None for w in self._works), late], dtype=torch.int32)
+        somewhere = torch.tensor([*here, late], dtype=torch.int32)
         if self._agreement is not None:
-            self._agreement.largest(present)
-        *here, failed = present.tolist()
+            self._agreement.largest(somewhere)
+        *present, failed = somewhere.tolist()
         if failed:
             self._facts = Facts()
             raise self._not_finite(failed)
-        return [w for w, has_gradient in zip(self._works, here, strict=True) if has_gradient]
+        return [w for w, has_gradient in zip(self._works, present, strict=True) if has_gradient]
 
     def _failure(self) -> int:
         """1 + the number of a parameter whose step this rank found not finite, else 0."""
@@ -329,10 +338,16 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             self._agreement.total(table)
             self._agreement.largest(seconds)
         rows = {}
-        for work, (nuclear, largest, smallest, residual, known) in zip(self._works, table.tolist(), strict=True):
+        for work, (nuclear, largest, smallest, residual, known) in zip(
+            self._works, table.tolist(), strict=True
+        ):
             if known:
                 condition = largest / smallest if smallest > 0 else NAN
-                rows[work.entry.name] = {"nuclear_norm": nuclear, "condition": condition, "residual": residual}
+                rows[work.entry.name] = {
+                    "nuclear_norm": nuclear,
+                    "condition": condition,
+                    "residual": residual,
+                }
         if by == "parameter":
             return rows
         out = {}
@@ -341,8 +356,13 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             if mine:
                 out[role] = {
                     "nuclear_norm": sum(row["nuclear_norm"] for row in mine) / len(mine),
-                    "condition": max((row["condition"] for row in mine if row["condition"] == row["condition"]), default=NAN),
-                    "residual": max((row["residual"] for row in mine if row["residual"] == row["residual"]), default=NAN),
+                    "condition": max(
+                        (row["condition"] for row in mine if row["condition"] == row["condition"]),
+                        default=NAN,
+                    ),
+                    "residual": max(
+                        (row["residual"] for row in mine if row["residual"] == row["residual"]), default=NAN
+                    ),
                     "seconds": spent,
                     "bytes": float(self._facts.bytes[role]),
                 }

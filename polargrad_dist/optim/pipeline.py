@@ -88,7 +88,7 @@ def solve_tall(tall: Tall, travel: Travel, facts: Facts) -> None:
             except (RuntimeError, PolarError):
                 answer.fill_(NAN)
         facts.values[work.index] = torch.cat([answer[-3:], answer.new_tensor([NAN])])
-    facts.flag(work.index, ~answer[-3].isfinite())
+        facts.flag(work.index, ~answer[-3].isfinite())
     tall.packed, tall.pending = answer, broadcast_from(answer, work.owner, work.grid, travel.traffic)
 
 
@@ -181,7 +181,9 @@ def step_grid(grid: Grid, works: list[Work], talls: list[Tall], travel: Travel, 
     stream = open_stream(grid, owners, talls, travel) if grid.replicas > 1 else None
 
     def deliver(work: Work, first: int, step: torch.Tensor) -> None:
-        facts.bytes[work.entry.role] += step.numel() * travel.dtype_of([work]).itemsize if grid.world > 1 else 0
+        facts.bytes[work.entry.role] += (
+            step.numel() * travel.dtype_of([work]).itemsize if grid.world > 1 else 0
+        )
         if stream is not None:
             stream.write(step)
         else:
@@ -224,7 +226,9 @@ def in_rounds(owners: list[list[list[Work]]]) -> list[list[list[Work]]]:
     return [[own[k] if k < len(own) else [] for own in owners] for k in range(count)]
 
 
-def open_stream(grid: Grid, owners: list[list[list[Work]]], talls: list[Tall], travel: Travel) -> UpdateStream:
+def open_stream(
+    grid: Grid, owners: list[list[list[Work]]], talls: list[Tall], travel: Travel
+) -> UpdateStream:
     """The stream in which replicas share their steps: who writes what, in which order, is known to all beforehand."""
     segments: list[list[tuple[Work, int, int]]] = []
     for replica in range(grid.replicas):
@@ -237,4 +241,6 @@ def open_stream(grid: Grid, owners: list[list[list[Work]]], talls: list[Tall], t
         segments.append(own)
     works = [work for own in segments for work, _, _ in own]
     like = works[0].flat.new_empty(0, dtype=travel.dtype_of(works))
-    return UpdateStream(grid, travel.traffic, segments, max(1, travel.bucket // like.element_size()), like, apply_step)
+    return UpdateStream(
+        grid, travel.traffic, segments, max(1, travel.bucket // like.element_size()), like, apply_step
+    )

@@ -47,26 +47,36 @@ def route(model: nn.Module, config: OptimizerConfig | None = None) -> list[dict[
     config = config or OptimizerConfig()
     config.check()
     model = unwrap(model)
-    hints = dict(model.parameter_hints()) if hasattr(model, "parameter_hints") else {}
+    hints: dict[str, dict[str, Any]] = _call(model, "parameter_hints") or {}
     head = _head(model)
     named = {clean_name(name): p for name, p in model.named_parameters()}
     if unknown := set(hints) - set(named):
-        raise ConfigError(f"parameter_hints() names {sorted(unknown)[0]!r}, which is not a parameter of the model")
+        raise ConfigError(
+            f"parameter_hints() names {sorted(unknown)[0]!r}, which is not a parameter of the model"
+        )
 
     grouped: dict[tuple, dict[str, torch.Tensor]] = defaultdict(dict)
     for path, module in model.named_modules():
         for leaf, p in module.named_parameters(recurse=False):
             name = clean_name(f"{path}.{leaf}" if path else leaf)
-            if named.get(name) is not p or not p.requires_grad:
+            if p is None or named.get(name) is not p or not p.requires_grad:
                 continue  # a tied weight is stepped once, under its first name
             refuse_flat(name, p)
             hint = hints.get(name, {})
             role = hint.get("role") or _role(module, p, head)
             if role not in ROLES:
-                raise ConfigError(f"parameter_hints() gives {name!r} the role {role!r}, expected one of: {', '.join(ROLES)}")
+                raise ConfigError(
+                    f"parameter_hints() gives {name!r} the role {role!r}, expected one of: {', '.join(ROLES)}"
+                )
             split_sizes = tuple(hint["split_sizes"]) if hint.get("split_sizes") else None
             flatten = isinstance(module, _CONVOLUTIONS)
-            key = (role, split_sizes, hint.get("num_heads"), flatten, float(hint.get("weight_decay_scale", 1.0)))
+            key = (
+                role,
+                split_sizes,
+                hint.get("num_heads"),
+                flatten,
+                float(hint.get("weight_decay_scale", 1.0)),
+            )
             grouped[key][name] = p
     found = {key[0] for key in grouped}
     for role in ("head", "value_embed"):
@@ -75,7 +85,12 @@ def route(model: nn.Module, config: OptimizerConfig | None = None) -> list[dict[
                 f"optimizer.{role} is set, but the model has no parameter of that role (tied weights are stepped as "
                 f"embed): set optimizer.{role} to null"
             )
-    return [_group(config, *key, parameters) for key, parameters in sorted(grouped.items(), key=_order)]
+    return [_group(config, key, parameters) for key, parameters in sorted(grouped.items(), key=_order)]
+
+
+def _call(model: nn.Module, method: str) -> Any:
+    """What an optional method of the model says, None without it."""
+    return getattr(model, method)() if hasattr(model, method) else None
 
 
 def _order(item: tuple[tuple, dict]) -> tuple:
@@ -83,15 +98,8 @@ def _order(item: tuple[tuple, dict]) -> tuple:
     return ROLES.index(role), str(rest)
 
 
-def _group(
-    config: OptimizerConfig,
-    role: str,
-    split_sizes: tuple[int, ...] | None,
-    num_heads: int | None,
-    flatten: bool,
-    weight_decay_scale: float,
-    parameters: dict[str, torch.Tensor],
-) -> dict[str, Any]:
+def _group(config: OptimizerConfig, key: tuple, parameters: dict[str, torch.Tensor]) -> dict[str, Any]:
+    role, split_sizes, num_heads, flatten, weight_decay_scale = key
     group = asdict(config.rule(role))
     group |= {
         "params": list(parameters.values()),
@@ -118,7 +126,7 @@ def _role(module: nn.Module, p: torch.Tensor, head: nn.Module | None) -> str:
 def _head(model: nn.Module) -> nn.Module | None:
     """The output embedding: what the model says it is, else the last linear layer as long as an embedding table."""
     if hasattr(model, "get_output_embeddings"):
-        return model.get_output_embeddings()
+        return _call(model, "get_output_embeddings")
     vocabularies = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     return linears[-1] if linears and linears[-1].out_features in vocabularies else None
@@ -127,7 +135,9 @@ def _head(model: nn.Module) -> nn.Module | None:
 def refuse_flat(name: str, p: torch.Tensor) -> None:
     """Raises ``ConfigError`` for a parameter whose matrix has been flattened away by FSDP1 or DeepSpeed ZeRO."""
     if type(p).__name__ == "FlatParameter" or getattr(p, "_is_flat_param", False):
-        raise ConfigError(f"{name} is an FSDP1 FlatParameter, its matrices are gone: shard with FSDP2's fully_shard instead")
+        raise ConfigError(
+            f"{name} is an FSDP1 FlatParameter, its matrices are gone: shard with FSDP2's fully_shard instead"
+        )
     if hasattr(p, "ds_id"):
         raise ConfigError(
             f"{name} is partitioned by DeepSpeed ZeRO 3, its matrix is gone: use ZeRO stage 0, or FSDP2's fully_shard"
@@ -138,11 +148,14 @@ def routing_table(groups: list[dict[str, Any]]) -> str:
     """What went where: one line per parameter with its name, shape, role, rule and learning rate, then totals."""
     names = [name for group in groups for name in group["param_names"]]
     width = max(map(len, names), default=9)
-    lines, totals = [], defaultdict(lambda: [0, 0])
+    lines: list[str] = []
+    totals: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for group in groups:
         for name, p in zip(group["param_names"], group["params"], strict=True):
             shape = "x".join(map(str, p.shape)) or "scalar"
-            lines.append(f"{name:<{width}} {shape:>16} {group['role']:<11} {describe(group):<44} {group['lr']:.3g}")
+            lines.append(
+                f"{name:<{width}} {shape:>16} {group['role']:<11} {describe(group):<44} {group['lr']:.3g}"
+            )
             totals[group["role"]][0] += 1
             totals[group["role"]][1] += p.numel()
     for role, (tensors, elements) in totals.items():

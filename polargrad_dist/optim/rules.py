@@ -7,14 +7,15 @@ Sources: PolarGrad family, algorithms C.1-C.4 of Lau, Long, Su (2025); Muon's sc
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from polargrad_dist.errors import ConfigError
 
 Algorithm = Literal["polar", "adamw"]
 Momentum = Literal["none", "momentum_first", "polar_first", "heavy_ball"]
 Scale = Literal["nuclear", "muon", "moonlight", "spectral", "none"]
+TAKES_STEPS = ("qdwh", "newton_schulz", "polar_express")
 Oracle = Literal["auto", "gram", "svd", "qdwh", "zolo", "newton", "newton_schulz", "polar_express"]
 
 
@@ -74,6 +75,15 @@ class Rule:
         for name, (good, expected) in ranges.items():
             if not good:
                 raise ConfigError(f"{where}.{name} is {getattr(self, name)}, expected {expected}")
+        if self.steps is not None and self.algorithm == "polar" and self.oracle not in TAKES_STEPS:
+            raise ConfigError(
+                f"{where}.steps is {self.steps} with oracle {self.oracle!r}, which runs to convergence: set steps to null, "
+                f"or take one of the oracles {', '.join(TAKES_STEPS)}"
+            )
+        if self.cautious and self.algorithm == "adamw":
+            raise ConfigError(
+                f"{where}.cautious is true with algorithm 'adamw', expected false: it is for the polar rules"
+            )
         if self.nesterov and self.momentum not in ("momentum_first", "heavy_ball"):
             raise ConfigError(
                 f"{where}.nesterov is true with momentum {self.momentum!r}, expected momentum_first or heavy_ball: "
@@ -81,20 +91,19 @@ class Rule:
             )
 
 
-def muon_rule(lr: float = 0.02, **changes) -> Rule:
+def muon_rule(lr: float = 0.02, **changes: Any) -> Rule:
     """Muon as in its reference implementation: Nesterov momentum 0.95, five Newton-Schulz steps, scale sqrt(max(1, m/n))."""
-    defaults = {"beta": 0.95, "nesterov": True, "scale": "muon", "oracle": "newton_schulz", "steps": 5}
-    return Rule(**({"lr": lr} | defaults | changes))
+    return replace(Rule(lr, nesterov=True, scale="muon", oracle="newton_schulz"), **changes)
 
 
-def polarsgdm_rule(lr: float = 1e-3, **changes) -> Rule:
+def polarsgdm_rule(lr: float = 1e-3, **changes: Any) -> Rule:
     """PolarSGDM as the paper trains embeddings and heads (table D.9): momentum-first, beta 0.5, nuclear-norm scale."""
-    return Rule(**({"lr": lr, "beta": 0.5, "scale": "nuclear"} | changes))
+    return replace(Rule(lr, beta=0.5, scale="nuclear"), **changes)
 
 
-def adamw_rule(lr: float = 1e-3, **changes) -> Rule:
+def adamw_rule(lr: float = 1e-3, **changes: Any) -> Rule:
     """AdamW with betas (0.9, 0.95)."""
-    return Rule(**({"lr": lr, "algorithm": "adamw"} | changes))
+    return replace(Rule(lr, algorithm="adamw"), **changes)
 
 
 @dataclass
@@ -134,7 +143,9 @@ class OptimizerConfig:
         if self.bucket_mb <= 0:
             raise ConfigError(f"optimizer.bucket_mb is {self.bucket_mb}, expected a size in MiB > 0")
         if self.scalar.algorithm != "adamw":
-            raise ConfigError("optimizer.scalar.algorithm is 'polar', expected 'adamw': scalars and vectors are no matrices")
+            raise ConfigError(
+                "optimizer.scalar.algorithm is 'polar', expected 'adamw': scalars and vectors are no matrices"
+            )
 
 
 ROLES = ("hidden", "embed", "value_embed", "head", "scalar")

@@ -44,7 +44,9 @@ class NamedState:
         mine = self.named_state()
         for name, value in mine.items():
             if name not in saved:
-                raise CheckpointError(f"the saved optimizer state has no {name!r}, expected the state of the same model")
+                raise CheckpointError(
+                    f"the saved optimizer state has no {name!r}, expected the state of the same model"
+                )
             if saved[name].shape != value.shape:
                 raise CheckpointError(
                     f"the saved {name!r} has shape {tuple(saved[name].shape)}, expected {tuple(value.shape)}"
@@ -66,19 +68,25 @@ class NamedState:
         Parameters are matched by name. Raises ``CheckpointError`` when they differ, or when the state of a matrix that
         this rank owns was saved by a rank that did not.
         """
-        names = {i: n for g in state_dict["param_groups"] for i, n in zip(g["params"], g["param_names"], strict=True)}
+        names = {
+            i: n
+            for g in state_dict["param_groups"]
+            for i, n in zip(g["params"], g["param_names"], strict=True)
+        }
         saved = {names[i]: state for i, state in state_dict["state"].items()}
         parts = []
         for work, key, value in self._states():
             name = work.entry.name
             if name not in saved or key not in saved[name]:
-                raise CheckpointError(f"the saved optimizer state has no {key!r} of {name!r}, expected the same model and rules")
+                raise CheckpointError(
+                    f"the saved optimizer state has no {key!r} of {name!r}, expected the same model and rules"
+                )
             parts.append((local(value), _part(work, key, saved[name][key], local(value))))
         groups = {tuple(g["param_names"]): g for g in state_dict["param_groups"]}
         for group in self.param_groups:
             if tuple(group["param_names"]) not in groups:
                 raise CheckpointError(
-                    f"the saved optimizer has no group of the parameters {group['param_names'][0]!r} …, expected the same groups"
+                    f"the saved optimizer has no group that starts with {group['param_names'][0]!r}, expected the same groups"
                 )
         for mine, theirs in parts:
             mine.copy_(theirs)

@@ -173,16 +173,26 @@ def orthogonalize(batch: list[Work], stack: torch.Tensor, facts: Facts) -> torch
         try:
             for view in layout.views(stack):
                 u, _, nuclear, info = polar(
-                    view, method=group["oracle"], steps=group["steps"], lower=group["lower"], check=False, info=True
+                    view,
+                    method=group["oracle"],
+                    steps=group["steps"],
+                    lower=group["lower"],
+                    check=False,
+                    info=True,
                 )
                 view.copy_(u)
                 m, n = view.shape[-2:]
                 nuclear_scale = group["scale"] == "nuclear"
-                scales.append(nuclear if nuclear_scale else torch.full_like(nuclear, step_scale(group["scale"], m, n)))
+                scales.append(
+                    nuclear if nuclear_scale else torch.full_like(nuclear, step_scale(group["scale"], m, n))
+                )
                 blocks += [m] * view.shape[2]
                 unknown = torch.full_like(nuclear, NAN)
+                assert info is not None
                 known = (nuclear, info.sigma_max, info.sigma_min, info.residual)
-                columns.append(torch.stack([unknown if x is None else x.to(nuclear.dtype) for x in known]).flatten(2))
+                columns.append(
+                    torch.stack([unknown if x is None else x.to(nuclear.dtype) for x in known]).flatten(2)
+                )
         except (RuntimeError, PolarError):
             stack.fill_(NAN)
             facts.flag(work.index, torch.ones((), dtype=torch.bool, device=stack.device))
@@ -191,10 +201,14 @@ def orthogonalize(batch: list[Work], stack: torch.Tensor, facts: Facts) -> torch
     for i, work in enumerate(batch):
         nuclear, largest, smallest, residual = values[:, i]
         worst = (largest / smallest).nan_to_num(0).argmax()
-        facts.values[work.index] = torch.stack([nuclear.sum(), largest[worst], smallest[worst], residual.amax()])
+        facts.values[work.index] = torch.stack(
+            [nuclear.sum(), largest[worst], smallest[worst], residual.amax()]
+        )
         facts.flag(work.index, ~nuclear.isfinite().all())
     rows = torch.tensor(blocks, device=stack.device)
-    return torch.cat(scales, -1).repeat_interleave(rows, -1, output_size=layout.rows).flatten(1).to(stack.dtype)
+    return (
+        torch.cat(scales, -1).repeat_interleave(rows, -1, output_size=layout.rows).flatten(1).to(stack.dtype)
+    )
 
 
 def step_adamw(works: Iterable[Work]) -> None:

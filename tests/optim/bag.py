@@ -4,6 +4,8 @@ The loss of sample i is the sum over parameters of <p, C_i> + |p|^2 / 20: its gr
 as any model's does, and its mean over the global batch has the condition number that the test asks for.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import nn
 
@@ -35,6 +37,17 @@ def spectrum(shape: tuple[int, ...], condition: float, generator: torch.Generato
     return ((u * values.expand_as(s).unsqueeze(-2)) @ vh).view(shape)
 
 
+@lru_cache(maxsize=64)
+def _coefficients(shapes: tuple, condition: float, seed: int, step: int) -> dict[str, torch.Tensor]:
+    out = {}
+    for i, (name, shape) in enumerate(shapes):
+        generator = torch.Generator().manual_seed(1000 * step + i + 7919 * seed)
+        mean = spectrum(shape, condition, generator)
+        noise = torch.randn(SAMPLES, *shape, generator=generator, dtype=torch.float64)
+        out[name] = mean + (noise - noise.mean(0))
+    return out
+
+
 class Bag(nn.Module):
     """``forward(samples, step)`` is the mean loss of these samples at this step."""
 
@@ -49,13 +62,7 @@ class Bag(nn.Module):
 
     def coefficients(self, step: int) -> dict[str, torch.Tensor]:
         """(samples, *shape) per parameter."""
-        out = {}
-        for i, (name, shape) in enumerate(self.shapes.items()):
-            generator = torch.Generator().manual_seed(1000 * step + i + 7919 * self.seed)
-            mean = spectrum(shape, self.condition, generator)
-            noise = torch.randn(SAMPLES, *shape, generator=generator, dtype=torch.float64)
-            out[name] = mean + (noise - noise.mean(0))
-        return out
+        return _coefficients(tuple(self.shapes.items()), self.condition, self.seed, step)
 
     def forward(self, samples: list[int], step: int) -> torch.Tensor:
         loss = torch.zeros((), dtype=torch.float64)
@@ -71,7 +78,9 @@ def groups(model: nn.Module, **rule) -> list[dict]:
     named = dict(model.named_parameters())
     named = {name.removeprefix("module."): p for name, p in named.items()}
     out = [
-        {"params": [p], "param_names": [name], **OWN[name], **rule} for name, p in named.items() if name in OWN
+        {"params": [p], "param_names": [name], **OWN[name], **rule}
+        for name, p in named.items()
+        if name in OWN
     ]
     rest = {n: p for n, p in named.items() if n not in OWN and n != "bias"}
     out.append({"params": list(rest.values()), "param_names": list(rest), **rule})

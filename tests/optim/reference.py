@@ -23,7 +23,16 @@ def scale_of(name: str, m: int, n: int, nuclear: torch.Tensor) -> torch.Tensor |
 class Reference:
     """One matrix under algorithm C.1 (none), C.2 (momentum_first), C.3 (polar_first) or C.4 (heavy_ball)."""
 
-    def __init__(self, x: torch.Tensor, momentum="none", beta=0.9, nesterov=False, scale="nuclear", weight_decay=0.0, cautious=False):
+    def __init__(
+        self,
+        x: torch.Tensor,
+        momentum="none",
+        beta=0.9,
+        nesterov=False,
+        scale="nuclear",
+        weight_decay=0.0,
+        cautious=False,
+    ):
         self.x, self.m = x.clone(), torch.zeros_like(x)
         self.momentum, self.beta, self.nesterov, self.scale = momentum, beta, nesterov, scale
         self.weight_decay, self.cautious = weight_decay, cautious

@@ -33,7 +33,9 @@ def build(mode: str, bag: dict, rule: dict, options: dict | None = None) -> tupl
     return model, PolarGrad(groups(model, **rule), **options)
 
 
-def backward(mode: str, model, optimizer: PolarGrad, rank: int, world: int, step: int, accumulation: int = 1) -> None:
+def backward(
+    mode: str, model, optimizer: PolarGrad, rank: int, world: int, step: int, accumulation: int = 1
+) -> None:
     """Gradients of the mean loss over all samples, of which each rank sees its share, in ``accumulation`` parts."""
     share = SAMPLES // world
     size = share // accumulation
@@ -42,7 +44,9 @@ def backward(mode: str, model, optimizer: PolarGrad, rank: int, world: int, step
         last = k == accumulation - 1
         if mode in ("fsdp", "hsdp"):
             model.set_requires_gradient_sync(last)
-        quiet = {"ddp": lambda: model.no_sync(), "to_owner": lambda: optimizer.no_sync()}.get(mode, nullcontext)
+        quiet = {"ddp": lambda: model.no_sync(), "to_owner": lambda: optimizer.no_sync()}.get(
+            mode, nullcontext
+        )
         with nullcontext() if last else quiet():
             (model(samples, step) / accumulation).backward()
 
@@ -59,6 +63,7 @@ def train(
     first_step: int = 0,
     accumulation: int = 1,
     clip: float | None = None,
+    gather_state: bool = True,
     load: dict | None = None,
     start: dict | None = None,
 ) -> dict:
@@ -74,8 +79,8 @@ def train(
         for group, lr in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = lr / (1 + 0.3 * step)
         optimizer.zero_grad()
-        backward(mode, model, optimizer, rank, world, step, accumulation)
         optimizer.traffic.clear()
+        backward(mode, model, optimizer, rank, world, step, accumulation)
         if clip is not None:
             norms.append(float(optimizer.clip_grad_norm_(clip)))
         optimizer.step()
@@ -83,7 +88,7 @@ def train(
         group["lr"] = lr
     return {
         "parameters": {name.removeprefix("module."): whole(p) for name, p in model.named_parameters()},
-        "state": optimizer.full_state_dict(),
+        "state": optimizer.full_state_dict() if gather_state else None,
         "norms": norms,
         "calls": dict(optimizer.traffic.calls),
         "bytes": dict(optimizer.traffic.bytes),

@@ -1,0 +1,243 @@
+"""What a user of any torch optimizer expects, on one process."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from polargrad_dist import Muon, PolarGrad, PolarGradM, PolarHB, PolarMuon, PolarSGDM
+from polargrad_dist.errors import CheckpointError, ConfigError, PolarError
+from polargrad_dist.optim.update import join_bf16, split_bf16
+from tests.optim.bag import Bag, groups, spectrum
+
+
+def quadratic(p: torch.Tensor) -> torch.Tensor:
+    return 0.5 * p.square().sum()
+
+
+def test_step_returns_the_closures_loss_and_evaluates_it_with_gradients():
+    p = nn.Parameter(torch.randn(5, 3))
+    optimizer = PolarGrad([p], lr=0.01)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = quadratic(p)
+        loss.backward()
+        return loss
+
+    before = float(quadratic(p).detach())
+    assert float(optimizer.step(closure)) == pytest.approx(before)
+    assert float(quadratic(p).detach()) < before
+
+
+def test_lr_schedulers_of_torch_drive_the_step_length():
+    p = nn.Parameter(torch.zeros(4, 4))
+    optimizer = PolarGrad([p], lr=1.0, scale="none")
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    lengths = []
+    for _ in range(3):
+        p.grad = torch.eye(4)
+        before = p.detach().clone()
+        optimizer.step()
+        scheduler.step()
+        lengths.append(float((p.detach() - before).norm()))
+    assert lengths == pytest.approx([2.0, 1.0, 0.5], rel=1e-5)
+
+
+def test_groups_may_be_added_later_and_keep_what_was_there():
+    a, b = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(5))
+    optimizer = PolarGradM([a], lr=0.1)
+    a.grad = torch.randn(4, 3)
+    optimizer.step()
+    momentum = optimizer.state[a]["momentum"].clone()
+    optimizer.add_param_group({"params": [b], "algorithm": "adamw", "lr": 0.01})
+    assert torch.equal(optimizer.state[a]["momentum"], momentum)
+    before = b.detach().clone()
+    b.grad = torch.ones(5)
+    optimizer.step()
+    assert float((b.detach() - before).abs().max()) == pytest.approx(0.01, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"params": [nn.Parameter(torch.zeros(3))]}, "expected a matrix"),
+        ({"params": [{"params": []}]}, "empty"),
+        ({"params": [nn.Parameter(torch.zeros(3, 3))], "gradients": "somewhere"}, "to_owner"),
+        ({"params": [nn.Parameter(torch.zeros(3, 3))], "scale": "nuclaer"}, "scale is 'nuclaer'"),
+        ({"params": [nn.Parameter(torch.zeros(3, 3))], "beta": 1.0}, "beta is 1.0"),
+        ({"params": [nn.Parameter(torch.zeros(6, 3))], "split_sizes": (4, 4)}, "add up to 8"),
+        ({"params": [nn.Parameter(torch.zeros(7, 3))], "num_heads": 2}, "num_heads=2 does not divide"),
+        ({"params": [nn.Parameter(torch.zeros(3, 4).T)]}, "contiguous"),
+        (
+            {"params": [("w", nn.Parameter(torch.zeros(3, 3))), ("w", nn.Parameter(torch.zeros(3, 3)))]},
+            "names two parameters",
+        ),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_a_sentence(arguments, expected):
+    with pytest.raises(ConfigError, match=expected):
+        PolarGrad(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("build", "momentum", "scale"),
+    [
+        (PolarGrad, "none", "nuclear"),
+        (PolarGradM, "momentum_first", "nuclear"),
+        (PolarSGDM, "momentum_first", "nuclear"),
+        (PolarHB, "heavy_ball", "nuclear"),
+        (PolarMuon, "momentum_first", "nuclear"),
+        (Muon, "momentum_first", "muon"),
+    ],
+)
+def test_the_familys_names_set_what_they_stand_for(build, momentum, scale):
+    group = build([nn.Parameter(torch.zeros(3, 3))]).param_groups[0]
+    assert (group["momentum"], group["scale"]) == (momentum, scale)
+
+
+def test_muon_agrees_with_torchs_own_muon_on_a_well_conditioned_gradient():
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    start = torch.randn(16, 8)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    a = Muon([ours], lr=0.05, weight_decay=0.1)
+    b = torch.optim.Muon([theirs], lr=0.05, weight_decay=0.1, momentum=0.95, adjust_lr_fn="original")
+    for step in range(3):
+        g = spectrum((16, 8), 3.0, torch.Generator().manual_seed(step)).float()
+        ours.grad, theirs.grad = g.clone(), g.clone()
+        a.step()
+        b.step()
+    # torch's iteration runs in bf16
+    assert (ours - theirs).abs().max() < 2e-3 * float((ours - start).abs().max()) + 2e-3
+
+
+def test_bf16_weights_accumulate_like_fp32_ones():
+    start = torch.randn(32, 16).bfloat16()
+    half, full = nn.Parameter(start.clone()), nn.Parameter(start.float())
+    a, b = PolarGradM([half], lr=1e-4), PolarGradM([full], lr=1e-4)
+    for step in range(200):
+        g = torch.randn(32, 16, generator=torch.Generator().manual_seed(step)).bfloat16()
+        half.grad, full.grad = g, g.float()
+        a.step()
+        b.step()
+    assert (full - start.float()).abs().max() > 1e-4
+    exact = join_bf16(half.detach().view(-1), a.state[half]["residual"].view(-1))
+    assert torch.equal(exact.view(32, 16), full.detach())
+    assert torch.equal(half.detach(), full.detach().bfloat16()) or (half.float() - full).abs().max() < 2**-8
+
+
+def test_splitting_fp32_into_bf16_and_the_rest_loses_nothing():
+    x = torch.cat(
+        [torch.randn(1000) * 10.0**e for e in (-30, -3, 0, 3, 30)] + [torch.tensor([0.0, -0.0, 1.0, -1.0])]
+    )
+    high, low = torch.empty_like(x, dtype=torch.bfloat16), torch.empty_like(x, dtype=torch.int16)
+    split_bf16(x, high, low)
+    assert torch.equal(join_bf16(high, low), x)
+    assert ((high.float() - x).abs() <= x.abs() * 2.0**-8).all()
+
+
+def test_a_zero_gradient_moves_nothing_and_a_nan_is_never_silent():
+    p = nn.Parameter(torch.randn(6, 4))
+    before = p.detach().clone()
+    optimizer = PolarGrad([p], lr=0.1)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert torch.equal(p, before)
+    p.grad = torch.full_like(p, float("nan"))
+    with pytest.raises(PolarError, match=r"polar factor of param\.0 is not finite"):
+        optimizer.step()
+
+
+def test_rows_of_an_embedding_without_gradient_do_not_move_and_keep_zero_momentum():
+    p = nn.Parameter(torch.randn(100, 5))
+    before = p.detach().clone()
+    optimizer = PolarSGDM([{"params": [p], "role": "embed"}], lr=0.1)
+    p.grad = torch.zeros_like(p)
+    p.grad[[3, 50, 99]] = torch.randn(3, 5)
+    optimizer.step()
+    moved = (p != before).any(1).nonzero().flatten().tolist()
+    assert moved == [3, 50, 99]
+    assert optimizer.state[p]["momentum"].ne(0).any(1).nonzero().flatten().tolist() == [3, 50, 99]
+
+
+def test_gradients_are_left_as_they_were():
+    bag = Bag()
+    optimizer = PolarGradM(groups(bag), lr=0.1)
+    bag(list(range(48)), 0).backward()
+    before = {n: p.grad.clone() for n, p in bag.named_parameters()}
+    optimizer.step()
+    assert all(torch.equal(p.grad, before[n]) for n, p in bag.named_parameters())
+
+
+def test_clipping_measures_and_scales_the_global_norm():
+    bag = Bag()
+    optimizer = PolarGrad(groups(bag), lr=0.1)
+    bag(list(range(48)), 0).backward()
+    grads = [p.grad.clone() for p in bag.parameters()]
+    expected = math.sqrt(sum(float(g.square().sum()) for g in grads))
+    assert float(optimizer.clip_grad_norm_(math.inf)) == pytest.approx(expected, rel=1e-12)
+    assert all(torch.equal(p.grad, g) for p, g in zip(bag.parameters(), grads, strict=True))
+    optimizer.clip_grad_norm_(1.0)
+    after = math.sqrt(sum(float(p.grad.square().sum()) for p in bag.parameters()))
+    assert after == pytest.approx(1.0, rel=1e-5)
+
+
+def test_state_exists_from_construction_and_round_trips():
+    bag = Bag()
+    optimizer = PolarGradM(groups(bag), lr=0.1)
+    assert set(optimizer.named_state()) >= {"wide.momentum", "bias.exp_avg", "bias.exp_avg_sq", "bias.step"}
+    for step in range(2):
+        bag(list(range(48)), step).backward()
+        optimizer.step()
+    other_bag = copy.deepcopy(bag)
+    other = PolarGradM(groups(other_bag), lr=7.0)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+    third_bag = copy.deepcopy(bag)
+    third = PolarGradM(groups(third_bag), lr=0.1)
+    third.load_named_state(optimizer.named_state())
+    for model, optim in ((bag, optimizer), (other_bag, other), (third_bag, third)):
+        optim.zero_grad()
+        model(list(range(48)), 2).backward()
+        optim.step()
+    for p, q, r in zip(bag.parameters(), other_bag.parameters(), third_bag.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(p, r)
+
+
+def test_the_state_of_another_model_is_refused_before_anything_changes():
+    a = PolarGradM([("w", nn.Parameter(torch.zeros(3, 3)))], lr=0.1)
+    b = PolarGradM([("v", nn.Parameter(torch.zeros(3, 3)))], lr=0.1)
+    c = PolarGradM([("w", nn.Parameter(torch.zeros(4, 3)))], lr=0.1)
+    for other in (b, c):
+        with pytest.raises(CheckpointError):
+            a.load_state_dict(other.state_dict())
+        with pytest.raises(CheckpointError):
+            a.load_named_state(other.named_state())
+
+
+def test_stats_tell_the_nuclear_norm_and_condition_of_what_was_stepped():
+    p, q = nn.Parameter(torch.zeros(40, 4)), nn.Parameter(torch.zeros(6, 6))
+    optimizer = PolarGrad([{"params": [p], "role": "embed"}, {"params": [q], "oracle": "svd"}], lr=0.1)
+    p.grad = spectrum((40, 4), 10.0, torch.Generator().manual_seed(0)).float()
+    q.grad = spectrum((6, 6), 100.0, torch.Generator().manual_seed(1)).float()
+    optimizer.step()
+    stats = optimizer.stats()
+    assert stats["embed"]["condition"] == pytest.approx(10.0, rel=1e-3)
+    assert stats["embed"]["nuclear_norm"] == pytest.approx(
+        float(torch.linalg.matrix_norm(p.grad, "nuc")), rel=1e-5
+    )
+    assert stats["hidden"]["condition"] == pytest.approx(100.0, rel=1e-2)
+    assert set(optimizer.stats(by="parameter")) == {"param.0", "param.1"}
+
+
+def test_the_muon_scale_of_a_split_is_that_of_its_blocks():
+    p = nn.Parameter(torch.zeros(12, 4))
+    optimizer = Muon([{"params": [p], "split_sizes": (8, 4)}], lr=1.0, oracle="svd", nesterov=False, beta=0.0)
+    p.grad = torch.randn(12, 4)
+    optimizer.step()
+    assert float(p[:8].norm()) == pytest.approx(math.sqrt(2) * 2, rel=1e-4)
+    assert float(p[8:].norm()) == pytest.approx(2, rel=1e-4)

@@ -37,8 +37,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
     Args:
         params: a model (routed by `route` with the default rules), an iterable of parameters or of (name, parameter)
             pairs, or parameter groups; a group may set every field of `Rule` and the three keywords after it.
-        lr, algorithm, momentum, beta, nesterov, scale, oracle, steps, lower, weight_decay, cautious, betas, eps,
-            row_sharded: see `Rule`; read from the group at every step.
+        lr, algorithm, momentum, beta, nesterov, scale, oracle, steps, oracle_dtype, lower, weight_decay, cautious,
+            betas, eps, row_sharded: see `Rule`; read from the group at every step.
         split_sizes: rows of the matrices that a fused parameter holds one below the other, each stepped on its own.
         num_heads: likewise, for equal blocks.
         flatten: treat a 3-D parameter as a convolution (first dimension against the rest), not as a stack of matrices.
@@ -66,6 +66,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         scale: str = "nuclear",
         oracle: str = "auto",
         steps: int | None = None,
+        oracle_dtype: str | None = None,
         lower: float = 1e-4,
         weight_decay: float = 0.0,
         cautious: bool = False,
@@ -84,8 +85,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             raise ConfigError(f"gradients is {gradients!r}, expected 'all_reduced' or 'to_owner'")
         defaults = dict(
             lr=lr, algorithm=algorithm, momentum=momentum, beta=beta, nesterov=nesterov, scale=scale, oracle=oracle,
-            steps=steps, lower=lower, weight_decay=weight_decay, cautious=cautious, betas=betas, eps=eps,
-            row_sharded=row_sharded, split_sizes=split_sizes, num_heads=num_heads, flatten=flatten, role=None,
+            steps=steps, oracle_dtype=oracle_dtype, lower=lower, weight_decay=weight_decay, cautious=cautious,
+            betas=betas, eps=eps, row_sharded=row_sharded, split_sizes=split_sizes, num_heads=num_heads, flatten=flatten, role=None,
         )  # fmt: skip
         self.traffic = Traffic()
         dtype = getattr(torch, comm_dtype) if isinstance(comm_dtype, str) else comm_dtype

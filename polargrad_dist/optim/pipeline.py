@@ -99,17 +99,18 @@ def finish_tall(tall: Tall, travel: Travel, facts: Facts, deliver: Deliver) -> N
     root, nuclear = unpack_triangle(tall.packed[:-3], n), tall.packed[-3]
     constant = step_scale(group["scale"], work.entry.shape[0], n)
     scale = nuclear if group["scale"] == "nuclear" else torch.full_like(nuclear, constant)
+    precise = group["lower"] < 1e-4  # strict: directions that an fp32 product would lose
     alone = work.grid.replicas == 1 and not group["cautious"] and "residual" not in work.state
     with facts.clock(work.entry.role, work.p.device):
         if alone and group["momentum"] != "polar_first" and work.p.element_size() >= 4:
             target = local(work.p)
             if decay := group["lr"] * group["weight_decay"]:
                 target.mul_(1 - decay)
-            apply_rows(tall.rows, root * (scale * -group["lr"]), out=target)
+            apply_rows(tall.rows, root * (scale * -group["lr"]), out=target, precise=precise)
             return
         first, _ = work.grid.my_rows(local(work.p).shape[0])
         for at in range(0, tall.rows.shape[0], ROWS):
-            u = apply_rows(tall.rows[at : at + ROWS], root)
+            u = apply_rows(tall.rows[at : at + ROWS], root, precise=precise)
             deliver(work, (first + at) * n, step_of(work, u, scale.expand(u.shape[0]), at * n))
 
 

@@ -49,8 +49,8 @@ def route(model: nn.Module, config: OptimizerConfig | None = None) -> list[dict[
     model = unwrap(model)
     hints: dict[str, dict[str, Any]] = _call(model, "parameter_hints") or {}
     head = _head(model)
-    named = {clean_name(name): p for name, p in model.named_parameters()}
-    if unknown := set(hints) - set(named):
+    named = {clean_name(name) for name, _ in model.named_parameters()}
+    if unknown := set(hints) - named:
         raise ConfigError(
             f"parameter_hints() names {sorted(unknown)[0]!r}, which is not a parameter of the model"
         )
@@ -59,7 +59,7 @@ def route(model: nn.Module, config: OptimizerConfig | None = None) -> list[dict[
     for path, module in model.named_modules():
         for leaf, p in module.named_parameters(recurse=False):
             name = clean_name(f"{path}.{leaf}" if path else leaf)
-            if p is None or named.get(name) is not p or not p.requires_grad:
+            if name not in named or not p.requires_grad:
                 continue  # a tied weight is stepped once, under its first name
             refuse_flat(name, p)
             hint = hints.get(name, {})

@@ -15,6 +15,7 @@ from polargrad_dist.errors import ConfigError
 Algorithm = Literal["polar", "adamw"]
 Momentum = Literal["none", "momentum_first", "polar_first", "heavy_ball"]
 Scale = Literal["nuclear", "muon", "moonlight", "spectral", "none"]
+POLYNOMIAL = ("newton_schulz", "polar_express")
 TAKES_STEPS = ("qdwh", "newton_schulz", "polar_express")
 Oracle = Literal["auto", "gram", "svd", "qdwh", "zolo", "newton", "newton_schulz", "polar_express"]
 
@@ -32,6 +33,8 @@ class Rule:
         scale: factor of the polar factor: "nuclear" (PolarGrad), "muon", "moonlight", "spectral" or "none".
         oracle: how polar factors are computed; "auto" is exact, "newton_schulz" is Muon's.
         steps: inner steps of the oracle; null for as many as it needs (5 for Muon's Newton-Schulz).
+        oracle_dtype: type in which the oracle works; null for bf16 in the polynomial oracles, as Muon does (fp64 stays
+            fp64), and for that of the momentum in the others.
         lower: singular values below this fraction of the largest count as zero, in the exact oracles.
         weight_decay: decoupled decay, per unit of learning rate.
         cautious: decay only the entries that the step also shrinks.
@@ -49,6 +52,7 @@ class Rule:
     scale: Scale = "nuclear"
     oracle: Oracle = "auto"
     steps: int | None = None
+    oracle_dtype: Literal["float32", "bfloat16"] | None = None
     lower: float = 1e-4
     weight_decay: float = 0.0
     cautious: bool = False

@@ -19,7 +19,7 @@ from torch.optim.adamw import adamw
 from polargrad_dist.distributed.grid import Grid
 from polargrad_dist.distributed.plan import Entry
 from polargrad_dist.errors import PolarError
-from polargrad_dist.optim.rules import step_scale
+from polargrad_dist.optim.rules import POLYNOMIAL, step_scale
 from polargrad_dist.polar import polar
 
 NAN = float("nan")
@@ -173,12 +173,12 @@ def orthogonalize(batch: list[Work], stack: torch.Tensor, facts: Facts) -> torch
         try:
             for view in layout.views(stack):
                 u, _, nuclear, info = polar(
-                    view,
+                    view.to(oracle_dtype(group, view.dtype)),
                     method=group["oracle"],
                     steps=group["steps"],
                     lower=group["lower"],
                     check=False,
-                    info=True,
+                    info=group["oracle"] not in POLYNOMIAL,  # which know nothing of the spectrum for free
                 )
                 view.copy_(u)
                 m, n = view.shape[-2:]
@@ -188,8 +188,7 @@ def orthogonalize(batch: list[Work], stack: torch.Tensor, facts: Facts) -> torch
                 )
                 blocks += [m] * view.shape[2]
                 unknown = torch.full_like(nuclear, NAN)
-                assert info is not None
-                known = (nuclear, info.sigma_max, info.sigma_min, info.residual)
+                known = (nuclear, *(info[2:] if info else (None,) * 3))
                 columns.append(
                     torch.stack([unknown if x is None else x.to(nuclear.dtype) for x in known]).flatten(2)
                 )
@@ -209,6 +208,13 @@ def orthogonalize(batch: list[Work], stack: torch.Tensor, facts: Facts) -> torch
     return (
         torch.cat(scales, -1).repeat_interleave(rows, -1, output_size=layout.rows).flatten(1).to(stack.dtype)
     )
+
+
+def oracle_dtype(group: dict[str, Any], dtype: torch.dtype) -> torch.dtype:
+    """The type in which a group's oracle is given matrices of ``dtype``."""
+    if group["oracle_dtype"] is not None:
+        return getattr(torch, group["oracle_dtype"])
+    return torch.bfloat16 if group["oracle"] in POLYNOMIAL and dtype != torch.float64 else dtype
 
 
 def step_adamw(works: Iterable[Work]) -> None:

@@ -90,11 +90,13 @@ def test_the_last_the_round_and_the_best_are_kept(tmp_path):
     losses = [5.0, 3.0, 1.0, float("nan"), 2.0, 2.5, None, 2.2, 2.4, 2.3]
     for step, loss in enumerate(losses, 1):
         store.save(step, {"a": torch.zeros(1)}, validation_loss=loss)
+    store.wait()
     expected = [f"step-{step:08d}" for step in (3, 4, 8, 9, 10)]
     assert names(tmp_path) == expected
     # A later start knows the losses from the manifests.
     store = CheckpointStore(tmp_path, CheckpointConfig(keep_last=2, keep_every=4))
     store.save(11, {"a": torch.zeros(1)}, validation_loss=1.5)
+    store.wait()
     assert names(tmp_path) == [f"step-{step:08d}" for step in (3, 4, 8, 10, 11)]
     assert {path.name for path in tmp_path.iterdir()} == set(names(tmp_path)), "nothing half removed stays"
 

@@ -1,9 +1,8 @@
-"""Checkpoints that survive a kill, a full disk and a flipped bit, and load at any world size, under any
-strategy.
+"""Checkpoints that survive a kill, a full disk and a flipped bit, and load at any world size and strategy.
 
-``manifest`` knows the format, ``storage`` the bytes under torch.distributed.checkpoint, ``folder`` what is
-kept, ``ranks`` how ranks agree, and ``store`` brings them together. ``python -m
-polargrad_dist.trainer.checkpoint verify|list|show PATH`` looks at them.
+``manifest`` knows the format, ``storage`` the bytes under torch.distributed.checkpoint, ``folder`` what is kept,
+``ranks`` how ranks agree, and ``store`` brings them together.
+``python -m polargrad_dist.trainer.checkpoint verify|list|show PATH`` looks at them.
 """
 
 from polargrad_dist.trainer.checkpoint.folder import CheckpointConfig

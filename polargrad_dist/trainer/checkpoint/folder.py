@@ -1,5 +1,4 @@
-"""The folder of one run's checkpoints: which are kept, and what moves out of the way. Only rank 0 calls
-these.
+"""The folder of one run's checkpoints: which are kept, what moves out of the way. Only rank 0 calls these.
 
 Names: ``step-00001000`` is a checkpoint; ``.saving-…`` one being written; ``.removing-…`` one being deleted;
 ``aside-…`` one that no run resumes from any more (damaged, or of a branch given up), left for a person to
@@ -56,9 +55,7 @@ class CheckpointConfig:
 
 
 def prune(folder: Path, config: CheckpointConfig, losses: dict[str, float | None]) -> None:
-    """Removes what is neither among the last, nor for good, nor the best. ``losses`` caches validation losses
-    by name.
-    """
+    """Removes what is neither among the last, nor for good, nor the best; ``losses`` caches losses by name."""
     paths = checkpoints_in(folder)
     keep = set(paths[-config.keep_last :])
     if config.keep_every:

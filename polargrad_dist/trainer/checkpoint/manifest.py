@@ -1,8 +1,9 @@
 """What a checkpoint folder holds: one manifest.json, its checksum, and one file of raw tensor bytes per rank.
 
 The manifest is JSON and the rank files are nothing but bytes, so that reading a checkpoint, even a hostile
-one, can execute nothing. Every piece of a tensor has its own SHA-256: damage is named down to the tensor.
-Knows files and checksums; knows no process group.
+one, can execute nothing. Every piece of a tensor has its own CRC-32, so that damage is named down to the tensor
+(it misses one random change in 4 billion and costs less than half of what SHA-256 does). Knows files and checksums;
+knows no process group.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import math
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,7 +30,8 @@ CHECKSUM = "manifest.sha256"
 _NAME = re.compile(r"step-(\d{8,})")
 _RANK_FILE = re.compile(r"rank-\d{5,}\.bin")
 _DTYPES = {str(v).removeprefix("torch."): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
-_BLOCK = 8 << 20
+# Small enough to be in a cache when it is hashed just before or after it is copied.
+BLOCK = 4 << 20
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -61,7 +64,7 @@ class Piece:
     file: str
     start: int
     bytes: int
-    sha256: str
+    crc32: int
     offset: tuple[int, ...]
     shape: tuple[int, ...]
 
@@ -145,14 +148,14 @@ class Manifest:
 def _tensor(name: str, body: dict[str, Any]) -> SavedTensor:
     dtype, shape = _DTYPES[body["dtype"]], tuple(body["shape"])
     pieces = tuple(
-        Piece(file, start, size, sha256, tuple(offset), tuple(part))
-        for file, start, size, sha256, offset, part in body["pieces"]
+        Piece(file, start, size, crc32, tuple(offset), tuple(part))
+        for file, start, size, crc32, offset, part in body["pieces"]
     )
     for piece in pieces:
         # The name is joined to a path: nothing but a plain rank file inside the folder may pass.
         if not _RANK_FILE.fullmatch(piece.file):
             raise ValueError(f"{name} lies in {piece.file!r}, which is no rank file")
-        numbers = (piece.start, piece.bytes, *piece.offset, *piece.shape, *shape)
+        numbers = (piece.start, piece.bytes, piece.crc32, *piece.offset, *piece.shape, *shape)
         if not all(type(n) is int and n >= 0 for n in numbers):
             raise ValueError(f"{name} has an offset or size that is not a natural number")
         box = zip(piece.offset, piece.shape, shape, strict=True)
@@ -190,7 +193,7 @@ def damage(
     def check(item: tuple[str, Piece]) -> str | None:
         name, piece = item
         try:
-            return None if _digest(folder, piece) == piece.sha256 else f"{piece.file} is damaged at {name}"
+            return None if read_piece(folder, piece) else f"{piece.file} is damaged at {name}"
         except OSError as error:
             return f"{piece.file} cannot be read at {name}: {error.strerror}"
 
@@ -205,15 +208,21 @@ def verify(folder: Path, *, threads: int = 4) -> Manifest:
     return manifest
 
 
-def _digest(folder: Path, piece: Piece) -> str:
-    digest, left = hashlib.sha256(), piece.bytes
-    buffer = memoryview(bytearray(min(_BLOCK, left)))
+def read_piece(folder: Path, piece: Piece, into: memoryview | None = None, check: bool = True) -> bool:
+    """Reads a piece block by block, into memory if given; says whether its bytes are those that were written.
+
+    Without ``check`` only their number is looked at.
+    """
+    scratch = memoryview(bytearray(min(BLOCK, piece.bytes)))
+    crc, done = 0, 0
     with open(folder / piece.file, "rb", buffering=0) as file:
         file.seek(piece.start)
-        while left and (read := file.readinto(buffer[: min(len(buffer), left)])):
-            digest.update(buffer[:read])
-            left -= read
-    return digest.hexdigest()
+        while done < piece.bytes:
+            block = scratch[: piece.bytes - done] if into is None else into[done : done + BLOCK]
+            if not (read := file.readinto(block)):
+                return False
+            crc, done = zlib.crc32(block[:read], crc) if check else crc, done + read
+    return crc == piece.crc32 or not check
 
 
 def differences(saved: Any, current: Any, name: str) -> Iterator[str]:

@@ -33,9 +33,7 @@ class Ranks:
         return values
 
     def together(self, doing: str, fn: Callable[[], T]) -> list[T]:
-        """Every rank's ``fn()``, in rank order; an error on any rank is raised as CheckpointError on all of
-        them.
-        """
+        """Every rank's ``fn()``, in rank order; one rank's error is raised as CheckpointError on all of them."""
         value, error = None, None
         try:
             value = fn()

@@ -1,16 +1,15 @@
 """The bytes of a checkpoint under torch.distributed.checkpoint (DCP): its planners say which rank writes or
-wants which slice of which tensor, these classes write and read them. DCP's own file storage keeps its
-metadata as a pickle and has no checksums; here the metadata is the JSON manifest, and every piece is hashed
-when written and checked when read.
+wants which slice of which tensor, these classes write and read them. DCP's own file storage keeps its metadata as
+a pickle and has no checksums; here the metadata is the JSON manifest, and every piece is checked.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import errno
-import hashlib
 import math
 import os
+import zlib
 from collections import defaultdict
 from collections.abc import Callable
 from itertools import accumulate
@@ -42,7 +41,15 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from polargrad_dist.errors import CheckpointError
-from polargrad_dist.trainer.checkpoint.manifest import Manifest, Piece, SavedTensor, in_threads, some
+from polargrad_dist.trainer.checkpoint.manifest import (
+    BLOCK,
+    Manifest,
+    Piece,
+    SavedTensor,
+    in_threads,
+    read_piece,
+    some,
+)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -56,9 +63,7 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 class Copies(DefaultSavePlanner):
-    """Plans from the live tensors' shapes and shardings, and writes ``data``: their local parts, or copies of
-    these.
-    """
+    """Plans from the live tensors' shapes and shardings, but writes ``data``: their local parts, or copies."""
 
     def __init__(self, data: dict[str, torch.Tensor]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -106,12 +111,13 @@ class Writer(StorageWriter):
         def write(work: tuple[WriteItem, int]) -> WriteResult:
             item, start = work
             data = as_bytes(planner.resolve_data(item).to("cpu").contiguous())  # type: ignore[union-attr]
-            digest = hashlib.sha256(data).hexdigest()
-            written = 0
-            while written < len(data):  # Linux writes at most 2 GiB at a time
-                written += os.pwrite(file, data[written:], start + written)
+            crc, done = 0, 0
+            while done < len(data):
+                block = data[done : done + BLOCK]
+                written = os.pwrite(file, block, start + done)
+                crc, done = zlib.crc32(block[:written], crc), done + written
             chunk = _chunk(item)
-            piece = Piece(path.name, start, len(data), digest, tuple(chunk.offsets), tuple(chunk.sizes))
+            piece = Piece(path.name, start, len(data), crc, tuple(chunk.offsets), tuple(chunk.sizes))
             return WriteResult(item.index, len(data), piece)
 
         try:
@@ -160,12 +166,13 @@ class StrictLoad(DefaultLoadPlanner):
 
 
 class Reader(StorageReader):
-    """Reads whole pieces, checks each, and copies what is asked for. A piece that is its target is read in
-    place.
+    """Reads whole pieces and copies what is asked of them; a piece that fills its target is read in place.
+
+    ``check`` compares each with its checksum.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, threads: int) -> None:
-        self.folder, self.manifest, self.threads = folder, manifest, threads
+    def __init__(self, folder: Path, manifest: Manifest, threads: int, check: bool) -> None:
+        self.folder, self.manifest, self.threads, self.check = folder, manifest, threads, check
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
         pass
@@ -226,15 +233,11 @@ class Reader(StorageReader):
         return done
 
     def _read(self, name: str, piece: Piece, into: memoryview) -> None:
-        path, read = self.folder / piece.file, 0
         try:
-            with open(path, "rb", buffering=0) as file:
-                file.seek(piece.start)
-                while read < len(into) and (n := file.readinto(into[read:])):
-                    read += n
+            whole = read_piece(self.folder, piece, into, self.check)
         except OSError as error:
-            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-        if read < len(into) or hashlib.sha256(into).hexdigest() != piece.sha256:
+            raise CheckpointError(f"cannot read {self.folder / piece.file}: {error.strerror}") from error
+        if not whole:
             raise CheckpointError(f"{piece.file} is damaged at {name}")
 
 

@@ -92,10 +92,12 @@ class CheckpointStore:
         self.failed = 0
         self._ranks = Ranks(timeout)
         self._origin: str | None = None
+        self._verified: Path | None = None  # what was hashed just now need not be hashed again to be loaded
         self._losses: dict[str, float | None] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[CheckpointError | None] | None = None
+        self._pruning: Future[None] | None = None
         self._all_saved = True
 
     def save(
@@ -107,11 +109,9 @@ class CheckpointStore:
         per_rank: dict[str, torch.Tensor] | None = None,
         validation_loss: float | None = None,
     ) -> bool:
-        """Saves the state after ``step`` steps; True if it is on the disk or, asynchronous, copied and on its
-        way.
+        """Saves the state after ``step`` steps; True if it is on the disk or, asynchronous, copied and on its way.
 
-        tensors: name to Tensor or DTensor, only those this rank holds; what several ranks hold is written
-        once.
+        tensors: name to Tensor or DTensor, only those this rank holds; what several ranks hold is written once.
         objects: JSON-able; rank 0's are kept. per_rank: small tensors of which every rank's own is kept.
         A failure raises CheckpointError on all ranks or returns False on all, as ``on_failure`` says; older
         checkpoints stay as they are. A background save still running is waited for first.
@@ -146,8 +146,10 @@ class CheckpointStore:
         return True if failure is None else self._failure(failure, background=False)
 
     def wait(self) -> bool:
-        """Waits for a background save; True if every save since the last ``wait`` is on the disk."""
+        """Waits for all work in the background; True if every save since the last ``wait`` is on the disk."""
         self._finish()
+        if self._pruning is not None:
+            self._pruning.result()
         self._all_saved, saved = True, self._all_saved
         return saved
 
@@ -161,8 +163,7 @@ class CheckpointStore:
             self._ranks.close()
 
     def resume_point(self) -> Path | None:
-        """The checkpoint to start from, as ``config.resume`` says; None to start afresh. Clears what a killed
-        run left.
+        """The checkpoint to start from, as ``config.resume`` says; None to start afresh. Clears a killed run's leftovers.
 
         Checkpoints of this folder newer than the chosen one (damaged, or of a branch given up) are renamed to
         ``aside-…``, so that no later start picks them. A run that began at a path goes on from its own
@@ -195,8 +196,7 @@ class CheckpointStore:
     def load(self, path: str | os.PathLike, tensors: dict[str, torch.Tensor]) -> Loaded:
         """Fills ``tensors`` in place: each rank those it wants, whole or sharded, however they were saved.
 
-        Raises CheckpointError on all ranks: damage, missing names, other shapes, another model, tokenizer or
-        data.
+        Raises CheckpointError on all ranks: damage, missing names, other shapes, another model, tokenizer or data.
         """
         self._finish()
         path, rank = Path(path).absolute(), self._ranks.rank
@@ -217,7 +217,7 @@ class CheckpointStore:
             dcp.load(
                 {name: tensor.detach() for name, tensor in tensors.items()}
                 | {f"rank/{rank}/{name}": tensor for name, tensor in (per_rank or {}).items()},
-                storage_reader=Reader(path, manifest, self.config.threads),
+                storage_reader=Reader(path, manifest, self.config.threads, check=path != self._verified),
                 planner=StrictLoad(manifest),
                 process_group=self._ranks.group,
                 no_dist=self._ranks.group is None,
@@ -251,9 +251,7 @@ class CheckpointStore:
     def _write(
         self, manifest: Manifest, named: dict[str, torch.Tensor], data: dict[str, torch.Tensor]
     ) -> CheckpointError | None:
-        """The whole transaction, on this thread or in the background; returns an error rather than raising
-        it.
-        """
+        """The whole transaction, on this thread or in the background. Returns an error rather than raise it."""
         final = self.folder / folder_name(manifest.step)
         temporary = final.with_name(SAVING + final.name)
         started = time.monotonic()
@@ -281,7 +279,8 @@ class CheckpointStore:
         if self._ranks.rank == 0:
             log.info("saved %s in %.1f s", final, time.monotonic() - started)
             self._losses[final.name] = finite(manifest.validation_loss)
-            prune(self.folder, self.config, self._losses)
+            # Deleting gigabytes takes a while, and nobody waits for it.
+            self._pruning = self._thread.submit(prune, self.folder, self.config, self._losses)
         self.last_saved = manifest.step
         return None
 
@@ -315,9 +314,7 @@ class CheckpointStore:
         return copies
 
     def _make_room(self, step: int) -> None:
-        """On rank 0: clears what a killed save of this step left; renames a damaged checkpoint of it out of
-        the way.
-        """
+        """On rank 0: clears what a killed save of this step left, and renames a damaged checkpoint of it."""
         final = self.folder / folder_name(step)
         if (temporary := final.with_name(SAVING + final.name)).exists():
             shutil.rmtree(temporary)
@@ -362,6 +359,7 @@ class CheckpointStore:
         for path in reversed(paths):
             reasons = self._ranks.gather(self._damage(path, (self._ranks.rank, self._ranks.world)))
             if not any(reasons):
+                self._verified = path
                 return path, skipped
             skipped.append(f"{path.name}: {next(reason for reason in reasons if reason)}")
             if self._ranks.rank == 0:

@@ -5,7 +5,9 @@ Knows tensors only: no optimizer, no process group. Conventions follow scipy.lin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -13,20 +15,25 @@ from torch import Tensor
 
 from ..errors import PolarError
 from .gram import fast_fp64
-from .oracle import Options, Oracle, largest_entry
+from .newton import newton
+from .oracle import Options, Oracle, largest_entry, without_tf32
 from .polynomial import newton_schulz, polar_express
 from .qdwh import qdwh
 from .rows import CompressedRows, compress_rows, expand_rows
 from .spectral import STRICT, gram, svd
+from .zolo import zolo
 
 ORACLES = {
     "svd": svd,
     "gram": gram,
     "qdwh": qdwh,
+    "zolo": zolo,
+    "newton": newton,
     "newton_schulz": newton_schulz,
     "polar_express": polar_express,
 }
-TAKES_STEPS = ("qdwh", "newton_schulz", "polar_express")
+POLYNOMIALS = ("newton_schulz", "polar_express")
+TAKES_STEPS = ("qdwh", *POLYNOMIALS)
 
 
 class PolarInfo(NamedTuple):
@@ -92,7 +99,7 @@ def polar(
     _validate(a, method, steps, lower, coefficients)
     *batch, m, n = a.shape
     out_dtype = out_dtype or a.dtype
-    tall = (a if m >= n else a.mT).reshape(-1, max(m, n), min(m, n))
+    tall = (a if m >= n else a.mT).reshape(math.prod(batch), max(m, n), min(m, n))
     if tall.numel() == 0:
         return _empty(a, method, hermitian, out_dtype, info)
     finite = largest_entry(tall).isfinite()
@@ -102,12 +109,11 @@ def polar(
     sparse = _nonzero_rows(tall) if method == "auto" else None
     if method == "auto":
         method = choose_method(tall.shape if sparse is None else sparse.rows.shape, a.device, lower=lower)
-    if sparse is not None:
-        found = _on_nonzero_rows(sparse, method, options)
-    elif check or method == "gram":  # which turns a non-finite matrix into NaN by itself, without this copy
-        found = ORACLES[method](tall, options)
-    else:
-        found = ORACLES[method](torch.where(finite, tall, 0.0), options)
+    whole = tall if check or method == "gram" else torch.where(finite, tall, 0.0)  # gram needs no such copy
+    with nullcontext() if method in POLYNOMIALS else without_tf32(a.device):
+        found = (
+            ORACLES[method](whole, options) if sparse is None else _on_nonzero_rows(sparse, method, options)
+        )
     if not check:
         found.U.masked_fill_(~finite, torch.nan)
         found.nuclear_norm.masked_fill_(~finite[:, 0, 0], torch.nan)

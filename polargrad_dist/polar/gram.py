@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .oracle import row_chunks
+from .oracle import row_chunks, without_tf32
 
 # Squaring costs half the digits: below this σ/σ_max an fp64 Gram matrix holds rounding noise.
 SMALLEST_LOWER = 1e-7
@@ -98,50 +98,44 @@ def apply_rows(
     precise: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """scale·A·X for rows A, or, with `out`, out += scale·A·X in place: a parameter update that never stores U.
+    """scale·A·X for rows A, or, with `out`, out += scale·A·X: an update that never stores U.
 
     Args:
         rows: (…, m, n) of any floating dtype; m may be 0.
         X: (…, n, n), usually InverseSqrt.X.
         out: (…, m, n), added to in place and returned.
-        scale: a number or a 0-d tensor (minus the learning rate times the nuclear norm, say).
-        precise: multiply in fp64 chunk by chunk. Otherwise products are fp32 (fp64 for fp64 rows), whose error in a
-            direction is about 1e-7·σ_max/σ: right for the default `lower`, not below it. On a GPU with fast fp64 and
-            at scales that fp32 cannot hold, fp64 is used anyway.
+        scale: a number or a 0-d tensor (minus learning rate times nuclear norm, say).
+        precise: multiply in fp64. Otherwise in fp32 (fp64 for fp64 rows), whose error in a direction is about
+            1e-7·σ_max/σ: right for the default `lower`, not below it. On a GPU with fast fp64, and at scales
+            that fp32 cannot hold, fp64 is used anyway.
         dtype: of the result when `out` is not given; that of the rows by default.
     """
-    if out is None:
-        dtype = dtype or rows.dtype
-        out_shape = rows.shape[:-1] + X.shape[-1:]
-        U = torch.empty(out_shape, dtype=dtype, device=rows.device)
+    work = torch.float64 if precise or _needs_fp64(rows, X) else torch.float32
     X = X.to(torch.float64) * scale
-    work = torch.float64 if precise or needs_fp64(rows, X) else torch.float32
-    X = X.to(work)
-    m, n = rows.shape[-2:]
-    target = U if out is None else out
-    same = rows.dtype == work == target.dtype and rows.dim() == 2
-    for chunk in [slice(0, m)] if same else row_chunks(m, n):
-        A, T = rows[..., chunk, :].to(work), target[..., chunk, :]
+    # Most of a well-conditioned X is its diagonal. Added last, it rounds once; inside the product, every later
+    # term of the sum would round at its size, which costs a digit.
+    diagonal = X.diagonal(dim1=-2, dim2=-1)
+    rest = (X - torch.diag_embed(diagonal)).to(work)
+    diagonal = diagonal[..., None, :].to(work)
+    target = torch.empty_like(rows, dtype=dtype) if out is None else out
+    for chunk in row_chunks(*rows.shape[-2:]):
+        A = rows[..., chunk, :].to(work)
+        with without_tf32(rows.device):
+            product = (A @ rest).addcmul_(A, diagonal)
         if out is None:
-            if same:
-                torch.mm(A, X, out=T)
-            else:
-                T.copy_(A @ X)
-        elif same:
-            T.addmm_(A, X)
+            target[..., chunk, :] = product
         else:
-            T.add_(A @ X)
+            target[..., chunk, :] += product
     return target
 
 
-def needs_fp64(rows: Tensor, X: Tensor) -> bool:
-    """Whether a product of `rows` with X must be fp64: fp64 data, a device where it is as fast, or an extreme scale."""
+def _needs_fp64(rows: Tensor, X: Tensor) -> bool:
     if rows.dtype == torch.float64:
         return True
     if rows.device.type != "cpu":
         return fast_fp64(rows.device)
     peak = float(X.abs().amax()) if X.numel() else 0.0
-    return not (1e-15 < peak < 1e15)
+    return not (peak == 0 or 1e-15 < peak < 1e15)
 
 
 def fast_fp64(device: torch.device) -> bool:

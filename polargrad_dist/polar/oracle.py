@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -88,3 +89,18 @@ def orthogonality(U: Tensor) -> Tensor:
 def missing_share(kept: Tensor) -> Tensor:
     """The same of a partial isometry with these directions kept (B, n): the root of the share it leaves out."""
     return (~kept).double().mean(-1).sqrt()
+
+
+@contextmanager
+def without_tf32(device: torch.device) -> Iterator[None]:
+    """fp32 products in full inside: TF32, where a trainer has allowed it, keeps three digits."""
+    if device.type != "cuda":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

@@ -101,16 +101,23 @@ def minimax_quintic(low: float, high: float) -> tuple[float, float, float]:
     return a, b, c
 
 
-@lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result  # they are numbers: a compiled caller need not trace the exchange
 def polar_express_coefficients(
     lower: float, steps: int, safety: float = 1.0, cushion: float = CUSHION
 ) -> tuple[tuple[float, float, float], ...]:
     """Minimax schedule of `steps` quintics that takes singular values in [lower, 1] towards 1.
 
-    Each step is the best quintic for the interval that the steps before it leave, centred so that both of its ends
-    are equally far from 1. `safety` > 1 shrinks the argument of every step but the last: in bf16 a singular value may
-    be rounded to above the interval, where the polynomials grow fast.
+    Each step is the best quintic for the interval that the steps before it leave, centred so that both of its
+    ends are equally far from 1. `safety` > 1 shrinks the argument of every step but the last: in bf16 a
+    singular value may be rounded to above the interval, where the polynomials grow fast.
     """
+    return _composition(lower, steps, safety, cushion)
+
+
+@lru_cache(maxsize=64)
+def _composition(
+    lower: float, steps: int, safety: float, cushion: float
+) -> tuple[tuple[float, float, float], ...]:
     if not 0 < lower < 1 or steps < 1:
         raise ValueError(f"0 < lower < 1 and steps >= 1 are needed, got lower={lower}, steps={steps}")
     low, high = lower, 1.0

@@ -1,6 +1,6 @@
 """QDWH, the QR-based dynamically weighted Halley iteration (Nakatsukasa, Bai and Gygi 2010; algorithm A.3).
 
-Works on square matrices (`reduce.py` makes them so). Two modes: to convergence from a lower bound on the singular
+Works on square matrices (`rational.py` makes them so). Two modes: to convergence from a lower bound on the singular
 values, and cut off after a given number of steps from ℓ₀ = eps, the operator behind the paper's learning rates.
 """
 
@@ -12,39 +12,32 @@ import torch
 from torch import Tensor
 
 from .oracle import Options, Oracle, inner_product, orthogonality, working_copy
-from .reduce import largest_singular_value, smallest_singular_value, to_square
+from .rational import Bounds, on_square, to_square
 
 # Above this c a Cholesky step would lose digits; the QR step is backward stable for any c (section 4 of the paper).
 LARGEST_CHOLESKY_C = 100.0
 
 
 def qdwh(A: Tensor, options: Options) -> Oracle:
-    """Without `steps`: to rounding, from estimated bounds. With `steps`: that many, from α = ‖A‖_F and ℓ₀ = eps."""
-    X, scale = working_copy(A)
+    """Without `steps`: to rounding, from estimated bounds. With `steps`: that many, α = ‖A‖_F and ℓ₀ = eps."""
+    if options.steps is None:
+        return on_square(A, options, _run)
+    return _truncated(A, options, options.steps)
+
+
+def _run(X: Tensor, bounds: Bounds) -> tuple[Tensor, int]:
+    schedule = halley_schedule(bounds.low, bounds.tolerance)
+    return run_qdwh(X, schedule), len(schedule)
+
+
+def _truncated(A: Tensor, options: Options, steps: int) -> Oracle:
+    X, _ = working_copy(A)
     Q, R = to_square(X)
-    eps = torch.finfo(X.dtype).eps
-    low, sigma_min = eps, None
-    if options.steps is not None:
-        alpha = torch.linalg.matrix_norm(R)
-        schedule = halley_schedule(eps, 0.0, options.steps)
-    else:
-        alpha = largest_singular_value(R)
-        low = max(options.lower, eps / 2)
-        if options.may_wait:
-            sigma_min = smallest_singular_value(torch.linalg.qr(R, mode="r").R if Q is None else R)
-            low = max(low, min(0.9, float((sigma_min / alpha).nan_to_num(0.0).min())))
-        schedule = halley_schedule(low, 4 * eps)
-    U = run_qdwh(R / torch.where(alpha > 0, alpha, 1.0)[:, None, None], schedule)
+    norm = torch.linalg.matrix_norm(R)[:, None, None]
+    U = run_qdwh(R / torch.where(norm > 0, norm, 1.0), halley_schedule(torch.finfo(X.dtype).eps, 0.0, steps))
     U = U if Q is None else Q @ U
-    back = 1 / scale[:, 0, 0].double()
-    return Oracle(
-        U.to(options.out_dtype),
-        inner_product(A, U),
-        steps=len(schedule),
-        sigma_max=alpha * back,
-        sigma_min=None if sigma_min is None else sigma_min * back,
-        residual=orthogonality(U) if options.info else None,
-    )
+    residual = orthogonality(U) if options.info else None
+    return Oracle(U.to(options.out_dtype), inner_product(A, U), steps=steps, residual=residual)
 
 
 def halley_weights(low: float) -> tuple[float, float, float]:

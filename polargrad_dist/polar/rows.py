@@ -17,7 +17,8 @@ class CompressedRows(NamedTuple):
 
 def compress_rows(a: Tensor) -> CompressedRows:
     """Leave out the zero rows of a (m, n). Reads their number back from the device, so a GPU is waited for."""
-    positions = a.any(dim=1).nonzero().squeeze(1)
+    nonzero = (a.amax(1) != 0) | (a.amin(1) != 0)  # several times faster than any(), and true for NaN
+    positions = nonzero.nonzero().squeeze(1)
     return CompressedRows(a.index_select(0, positions), positions, a.shape[0])
 
 

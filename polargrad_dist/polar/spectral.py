@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from .gram import apply_rows, gram_matrix, inverse_sqrt
-from .oracle import Options, Oracle, inverse_scale, largest_entry, missing_share, working_copy
+from .oracle import Options, Oracle, inner_product, inverse_scale, largest_entry, missing_share, working_copy
 
 # A `lower` below this asks for directions that fp32 products do not resolve.
 STRICT = 1e-4
@@ -18,20 +19,28 @@ def svd(A: Tensor, options: Options) -> Oracle:
     P, sigma, Vh = torch.linalg.svd(X, full_matrices=False)
     kept = sigma > max(options.lower, torch.finfo(sigma.dtype).eps) * sigma[:, :1]
     U = (P * kept[:, None, :]) @ Vh
-    sigma = sigma.double() / scale[:, 0].double()
+    back = 1 / scale[:, 0].double()
+    sigma = sigma.double()
+    # LAPACK's fp32 singular values are off by 1e-7 together. ⟨A, U⟩ is not, to first order, but for the lengths
+    # of the computed singular vectors, and these are cheap to know.
+    lengths = vector_norm(P, dim=-2, dtype=torch.float64) * vector_norm(Vh, dim=-1, dtype=torch.float64)
+    # Under a few eps·σ_max a singular value is rounding, and there may be many of those.
+    left_out = sigma * (sigma > 4 * torch.finfo(X.dtype).eps * sigma[:, :1])
+    nuclear_norm = inner_product(X, U) + torch.where(kept, sigma * (1 - lengths), left_out).sum(-1)
     return Oracle(
         U.to(options.out_dtype),
-        sigma.sum(-1),
+        nuclear_norm * back[:, 0],
         vectors=Vh.mT,
-        sigma=sigma,
-        sigma_max=sigma[:, 0],
-        sigma_min=sigma[:, -1],
+        sigma=sigma * back,
+        sigma_max=sigma[:, 0] * back[:, 0],
+        sigma_min=sigma[:, -1] * back[:, 0],
         residual=missing_share(kept),
     )
 
 
 def gram(A: Tensor, options: Options) -> Oracle:
-    """U = A·S^(-1/2); in strict mode (`lower` < 1e-4) the last product is fp64 too."""
+    """U = A·S^(-1/2). The last product is fp64 in strict mode, and where it is small beside the eigenproblem."""
+    precise = options.lower < STRICT or A.shape[1] < 4 * A.shape[2]
     if A.dtype == torch.float64:
         scale = inverse_scale(largest_entry(A))
     else:  # the squares of anything narrower stay within fp64
@@ -41,7 +50,7 @@ def gram(A: Tensor, options: Options) -> Oracle:
     )
     back = 1 / scale[:, 0]
     return Oracle(
-        apply_rows(A, root.X * scale, precise=options.lower < STRICT, dtype=options.out_dtype),
+        apply_rows(A, root.X * scale, precise=precise, dtype=options.out_dtype),
         root.nuclear_norm * back[:, 0],
         vectors=root.vectors,
         sigma=root.sigma * back,

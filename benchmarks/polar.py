@@ -1,0 +1,348 @@
+"""Speed, accuracy and memory of every polar method: `python -m benchmarks.polar [--quick] [--json FILE]`.
+
+On a CPU: one thread, process CPU time (the machine may be shared), the methods interleaved round by round, medians, and
+ratios against two baselines of the same run: LAPACK's SVD and a plain fixed 5-step fp32 QDWH. Errors against an fp64 SVD
+stand beside each speed. On a GPU, if there is one: CUDA events, batches of matrices, bf16 polynomials too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from polargrad_dist.polar import apply_rows, gram_matrix, inverse_sqrt, polar
+
+CPU_SHAPES = [(50304, 768), (151936, 1024), (3072, 768), (4096, 1024), (768, 768), (1024, 1024)]
+QUICK_SHAPES = [(4096, 256), (1024, 256), (256, 256)]
+GPU_CASES = [
+    (1, 50304, 768),
+    (1, 151936, 1024),
+    (12, 3072, 768),
+    (48, 768, 768),
+    (12, 768, 768),
+    (48, 1024, 1024),
+]
+SPARSE_ROWS = 4000
+# The slowest baseline on the largest matrix takes minutes and memory for nothing the others do not show.
+LARGEST_QDWH5 = 60_000_000
+
+
+@dataclass
+class Row:
+    """One method on one matrix: seconds (median), ratios against the baselines, errors, memory beyond the input."""
+
+    device: str
+    case: str
+    method: str
+    seconds: float
+    vs_qdwh5: float | None
+    vs_svd: float | None
+    direction: float | None
+    orthogonality: float | None
+    nuclear: float | None
+    memory: float | None
+
+
+Result = tuple[Tensor | None, Tensor]
+Method = Callable[[Tensor], Result]
+
+
+def plain_svd(a: Tensor) -> Result:
+    """The baseline: reduced SVD and U = PVᵀ."""
+    P, sigma, Vh = torch.linalg.svd(a, full_matrices=False)
+    return P @ Vh, sigma.sum(-1)
+
+
+def plain_qdwh5(a: Tensor) -> Result:
+    """The baseline: algorithm A.3 as printed, 5 steps, ℓ₀ = eps, QR while c > 100, nothing estimated but ‖A‖_F."""
+    n = a.shape[-1]
+    eye = torch.eye(n, dtype=a.dtype, device=a.device)
+    X, low = a / torch.linalg.matrix_norm(a), torch.finfo(a.dtype).eps
+    for _ in range(5):
+        gamma = (4 * (1 - low**2) / low**4) ** (1 / 3)
+        h = math.sqrt(1 + gamma) + 0.5 * math.sqrt(
+            8 - 4 * gamma + 8 * (2 - low**2) / (low**2 * math.sqrt(1 + gamma))
+        )
+        b = (h - 1) ** 2 / 4
+        c = h + b - 1
+        if c > 100:
+            Q = torch.linalg.qr(torch.cat([math.sqrt(c) * X, eye])).Q
+            X = (b / c) * X + (h - b / c) / math.sqrt(c) * (Q[:-n] @ Q[-n:].mT)
+        else:
+            L = torch.linalg.cholesky(eye + c * (X.mT @ X))
+            X = (b / c) * X + (h - b / c) * torch.cholesky_solve(X.mT, L).mT
+        low = min(1.0, low * (h + b * low**2) / (1 + c * low**2))
+    return X, (a * X).sum()
+
+
+def library(method: str, **options) -> Method:
+    def run(a: Tensor) -> Result:
+        found = polar(a, method=method, **options)
+        return found.U, found.nuclear_norm
+
+    return run
+
+
+def fused_update(parameter: Tensor) -> Method:
+    """The Gram method adding -1e-3·‖A‖·U to a parameter: U is never stored."""
+
+    def run(a: Tensor) -> Result:
+        root = inverse_sqrt(gram_matrix(a))
+        apply_rows(a, root.X, out=parameter, scale=-1e-3 * root.nuclear_norm)
+        return None, root.nuclear_norm
+
+    return run
+
+
+def cpu_methods(a: Tensor, everything: bool) -> dict[str, Method]:
+    m, n = a.shape
+    methods: dict[str, Method] = {"svd (baseline)": plain_svd}
+    if a.numel() <= LARGEST_QDWH5:
+        methods["qdwh-5 (baseline)"] = plain_qdwh5
+    methods |= {"auto": library("auto"), "gram": library("gram")}
+    if m >= 2 * n:
+        methods["gram, fused update"] = fused_update(torch.zeros_like(a))
+    if everything:
+        methods |= {
+            "gram, strict": library("gram", lower=1e-7),
+            "qdwh": library("qdwh"),
+            "qdwh, steps=2": library("qdwh", steps=2),
+            "zolo": library("zolo"),
+            "newton": library("newton"),
+            "newton_schulz (Muon)": library("newton_schulz"),
+            "polar_express, 8 steps": library("polar_express", steps=8, lower=1e-3),
+        }
+    return methods
+
+
+def interleaved(methods: dict[str, Method], a: Tensor, rounds: int) -> dict[str, float]:
+    """Median process CPU seconds of each method, every round running all of them once."""
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    for _ in range(rounds):
+        for name, run in methods.items():
+            start = time.process_time()
+            result = run(a)
+            seconds[name].append(time.process_time() - start)
+            del result
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def extra_memory(run: Method, a: Tensor) -> float | None:
+    """Peak resident memory beyond the input during one call, result included, in multiples of the input (Linux)."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return None
+    gc.collect()
+    reset.write_text("5")  # the peak restarts from what is resident now
+
+    def field(name: str) -> int:
+        line = next(x for x in status.read_text().splitlines() if x.startswith(name))
+        return 1024 * int(line.split()[1])
+
+    before = field("VmRSS")
+    result = run(a)
+    peak = field("VmHWM")
+    del result
+    return (peak - before) / (a.numel() * a.element_size())
+
+
+def errors(result: Result, exact: Tensor, nuclear: Tensor) -> tuple[float | None, float | None, float]:
+    """‖U − U*‖_F/√n, ‖UᵀU − I‖_F/√n and the relative error of the nuclear norm."""
+    U, norm = result
+    nuclear_error = float((norm.double() / nuclear - 1).abs().max())
+    if U is None:
+        return None, None, nuclear_error
+    n = min(U.shape[-2:])
+    direction = orthogonality = 0.0
+    for u, exact_u in zip(U.reshape(-1, *U.shape[-2:]), exact.reshape(-1, *U.shape[-2:]), strict=True):
+        direction = max(direction, float((u.double() - exact_u).norm()) / n**0.5)
+        eye = torch.eye(n, dtype=torch.float64, device=U.device)
+        orthogonality = max(orthogonality, float((gram_matrix(u) - eye).norm()) / n**0.5)
+    return direction, orthogonality, nuclear_error
+
+
+def exact_polar(a: Tensor) -> Result:
+    """In fp64, through the QR factor of a tall matrix, so that the SVD is n×n."""
+    Q, R = torch.linalg.qr(a.double())
+    P, sigma, Vh = torch.linalg.svd(R)
+    return Q @ (P @ Vh), sigma.sum(-1)
+
+
+def cpu_case(
+    case: str, a: Tensor, methods: dict[str, Method], rounds: int, exact: Tensor, nuclear: Tensor
+) -> list[Row]:
+    memory = {name: extra_memory(run, a) for name, run in methods.items()}  # warms up as well
+    seconds = interleaved(methods, a, rounds)
+    svd, qdwh5 = seconds.get("svd (baseline)"), seconds.get("qdwh-5 (baseline)")
+    return [
+        Row(
+            "cpu",
+            case,
+            name,
+            t,
+            qdwh5 and qdwh5 / t,
+            svd and svd / t,
+            *errors(methods[name](a), exact, nuclear),
+            memory[name],
+        )
+        for name, t in seconds.items()
+    ]
+
+
+def cpu_rows(shapes: list[tuple[int, int]], rounds: int) -> list[Row]:
+    rows: list[Row] = []
+    for m, n in shapes:
+        a = torch.randn(m, n, generator=torch.Generator().manual_seed(m + n))
+        exact, nuclear = exact_polar(a)
+        rows += cpu_case(
+            f"{m}×{n}", a, cpu_methods(a, everything=a.numel() <= 5_000_000), rounds, exact, nuclear
+        )
+        if m > 10 * SPARSE_ROWS and n == 768:
+            keep = torch.randperm(m, generator=torch.Generator().manual_seed(1))[:SPARSE_ROWS]
+            sparse = torch.zeros_like(a).index_copy_(0, keep, a[keep])
+            exact, nuclear = exact_polar(sparse)
+            case = f"{m}×{n}, {SPARSE_ROWS} rows"
+            some = {"qdwh-5 (baseline)": plain_qdwh5, "auto (compressed)": library("auto")}
+            rows += cpu_case(case, sparse, some, rounds, exact, nuclear)
+    return rows
+
+
+def gpu_rows(rounds: int) -> list[Row]:
+    """Batches on the current CUDA device, in fp32 and, for the polynomials, in bf16; SVD as the baseline where it is bearable."""
+    rows: list[Row] = []
+    for count, m, n in GPU_CASES:
+        a = torch.randn(count, m, n, device="cuda", generator=torch.Generator("cuda").manual_seed(m + n))
+        half = a.bfloat16()
+        exact, nuclear = exact_polar(a)
+        methods: dict[str, tuple[Method, Tensor]] = {
+            "svd (baseline)": (plain_svd, a),
+            "auto": (library("auto", check=False), a),
+            "gram": (library("gram", check=False), a),
+            "qdwh": (library("qdwh", check=False), a),
+            "newton_schulz (Muon), bf16": (library("newton_schulz", check=False), half),
+            "polar_express, 8 steps, bf16": (
+                library("polar_express", steps=8, lower=1e-3, check=False),
+                half,
+            ),
+        }
+        if count * m * n > LARGEST_QDWH5:
+            del methods["svd (baseline)"]
+        seconds, memory = cuda_timings(methods, rounds)
+        svd = seconds.get("svd (baseline)")
+        for name, t in seconds.items():
+            run, x = methods[name]
+            row = Row(
+                "cuda",
+                f"{count}×{m}×{n}",
+                name,
+                t,
+                None,
+                svd and svd / t,
+                *errors(run(x), exact, nuclear),
+                memory[name],
+            )
+            rows.append(row)
+    return rows
+
+
+def cuda_timings(
+    methods: dict[str, tuple[Method, Tensor]], rounds: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    memory: dict[str, float] = {}
+    for _ in range(rounds + 1):  # the first round warms up
+        for name, (run, x) in methods.items():
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            result = run(x)
+            end.record()
+            torch.cuda.synchronize()
+            memory[name] = (torch.cuda.max_memory_allocated() - before) / (x.numel() * x.element_size())
+            seconds[name].append(start.elapsed_time(end) / 1000)
+            del result
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}, memory
+
+
+def table(rows: list[Row]) -> str:
+    def number(x: float | None, form: str) -> str:
+        return "–" if x is None else format(x, form)
+
+    header = [
+        "case",
+        "method",
+        "seconds",
+        "vs QDWH-5",
+        "vs SVD",
+        "direction",
+        "orthogonality",
+        "nuclear",
+        "memory/A",
+    ]
+    lines = [header]
+    for r in rows:
+        ratios = [number(r.vs_qdwh5, ".2f"), number(r.vs_svd, ".2f")]
+        accuracy = [number(x, ".0e") for x in (r.direction, r.orthogonality, r.nuclear)]
+        lines.append([r.case, r.method, f"{r.seconds:.4f}", *ratios, *accuracy, number(r.memory, ".2f")])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    lines.insert(1, ["-" * w for w in widths])
+    return "\n".join(
+        "| " + " | ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="small matrices: half a minute instead of several"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds; the median is reported")
+    parser.add_argument(
+        "--shape", action="append", help="m×n as MxN instead of the standard CPU shapes; repeatable"
+    )
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    shapes = QUICK_SHAPES if arguments.quick else CPU_SHAPES
+    if arguments.shape:
+        shapes = [tuple(int(x) for x in text.split("x")) for text in arguments.shape]
+    rows = cpu_rows(shapes, arguments.rounds)
+    device = "none"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+        rows += gpu_rows(max(5, arguments.rounds))
+    print(
+        f"torch {torch.__version__}, {platform.processor() or platform.machine()}, one thread; GPU: {device}"
+    )
+    print(table(rows))
+    if not torch.cuda.is_available():
+        print("No CUDA device: the GPU cases (bf16 polynomials, batches of 12 and 48) were not run.")
+    if arguments.json:
+        setup = {
+            "torch": torch.__version__,
+            "machine": platform.platform(),
+            "gpu": device,
+            "rounds": arguments.rounds,
+        }
+        arguments.json.write_text(
+            json.dumps({"setup": setup, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

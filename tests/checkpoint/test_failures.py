@@ -206,6 +206,8 @@ def test_a_kill_at_any_moment_leaves_a_valid_checkpoint_and_a_run_that_resumes(t
             run_ranks(save_for_ever, 2, str(tmp_path / "checkpoints"), asynchronous, timeout=30)
         killer.join()
         found = CheckpointStore(tmp_path / "checkpoints").newest_valid()
+        if found is None and newest == 0:  # killed before the first save was done
+            continue
         assert found == checkpoints_in(tmp_path / "checkpoints")[-1], "the newest is always whole"
         step = verify(found).step
         assert step >= newest, "and no save is lost"

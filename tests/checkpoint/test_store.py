@@ -242,11 +242,12 @@ def test_a_checkpoint_of_something_else_is_refused_with_the_difference(tmp_path,
         other.load(other.newest_valid(), {})
 
 
-def test_other_data_is_accepted_when_asked_for_and_nothing_else(tmp_path):
+def test_other_data_is_accepted_when_asked_for_and_nothing_else(tmp_path, caplog):
     CheckpointStore(tmp_path, identity=IDENTITY).save(1, state(1))
     config = CheckpointConfig(allow_other_data=True)
     store = CheckpointStore(tmp_path, config, identity=IDENTITY | {"data": {"seed": 2}})
     assert store.load(store.newest_valid(), {}).step == 1
+    assert "with other data: data.seed is 1 in the checkpoint and 2 in this run" in caplog.text
     store = CheckpointStore(tmp_path, config, identity=IDENTITY | {"model": {}})
     with pytest.raises(CheckpointError, match="of another model"):
         store.load(store.newest_valid(), {})

@@ -31,7 +31,7 @@ _NAME = re.compile(r"step-(\d{8,})")
 _RANK_FILE = re.compile(r"rank-\d{5,}\.bin")
 _DTYPES = {str(v).removeprefix("torch."): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
 # Small enough to be in a cache when it is hashed just before or after it is copied.
-BLOCK = 4 << 20
+BLOCK = 1 << 20
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -53,8 +53,8 @@ from polargrad_dist.trainer.checkpoint.manifest import (
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor, without its autograd history."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:

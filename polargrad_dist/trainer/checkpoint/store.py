@@ -120,6 +120,7 @@ class CheckpointStore:
         if step == self.last_saved:
             return True
         named = tensors | {f"rank/{self._ranks.rank}/{name}": t for name, t in (per_rank or {}).items()}
+        named = {name: tensor.detach() for name, tensor in named.items()}
 
         def prepare() -> tuple[int, dict[str, int]]:
             nonlocal objects
@@ -131,7 +132,7 @@ class CheckpointStore:
         try:
             steps, held = zip(*self._ranks.together(f"step {step} was not saved", prepare), strict=True)
         except CheckpointError as error:
-            return self._failure(error, background=False)
+            return self._failure(error)
         if len(set(steps)) > 1:
             raise CheckpointError(
                 f"ranks save different steps, {steps} in rank order: their loops have parted"
@@ -143,7 +144,7 @@ class CheckpointStore:
             self._pending = self._thread.submit(self._write, manifest, named, self._copy(named))
             return True
         failure = self._write(manifest, named, {name: local(t) for name, t in named.items()})
-        return True if failure is None else self._failure(failure, background=False)
+        return True if failure is None else self._failure(failure)
 
     def wait(self) -> bool:
         """Waits for all work in the background; True if every save since the last ``wait`` is on the disk."""
@@ -224,6 +225,7 @@ class CheckpointStore:
             )
         except (Exception, dcp.CheckpointException) as error:
             raise CheckpointError(f"{path} was not loaded: {_cause(error)}") from None
+        self._verified = None
         if path.parent == self.folder:
             self.last_saved, self._origin = manifest.step, manifest.origin
         else:
@@ -288,12 +290,12 @@ class CheckpointStore:
         if self._pending is not None:
             pending, self._pending = self._pending, None
             if (error := pending.result()) is not None:
-                self._failure(error, background=True)
+                self._failure(error)
 
-    def _failure(self, error: CheckpointError, background: bool) -> bool:
+    def _failure(self, error: CheckpointError) -> bool:
         self.failed += 1
         self._all_saved = False
-        if (self.config.on_failure or ("continue" if background else "raise")) == "raise":
+        if (self.config.on_failure or ("continue" if self.config.asynchronous else "raise")) == "raise":
             raise error
         if self._ranks.rank == 0:
             log.error("%s; training goes on (failed saves so far: %d)", error, self.failed)
@@ -377,9 +379,11 @@ class CheckpointStore:
         """Refuses a checkpoint of another model, tokenizer or data, naming the differences."""
         identity = Manifest.read(path).identity
         for part in sorted(identity.keys() | self.identity.keys()):
-            if part == "data" and self.config.allow_other_data:
-                continue
-            if found := list(differences(identity.get(part), self.identity.get(part), part)):
+            found = list(differences(identity.get(part), self.identity.get(part), part))
+            if found and part == "data" and self.config.allow_other_data:
+                if self._ranks.rank == 0:
+                    log.warning("going on from %s with other data: %s", path, some(found))
+            elif found:
                 way = ", or set checkpoint.allow_other_data=true" if part == "data" else ""
                 raise CheckpointError(
                     f"it is of another {part}: {some(found)}. Run with what it was made with{way}"

@@ -8,6 +8,7 @@ stand beside each speed. On a GPU, if there is one: CUDA events, batches of matr
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import math
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,8 +36,9 @@ GPU_CASES = [
     (48, 1024, 1024),
 ]
 SPARSE_ROWS = 4000
-# The slowest baseline on the largest matrix takes minutes and memory for nothing the others do not show.
-LARGEST_QDWH5 = 60_000_000
+MANY_ENTRIES = 100_000_000  # from here one timed round on a CPU: the slowest baseline takes minutes
+# Direction and orthogonality are judged on directions with σ/σ_max above this; below `lower` methods differ by design.
+JUDGED = 1e-3
 
 
 @dataclass
@@ -107,10 +110,12 @@ def fused_update(parameter: Tensor) -> Method:
 
 def cpu_methods(a: Tensor, everything: bool) -> dict[str, Method]:
     m, n = a.shape
-    methods: dict[str, Method] = {"svd (baseline)": plain_svd}
-    if a.numel() <= LARGEST_QDWH5:
-        methods["qdwh-5 (baseline)"] = plain_qdwh5
-    methods |= {"auto": library("auto"), "gram": library("gram")}
+    methods: dict[str, Method] = {
+        "svd (baseline)": plain_svd,
+        "qdwh-5 (baseline)": plain_qdwh5,
+        "auto": library("auto"),
+        "gram": library("gram"),
+    }
     if m >= 2 * n:
         methods["gram, fused update"] = fused_update(torch.zeros_like(a))
     if everything:
@@ -138,12 +143,15 @@ def interleaved(methods: dict[str, Method], a: Tensor, rounds: int) -> dict[str,
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def extra_memory(run: Method, a: Tensor) -> float | None:
-    """Peak resident memory beyond the input during one call, result included, in multiples of the input (Linux)."""
+def with_memory(run: Method, a: Tensor) -> tuple[Result, float | None]:
+    """The result, and the peak of resident memory beyond the input while it was made, in multiples of the input (Linux)."""
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not reset.exists():
-        return None
+        return run(a), None
     gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(
+        0
+    )  # what earlier methods freed must not be there to be reused unseen
     reset.write_text("5")  # the peak restarts from what is resident now
 
     def field(name: str) -> int:
@@ -152,50 +160,53 @@ def extra_memory(run: Method, a: Tensor) -> float | None:
 
     before = field("VmRSS")
     result = run(a)
-    peak = field("VmHWM")
-    del result
-    return (peak - before) / (a.numel() * a.element_size())
+    return result, (field("VmHWM") - before) / (a.numel() * a.element_size())
 
 
-def errors(result: Result, exact: Tensor, nuclear: Tensor) -> tuple[float | None, float | None, float]:
-    """‖U − U*‖_F/√n, ‖UᵀU − I‖_F/√n and the relative error of the nuclear norm."""
-    U, norm = result
-    nuclear_error = float((norm.double() / nuclear - 1).abs().max())
-    if U is None:
-        return None, None, nuclear_error
-    n = min(U.shape[-2:])
-    direction = orthogonality = 0.0
-    for u, exact_u in zip(U.reshape(-1, *U.shape[-2:]), exact.reshape(-1, *U.shape[-2:]), strict=True):
-        direction = max(direction, float((u.double() - exact_u).norm()) / n**0.5)
-        eye = torch.eye(n, dtype=torch.float64, device=U.device)
-        orthogonality = max(orthogonality, float((gram_matrix(u) - eye).norm()) / n**0.5)
-    return direction, orthogonality, nuclear_error
+class Exact(NamedTuple):
+    """U, V (columns) of the directions judged, and the nuclear norm, of each matrix of a batch, in fp64."""
+
+    U: Tensor
+    V: list[Tensor]
+    nuclear: Tensor
 
 
-def exact_polar(a: Tensor) -> Result:
-    """In fp64, through the QR factor of a tall matrix, so that the SVD is n×n."""
+def exact_polar(a: Tensor) -> Exact:
+    """Through the QR factor of a tall matrix, so that the SVD is n×n."""
     Q, R = torch.linalg.qr(a.double())
     P, sigma, Vh = torch.linalg.svd(R)
-    return Q @ (P @ Vh), sigma.sum(-1)
+    pairs = zip(Vh.reshape(-1, *Vh.shape[-2:]), sigma.reshape(-1, sigma.shape[-1]), strict=True)
+    judged = [vh[s > JUDGED * s[0]].mT for vh, s in pairs]
+    return Exact((Q @ (P @ Vh)).reshape(-1, *a.shape[-2:]), judged, sigma.sum(-1))
 
 
-def cpu_case(
-    case: str, a: Tensor, methods: dict[str, Method], rounds: int, exact: Tensor, nuclear: Tensor
-) -> list[Row]:
-    memory = {name: extra_memory(run, a) for name, run in methods.items()}  # warms up as well
+def errors(result: Result, exact: Exact) -> tuple[float | None, float | None, float]:
+    """‖(U − U*)V‖_F and ‖Vᵀ(UᵀU − I)V‖_F over √(columns of V), and the relative error of the nuclear norm."""
+    U, norm = result
+    nuclear = float((norm.double() / exact.nuclear - 1).abs().max())
+    if U is None:
+        return None, None, nuclear
+    direction = orthogonality = 0.0
+    for u, reference, V in zip(U.reshape(exact.U.shape), exact.U, exact.V, strict=True):
+        root = V.shape[1] ** 0.5
+        direction = max(direction, float(((u.double() - reference) @ V).norm()) / root)
+        eye = torch.eye(V.shape[1], dtype=torch.float64, device=V.device)
+        orthogonality = max(orthogonality, float((V.mT @ gram_matrix(u) @ V - eye).norm()) / root)
+    return direction, orthogonality, nuclear
+
+
+def cpu_case(case: str, a: Tensor, methods: dict[str, Method], rounds: int) -> list[Row]:
+    exact = exact_polar(a)
+    measured = {}
+    for name, run in methods.items():  # which also warms everything up
+        result, memory = with_memory(run, a)
+        measured[name] = (*errors(result, exact), memory)
+        del result
+    del exact
     seconds = interleaved(methods, a, rounds)
     svd, qdwh5 = seconds.get("svd (baseline)"), seconds.get("qdwh-5 (baseline)")
     return [
-        Row(
-            "cpu",
-            case,
-            name,
-            t,
-            qdwh5 and qdwh5 / t,
-            svd and svd / t,
-            *errors(methods[name](a), exact, nuclear),
-            memory[name],
-        )
+        Row("cpu", case, name, t, qdwh5 and qdwh5 / t, svd and svd / t, *measured[name])
         for name, t in seconds.items()
     ]
 
@@ -204,27 +215,23 @@ def cpu_rows(shapes: list[tuple[int, int]], rounds: int) -> list[Row]:
     rows: list[Row] = []
     for m, n in shapes:
         a = torch.randn(m, n, generator=torch.Generator().manual_seed(m + n))
-        exact, nuclear = exact_polar(a)
-        rows += cpu_case(
-            f"{m}×{n}", a, cpu_methods(a, everything=a.numel() <= 5_000_000), rounds, exact, nuclear
-        )
-        if m > 10 * SPARSE_ROWS and n == 768:
+        methods = cpu_methods(a, everything=a.numel() <= 5_000_000)
+        rows += cpu_case(f"{m}×{n}", a, methods, 1 if a.numel() >= MANY_ENTRIES else rounds)
+        if (m, n) == (50304, 768):
             keep = torch.randperm(m, generator=torch.Generator().manual_seed(1))[:SPARSE_ROWS]
             sparse = torch.zeros_like(a).index_copy_(0, keep, a[keep])
-            exact, nuclear = exact_polar(sparse)
-            case = f"{m}×{n}, {SPARSE_ROWS} rows"
             some = {"qdwh-5 (baseline)": plain_qdwh5, "auto (compressed)": library("auto")}
-            rows += cpu_case(case, sparse, some, rounds, exact, nuclear)
+            rows += cpu_case(f"{m}×{n}, {SPARSE_ROWS} rows", sparse, some, rounds)
     return rows
 
 
 def gpu_rows(rounds: int) -> list[Row]:
-    """Batches on the current CUDA device, in fp32 and, for the polynomials, in bf16; SVD as the baseline where it is bearable."""
+    """Batches on the current CUDA device, in fp32 and, for the polynomials, in bf16; SVD where it is bearable."""
     rows: list[Row] = []
     for count, m, n in GPU_CASES:
         a = torch.randn(count, m, n, device="cuda", generator=torch.Generator("cuda").manual_seed(m + n))
         half = a.bfloat16()
-        exact, nuclear = exact_polar(a)
+        exact = exact_polar(a)
         methods: dict[str, tuple[Method, Tensor]] = {
             "svd (baseline)": (plain_svd, a),
             "auto": (library("auto", check=False), a),
@@ -236,23 +243,16 @@ def gpu_rows(rounds: int) -> list[Row]:
                 half,
             ),
         }
-        if count * m * n > LARGEST_QDWH5:
+        if count * m * n >= MANY_ENTRIES:
             del methods["svd (baseline)"]
         seconds, memory = cuda_timings(methods, rounds)
         svd = seconds.get("svd (baseline)")
         for name, t in seconds.items():
             run, x = methods[name]
-            row = Row(
-                "cuda",
-                f"{count}×{m}×{n}",
-                name,
-                t,
-                None,
-                svd and svd / t,
-                *errors(run(x), exact, nuclear),
-                memory[name],
+            accuracy = errors(run(x), exact)
+            rows.append(
+                Row("cuda", f"{count}×{m}×{n}", name, t, None, svd and svd / t, *accuracy, memory[name])
             )
-            rows.append(row)
     return rows
 
 

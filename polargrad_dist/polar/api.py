@@ -105,7 +105,9 @@ def polar(
     finite = largest_entry(tall).isfinite()
     if check:
         _require_finite(finite[:, 0, 0], a.shape[:-2])
-    options = Options(steps, lower, out_dtype, info, coefficients, may_wait=check or a.device.type == "cpu")
+    # H wants U in full, even if the caller wants it in half precision.
+    dtype = torch.promote_types(out_dtype, torch.float32) if hermitian else out_dtype
+    options = Options(steps, lower, dtype, info, coefficients, may_wait=check or a.device.type == "cpu")
     sparse = _nonzero_rows(tall) if method == "auto" else None
     if method == "auto":
         method = choose_method(tall.shape if sparse is None else sparse.rows.shape, a.device, lower=lower)
@@ -117,8 +119,11 @@ def polar(
     if not check:
         found.U.masked_fill_(~finite, torch.nan)
         found.nuclear_norm.masked_fill_(~finite[:, 0, 0], torch.nan)
-    U = (found.U if m >= n else found.U.mT).reshape(a.shape)
-    H = _hermitian_factor(tall, found, wide=m < n).reshape(*batch, n, n) if hermitian else None
+    U = (found.U if m >= n else found.U.mT).reshape(a.shape).to(out_dtype)
+    H = None
+    if hermitian:
+        with without_tf32(a.device):
+            H = _hermitian_factor(tall, found.U, wide=m < n).reshape(*batch, n, n)
     norm = found.nuclear_norm.to(torch.promote_types(a.dtype, torch.float32)).reshape(batch)
     return Polar(U, H, norm, _details(found, method, batch) if info else None)
 
@@ -178,19 +183,15 @@ def _on_nonzero_rows(sparse: CompressedRows, method: str, options: Options) -> O
     k, n = sparse.rows.shape
     found = ORACLES[method]((sparse.rows if k >= n else sparse.rows.mT)[None], options)
     U = found.U[0] if k >= n else found.U[0].mT
-    return found._replace(U=expand_rows(U, sparse.positions, sparse.m)[None], vectors=None)
+    return found._replace(U=expand_rows(U, sparse.positions, sparse.m)[None])
 
 
-def _hermitian_factor(tall: Tensor, found: Oracle, wide: bool) -> Tensor:
-    """H of each A (B, m, n), m ≥ n, in at least fp32; for a wide matrix, given as A = its transpose, UHUᵀ of that."""
+def _hermitian_factor(tall: Tensor, U: Tensor, wide: bool) -> Tensor:
+    """H = UᵀA, made symmetric, of each A (B, m, n), m ≥ n; for a wide matrix, given as A = its transpose, UHUᵀ of that."""
     dtype = torch.promote_types(tall.dtype, torch.float32)
-    U = found.U.to(dtype)
-    if found.vectors is not None and found.sigma is not None:
-        V = found.vectors * found.sigma[:, None, :].sqrt()
-        H = (V @ V.mT).to(dtype)
-    else:
-        H = U.mT @ tall.to(dtype)
-        H = (H + H.mT) / 2
+    U = U.to(dtype)
+    H = U.mT @ tall.to(dtype)
+    H = (H + H.mT) / 2
     if wide:
         H = U @ H @ U.mT
         H = (H + H.mT) / 2

@@ -20,18 +20,16 @@ BLOCK_COLUMNS = 192
 
 
 class InverseSqrt(NamedTuple):
-    """What `inverse_sqrt` knows about A from S = AᵀA; every field fp64, batched over leading dimensions.
+    """What S = AᵀA says about A; every field fp64 (kept: bool), batched over leading dimensions.
 
-    X (…, n, n) is S^(-1/2) with the null directions left out, nuclear_norm (…) is tr S^(1/2), sigma_max and sigma_min
-    (…) are extreme singular values of A, vectors (…, n, n) and sigma (…, n) its right singular vectors (columns) and
-    singular values in ascending order, kept (…, n) marks the directions that X does not leave out.
+    X (…, n, n) is S^(-1/2) with the null directions left out, nuclear_norm (…) is tr S^(1/2), sigma_max and sigma_min (…) are
+    the extreme ones of A's singular values sigma (…, n), ascending; kept (…, n) marks those that X does not leave out.
     """
 
     X: Tensor
     nuclear_norm: Tensor
     sigma_max: Tensor
     sigma_min: Tensor
-    vectors: Tensor
     sigma: Tensor
     kept: Tensor
 
@@ -58,8 +56,11 @@ def gram_matrix(rows: Tensor, *, scale: Tensor | None = None) -> Tensor:
                 block.addmm_(left, right)
             else:
                 block.add_(left @ right)
-    upper = S.triu()
-    return upper + upper.triu(1).mT
+    for j in range(0, n, width):
+        square = S[..., j : j + width, j : j + width]
+        square.copy_(square.triu() + square.triu(1).mT)
+        S[..., j + width :, j : j + width] = S[..., j : j + width, j + width :].mT
+    return S
 
 
 def inverse_sqrt(S: Tensor, *, lower: float = 1e-4) -> InverseSqrt:
@@ -80,13 +81,12 @@ def inverse_sqrt(S: Tensor, *, lower: float = 1e-4) -> InverseSqrt:
     # What rounding left of a zero eigenvalue is not a singular value.
     noise = 4 * torch.finfo(torch.float64).eps * largest
     sigma = torch.where(eigenvalues > noise, eigenvalues, 0.0).sqrt()
-    sigma_max = sigma[..., -1]
-    kept = sigma > max(lower, SMALLEST_LOWER) * sigma_max[..., None]
+    kept = sigma > max(lower, SMALLEST_LOWER) * sigma[..., -1:]
     quarter = torch.where(kept, sigma, 1.0).rsqrt() * kept
     X = gram_matrix((V * quarter[..., None, :]).mT)
-    nan = torch.where(finite, 0.0, torch.nan)
-    X, sigma = X + nan[..., None, None], sigma + nan[..., None]
-    return InverseSqrt(X, sigma.sum(-1), sigma_max + nan, sigma[..., 0], V, sigma, kept)
+    X.masked_fill_(~finite[..., None, None], torch.nan)
+    sigma.masked_fill_(~finite[..., None], torch.nan)
+    return InverseSqrt(X, sigma.sum(-1), sigma[..., -1], sigma[..., 0], sigma, kept)
 
 
 def apply_rows(
@@ -110,13 +110,14 @@ def apply_rows(
             that fp32 cannot hold, fp64 is used anyway.
         dtype: of the result when `out` is not given; that of the rows by default.
     """
-    work = torch.float64 if precise or _needs_fp64(rows, X) else torch.float32
-    X = X.to(torch.float64) * scale
+    work = torch.float64 if precise or needs_fp64(rows, X) else torch.float32
+    if not (isinstance(scale, float) and scale == 1.0):
+        X = X.to(torch.float64) * scale
     # Most of a well-conditioned X is its diagonal. Added last, it rounds once; inside the product, every later
     # term of the sum would round at its size, which costs a digit.
-    diagonal = X.diagonal(dim1=-2, dim2=-1)
-    rest = (X - torch.diag_embed(diagonal)).to(work)
-    diagonal = diagonal[..., None, :].to(work)
+    diagonal = X.diagonal(dim1=-2, dim2=-1)[..., None, :].to(work)
+    rest = X.to(work, copy=True)
+    rest.diagonal(dim1=-2, dim2=-1).zero_()
     target = torch.empty_like(rows, dtype=dtype) if out is None else out
     for chunk in row_chunks(*rows.shape[-2:]):
         A = rows[..., chunk, :].to(work)
@@ -129,7 +130,8 @@ def apply_rows(
     return target
 
 
-def _needs_fp64(rows: Tensor, X: Tensor) -> bool:
+def needs_fp64(rows: Tensor, X: Tensor) -> bool:
+    """Whether rows·X is a product in fp64 anyway: fp64 data, a GPU where it costs the same, a scale beyond fp32's."""
     if rows.dtype == torch.float64:
         return True
     if rows.device.type != "cpu":

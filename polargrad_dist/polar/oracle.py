@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # One fp64 chunk of A: large enough to feed a matrix product, small beside any matrix worth chunking.
-CHUNK_ELEMENTS = 1 << 20
+CHUNK_ELEMENTS = 1 << 18
 
 
 class Options(NamedTuple):
@@ -25,15 +25,10 @@ class Options(NamedTuple):
 
 
 class Oracle(NamedTuple):
-    """A method's answer on A (B, m, n), m ≥ n: U in out_dtype, the nuclear norm (B,) in fp64, and what it knows for free.
-
-    vectors (B, n, n) and sigma (B, n) are A's right singular vectors (columns) and singular values, if it found them.
-    """
+    """A method's answer on A (B, m, n), m ≥ n: U in out_dtype, the nuclear norm (B,) in fp64, and what it knows for free."""
 
     U: Tensor
     nuclear_norm: Tensor
-    vectors: Tensor | None = None
-    sigma: Tensor | None = None
     steps: int | None = None
     sigma_max: Tensor | None = None
     sigma_min: Tensor | None = None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from .gram import apply_rows, gram_matrix, inverse_sqrt
+from .gram import apply_rows, gram_matrix, inverse_sqrt, needs_fp64
 from .oracle import Options, Oracle, inner_product, inverse_scale, largest_entry, missing_share, working_copy
 
 # A `lower` below this asks for directions that fp32 products do not resolve.
@@ -30,8 +30,6 @@ def svd(A: Tensor, options: Options) -> Oracle:
     return Oracle(
         U.to(options.out_dtype),
         nuclear_norm * back[:, 0],
-        vectors=Vh.mT,
-        sigma=sigma * back,
         sigma_max=sigma[:, 0] * back[:, 0],
         sigma_min=sigma[:, -1] * back[:, 0],
         residual=missing_share(kept),
@@ -40,21 +38,19 @@ def svd(A: Tensor, options: Options) -> Oracle:
 
 def gram(A: Tensor, options: Options) -> Oracle:
     """U = A·S^(-1/2). The last product is fp64 in strict mode, and where it is small beside the eigenproblem."""
-    precise = options.lower < STRICT or A.shape[1] < 4 * A.shape[2]
     if A.dtype == torch.float64:
         scale = inverse_scale(largest_entry(A))
+        X, nuclear_norm, sigma_max, sigma_min, _, kept = inverse_sqrt(
+            gram_matrix(A, scale=scale), lower=options.lower
+        )
+        X = X * scale
+        nuclear_norm, sigma_max, sigma_min = (
+            x / scale[:, 0, 0] for x in (nuclear_norm, sigma_max, sigma_min)
+        )
     else:  # the squares of anything narrower stay within fp64
-        scale = torch.ones(A.shape[0], 1, 1, dtype=torch.float64, device=A.device)
-    root = inverse_sqrt(
-        gram_matrix(A, scale=scale if A.dtype == torch.float64 else None), lower=options.lower
-    )
-    back = 1 / scale[:, 0]
-    return Oracle(
-        apply_rows(A, root.X * scale, precise=precise, dtype=options.out_dtype),
-        root.nuclear_norm * back[:, 0],
-        vectors=root.vectors,
-        sigma=root.sigma * back,
-        sigma_max=root.sigma_max * back[:, 0],
-        sigma_min=root.sigma_min * back[:, 0],
-        residual=missing_share(root.kept),
-    )
+        X, nuclear_norm, sigma_max, sigma_min, _, kept = inverse_sqrt(gram_matrix(A), lower=options.lower)
+    precise = options.lower < STRICT or A.shape[1] < 4 * A.shape[2] or needs_fp64(A, X)
+    if not precise:
+        X = X.float()  # and the fp64 one goes before U comes
+    U = apply_rows(A, X, precise=precise, dtype=options.out_dtype)
+    return Oracle(U, nuclear_norm, sigma_max=sigma_max, sigma_min=sigma_min, residual=missing_share(kept))

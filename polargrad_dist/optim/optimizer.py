@@ -86,7 +86,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         defaults = dict(
             lr=lr, algorithm=algorithm, momentum=momentum, beta=beta, nesterov=nesterov, scale=scale, oracle=oracle,
             steps=steps, oracle_dtype=oracle_dtype, lower=lower, weight_decay=weight_decay, cautious=cautious,
-            betas=betas, eps=eps, row_sharded=row_sharded, split_sizes=split_sizes, num_heads=num_heads, flatten=flatten, role=None,
+            betas=betas, eps=eps, row_sharded=row_sharded, split_sizes=split_sizes, num_heads=num_heads,
+            flatten=flatten, role=None,
         )  # fmt: skip
         self.traffic = Traffic()
         dtype = getattr(torch, comm_dtype) if isinstance(comm_dtype, str) else comm_dtype
@@ -192,6 +193,11 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
     @property
     def _device(self) -> torch.device:
         return local(self._works[0].p).device
+
+    @property
+    def works(self) -> list[Work]:
+        """Every parameter with its plan entry, group, grid and state."""
+        return self._works
 
     def no_sync(self) -> AbstractContextManager[None]:
         """For gradients="to_owner": backward passes inside accumulate without reducing. Elsewhere it does nothing."""

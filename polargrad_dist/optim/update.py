@@ -168,10 +168,11 @@ def orthogonalize(batch: list[Work], stack: torch.Tensor, facts: Facts) -> torch
     work = batch[0]
     layout, group = work.entry.layout, work.group
     assert layout is not None
-    scales, blocks, columns = [], [], []
+    scales, columns = [], []
     with facts.clock(work.entry.role, stack.device):
         try:
-            for view in layout.views(stack):
+            for view in layout.views(stack):  # (k, stack, blocks, m, n)
+                m, n = view.shape[-2:]
                 u, _, nuclear, info = polar(
                     view.to(oracle_dtype(group, view.dtype)),
                     method=group["oracle"],
@@ -181,33 +182,28 @@ def orthogonalize(batch: list[Work], stack: torch.Tensor, facts: Facts) -> torch
                     info=group["oracle"] not in POLYNOMIAL,  # which know nothing of the spectrum for free
                 )
                 view.copy_(u)
-                m, n = view.shape[-2:]
-                nuclear_scale = group["scale"] == "nuclear"
-                scales.append(
-                    nuclear if nuclear_scale else torch.full_like(nuclear, step_scale(group["scale"], m, n))
+                nothing = torch.full_like(nuclear, NAN)
+                known = (
+                    [nothing if x is None else x.to(nuclear.dtype) for x in info[2:]]
+                    if info
+                    else [nothing] * 3
                 )
-                blocks += [m] * view.shape[2]
-                unknown = torch.full_like(nuclear, NAN)
-                known = (nuclear, *(info[2:] if info else (None,) * 3))
-                columns.append(
-                    torch.stack([unknown if x is None else x.to(nuclear.dtype) for x in known]).flatten(2)
-                )
+                columns.append(torch.stack([nuclear, *known], -1).flatten(1, 2))
+                constant = torch.full_like(nuclear, step_scale(group["scale"], m, n))
+                scale = nuclear if group["scale"] == "nuclear" else constant
+                scales.append(scale.unsqueeze(-1).expand(*scale.shape, m).flatten(2))
         except (RuntimeError, PolarError):
             stack.fill_(NAN)
             facts.flag(work.index, torch.ones((), dtype=torch.bool, device=stack.device))
             return stack.new_full((len(batch), layout.stack * layout.rows), NAN)
-    values = torch.cat(columns, -1)  # (4, k, matrices)
-    for i, work in enumerate(batch):
-        nuclear, largest, smallest, residual = values[:, i]
-        worst = (largest / smallest).nan_to_num(0).argmax()
-        facts.values[work.index] = torch.stack(
-            [nuclear.sum(), largest[worst], smallest[worst], residual.amax()]
-        )
-        facts.flag(work.index, ~nuclear.isfinite().all())
-    rows = torch.tensor(blocks, device=stack.device)
-    return (
-        torch.cat(scales, -1).repeat_interleave(rows, -1, output_size=layout.rows).flatten(1).to(stack.dtype)
-    )
+    nuclear, largest, smallest, residual = torch.cat(columns, 1).unbind(-1)  # each (k, matrices)
+    worst = (largest / smallest).nan_to_num(0).argmax(1, keepdim=True)
+    worst_of = [x.gather(1, worst).squeeze(1) for x in (largest, smallest)]
+    learnt = torch.stack([nuclear.sum(1), *worst_of, residual.amax(1)], 1)
+    for work, values, finite in zip(batch, learnt, nuclear.isfinite().all(1), strict=True):
+        facts.values[work.index] = values
+        facts.flag(work.index, ~finite)
+    return torch.cat(scales, -1).flatten(1).to(stack.dtype)
 
 
 def oracle_dtype(group: dict[str, Any], dtype: torch.dtype) -> torch.dtype:

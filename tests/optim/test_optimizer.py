@@ -110,8 +110,8 @@ def test_muon_agrees_with_torchs_own_muon_on_a_well_conditioned_gradient():
         ours.grad, theirs.grad = g.clone(), g.clone()
         a.step()
         b.step()
-    # torch's iteration runs in bf16
-    assert (ours - theirs).abs().max() < 2e-3 * float((ours - start).abs().max()) + 2e-3
+    # both iterate in bf16, in different orders
+    assert float((ours - theirs).detach().norm() / (ours.detach() - start).norm()) < 0.02
 
 
 def test_bf16_weights_accumulate_like_fp32_ones():

@@ -1,0 +1,123 @@
+"""What every model here can do, whatever its architecture: loss or logits, blocks by name, text, its cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
+
+from models.config import Sizes
+from polargrad_dist.errors import ConfigError
+
+LOSS_ROWS = 4096  # tokens whose logits exist at a time
+
+
+class LanguageModel(nn.Module):
+    """A causal language model. ``model(tokens, targets)`` is the mean loss in nats, ``model(tokens)`` the logits."""
+
+    config: Sizes
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The repeated blocks: what is compiled, checkpointed and sharded one by one."""
+        raise NotImplementedError
+
+    def hidden(self, tokens: torch.Tensor, progress: float) -> torch.Tensor:
+        """The normalized output of the last block, (B, T, width)."""
+        raise NotImplementedError
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (…, V) of hidden states (…, width), in fp32."""
+        raise NotImplementedError
+
+    def forward(
+        self, tokens: torch.Tensor, targets: torch.Tensor | None = None, *, progress: float = 0.0
+    ) -> torch.Tensor:
+        """Mean cross-entropy (fp32, 0-d) over targets other than -100, or logits (B, T, V) without targets.
+
+        tokens, targets: (B, T) int64. progress: the part of training that is done, in [0, 1].
+        """
+        limit = self.config.max_sequence_length
+        if tokens.shape[1] > limit:
+            raise ConfigError(
+                f"the sequences have {tokens.shape[1]} tokens, model.max_sequence_length allows {limit}: raise it, or "
+                "lower trainer.sequence_length"
+            )
+        hidden = self.hidden(tokens, progress)
+        if targets is None:
+            return self.logits(hidden)
+        rows, wanted = hidden.flatten(0, 1), targets.flatten()
+        if len(rows) <= LOSS_ROWS:
+            total = self._loss_sum(rows, wanted)
+        else:  # logits are made again in backward: all at once they would outweigh the model
+            total = torch.stack(
+                [
+                    checkpoint(self._loss_sum, r, w, use_reentrant=False)
+                    for r, w in zip(rows.split(LOSS_ROWS), wanted.split(LOSS_ROWS), strict=True)
+                ]
+            ).sum()
+        return total / (wanted != -100).sum()
+
+    def _loss_sum(self, rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.logits(rows), wanted, ignore_index=-100, reduction="sum")
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def max_sequence_length(self) -> int:
+        return self.config.max_sequence_length
+
+    def parameter_hints(self) -> dict[str, dict[str, Any]]:
+        """Roles and splits of parameters that their modules do not tell."""
+        return {}
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compiles each block; much quicker to the first step than the whole model, and names stay as they are."""
+        for block in self.blocks:
+            block.compile(**options)
+
+    def checkpoint_blocks(self) -> None:
+        """Recomputes each block's activations in backward instead of keeping them. Before `compile_blocks`."""
+        for block in self.blocks:
+            plain = block.forward
+
+            def forward(*args: Any, _plain: Any = plain, **kwargs: Any) -> Any:
+                return checkpoint(_plain, *args, use_reentrant=False, **kwargs)
+
+            block.forward = forward
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Flops of forward and backward per token: 6 for every weight that multiplies, 12·T·heads·head_width a layer."""
+        c = self.config
+        tables = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding))
+        weights = sum(p.numel() for p in self.parameters()) - tables
+        return 6.0 * weights + 12.0 * c.layers * c.heads * c.head_width * sequence_length
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: torch.Tensor,
+        new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        """Continues tokens (B, T) by sampling; returns (B, T + new_tokens). Temperature 0 takes the likeliest."""
+        for _ in range(new_tokens):
+            window = tokens[:, -self.max_sequence_length :]
+            logits = self(window, progress=1.0)[:, -1]
+            if top_k is not None:
+                least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                logits = logits.masked_fill(logits < least, -torch.inf)
+            if temperature == 0:
+                chosen = logits.argmax(-1, keepdim=True)
+            else:
+                chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            tokens = torch.cat([tokens, chosen], 1)
+        return tokens

@@ -1,0 +1,151 @@
+"""One flat configuration for every model: the architecture names the defaults, any size can be set.
+
+Sources: Qwen2.5 (Qwen team 2024) as in Moonlight's toy example, untied; the modded-nanoGPT records of 2025-01-04 (small)
+and 2025-04-22 (medium); table D.7 of Lau, Long, Su (2025), whose 6 layers for GPT-2 medium are a misprint for 16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from polargrad_dist.errors import ConfigError
+
+FULL_SIZE: dict[str, dict[str, Any]] = {
+    "qwen2.5": {
+        "vocab_size": 151_936,
+        "width": 1024,
+        "layers": 12,
+        "heads": 16,
+        "max_sequence_length": 512,
+        "end_of_text": 151_643,
+    },
+    "gpt2-small": {
+        "vocab_size": 50_304,
+        "width": 768,
+        "layers": 12,
+        "heads": 6,
+        "max_sequence_length": 65_536,
+        "end_of_text": 50_256,
+    },
+    "gpt2-medium": {
+        "vocab_size": 50_257,
+        "width": 1024,
+        "layers": 16,
+        "heads": 8,
+        "max_sequence_length": 65_536,
+        "end_of_text": 50_256,
+    },
+}
+
+
+@dataclass
+class ModelConfig:
+    """Which model, and its sizes; null takes the architecture's full-size value, or what follows from the others.
+
+    Args:
+        architecture: "qwen2.5", "gpt2-small" or "gpt2-medium".
+        vocab_size: rows of the embedding; null takes what the data's tokenizer needs, or the full size.
+        width: model dimension.
+        layers: number of blocks.
+        heads: attention heads.
+        head_width: dimension of a head; null for 64 (Qwen2.5) or 128 (GPT-2) at full width, else width / heads.
+        mlp_width: inner dimension of the MLP; null for 4.75 x width (Qwen2.5) or 4 x width (GPT-2).
+        kv_heads: key/value heads, Qwen2.5 only; null for as many as heads.
+        max_sequence_length: longest sequence that the model takes, in tokens.
+        end_of_text: token id at which the next document begins, GPT-2 only; null takes the tokenizer's, or 50256.
+        attention: "flex" (FlexAttention, GPUs), "sdpa", or "auto"; GPT-2 only.
+        attention_dropout: dropout of attention weights, Qwen2.5 only.
+    """
+
+    architecture: Literal["qwen2.5", "gpt2-small", "gpt2-medium"] = "qwen2.5"
+    vocab_size: int | None = None
+    width: int | None = None
+    layers: int | None = None
+    heads: int | None = None
+    head_width: int | None = None
+    mlp_width: int | None = None
+    kv_heads: int | None = None
+    max_sequence_length: int | None = None
+    end_of_text: int | None = None
+    attention: Literal["auto", "flex", "sdpa"] = "auto"
+    attention_dropout: float = 0.0
+
+    def resolved(self, vocab_size: int | None = None, end_of_text: int | None = None) -> Sizes:
+        """The sizes of the model. Raises ``ConfigError`` for those that make no model.
+
+        ``vocab_size`` and ``end_of_text`` are the tokenizer's, used where the configuration says nothing.
+        """
+        full = FULL_SIZE[self.architecture]
+        values = {
+            name: getattr(self, name) if getattr(self, name) is not None else full[name] for name in full
+        }
+        if self.vocab_size is None and vocab_size is not None:
+            values["vocab_size"] = vocab_size
+        if self.end_of_text is None and end_of_text is not None:
+            values["end_of_text"] = end_of_text
+        width, heads = values["width"], values["heads"]
+        qwen = self.architecture == "qwen2.5"
+        if heads >= 1 and self.head_width is None and width % heads:
+            raise ConfigError(
+                f"model.width is {width}, which model.heads = {heads} does not divide: set head_width, or change one"
+            )
+        sizes = Sizes(
+            architecture=self.architecture,
+            **values,
+            head_width=self.head_width or width // max(1, heads),
+            mlp_width=self.mlp_width or (width * 19 // 4 if qwen else 4 * width),
+            kv_heads=self.kv_heads or heads,
+            attention=self.attention,
+            attention_dropout=self.attention_dropout,
+        )
+        sizes.check()
+        return sizes
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A `ModelConfig` with nothing left open."""
+
+    architecture: str
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    max_sequence_length: int
+    end_of_text: int
+    head_width: int
+    mlp_width: int
+    kv_heads: int
+    attention: str
+    attention_dropout: float
+
+    def check(self) -> None:
+        """Raises ``ConfigError`` for sizes that make no model."""
+        qwen = self.architecture == "qwen2.5"
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            least = 0 if entry.name == "end_of_text" else 2 if entry.name == "layers" and not qwen else 1
+            if isinstance(value, int) and value < least:
+                raise ConfigError(f"model.{entry.name} is {value}, expected a whole number >= {least}")
+        if qwen and self.attention != "auto":
+            raise ConfigError(
+                f"model.attention is {self.attention!r}, which only the GPT-2 models have: set it to 'auto'"
+            )
+        if not qwen and self.kv_heads != self.heads:
+            raise ConfigError(f"model.kv_heads is {self.kv_heads}, which only qwen2.5 has: set it to null")
+        if not qwen and self.attention_dropout:
+            raise ConfigError("model.attention_dropout is set, which only qwen2.5 has: set it to 0")
+        if self.heads % self.kv_heads:
+            raise ConfigError(
+                f"model.heads is {self.heads}, expected a multiple of model.kv_heads = {self.kv_heads}"
+            )
+        if not 0 <= self.attention_dropout < 1:
+            raise ConfigError(
+                f"model.attention_dropout is {self.attention_dropout}, expected a number in [0, 1)"
+            )
+        multiple = 2 if qwen else 4
+        if self.head_width % multiple:
+            raise ConfigError(
+                f"a head is {self.head_width} wide, expected a multiple of {multiple}: rotary embeddings pair dimensions"
+            )

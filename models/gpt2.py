@@ -1,0 +1,299 @@
+"""GPT-2 small and medium as modded-nanoGPT trains them, from the records of 2025-01-04 and 2025-04-22.
+
+Written from the facts of those records; how a rule of the full size carries over to another number of layers is said
+where it is computed. Every scalar is at least one-dimensional: FSDP2 takes no 0-d parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from models.attention import BLOCK, Mask, attend, documents, make_mask
+from models.base import LanguageModel
+from models.config import Sizes
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    """RMSNorm without weights."""
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+def rotary(length: int, head_width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin (T, head_width/2): half of the pairs turn with frequencies 1 to 1/1024, the others do not."""
+    turning = head_width // 4
+    frequencies = (1 / 1024) ** torch.linspace(0, 1, turning, device=device)
+    frequencies = torch.cat([frequencies, frequencies.new_zeros(head_width // 2 - turning)])
+    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns dimension i with i + head_width/2 of x (B, heads, T, head_width)."""
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], -1).to(x.dtype)
+
+
+def value_layers(layers: int) -> dict[int, int]:
+    """Layer -> its value embedding: three tables on the first three and the last three layers, fewer below 12 layers."""
+    tables = max(1, min(3, layers // 4))
+    return {i: i for i in range(tables)} | {layers - tables + i: i for i in range(tables)}
+
+
+def attention_free(layers: int, full: int) -> int | None:
+    """The layer without attention: the eighth of ``full``, scaled; none in models of fewer than 4 layers."""
+    return 7 * layers // full if layers >= 4 else None
+
+
+class MLP(nn.Module):
+    """ReLU squared, output projection zero at the start."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.up = nn.Linear(width, inner, bias=False)
+        self.down = nn.Linear(inner, width, bias=False)
+        nn.init.zeros_(self.down.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x).relu().square())
+
+
+class SmallAttention(nn.Module):
+    """Heads with normalized q and k, values mixed with a value embedding, output projection zero at the start."""
+
+    def __init__(self, c: Sizes):
+        super().__init__()
+        self.heads, self.head_width = c.heads, c.head_width
+        inner = c.heads * c.head_width
+        self.q, self.k, self.v = (nn.Linear(c.width, inner, bias=False) for _ in range(3))
+        self.o = nn.Linear(inner, c.width, bias=False)
+        nn.init.zeros_(self.o.weight)
+        self.mix = nn.Parameter(torch.tensor([0.5, 0.5]))
+        self.scale = 1 / math.sqrt(c.head_width)
+
+    def forward(self, x: torch.Tensor, ve: torch.Tensor | None, mask: Mask, turn: tuple) -> torch.Tensor:
+        q, k, v = (split(linear(x), self.heads) for linear in (self.q, self.k, self.v))
+        # Without a value embedding its weight still takes part, times zero, so that its gradient exists on every rank.
+        v = self.mix[0] * v + (self.mix[1] * split(ve, self.heads) if ve is not None else 0 * self.mix[1])
+        y = attend(rotate(norm(q), *turn), rotate(norm(k), *turn), v.to(q.dtype), mask, self.scale)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+class MediumAttention(nn.Module):
+    """q, k, v, o in one 4 x inner x width tensor; values normalized too; softmax scale 0.12."""
+
+    def __init__(self, c: Sizes):
+        super().__init__()
+        self.heads = c.heads
+        inner = c.heads * c.head_width
+        self.qkvo = nn.Parameter(torch.empty(4, inner, c.width))
+        bound = math.sqrt(3) * 0.5 / math.sqrt(c.width)
+        with torch.no_grad():
+            self.qkvo.uniform_(-bound, bound)
+            self.qkvo[3].zero_()
+
+    def forward(
+        self, x: torch.Tensor, ve: torch.Tensor | None, mask: Mask, turn: tuple, mix: torch.Tensor
+    ) -> torch.Tensor:
+        q, k, v = (split(F.linear(x, weight), self.heads) for weight in self.qkvo[:3].unbind())
+        v = mix[0] * norm(v) + (mix[1] * split(ve, self.heads) if ve is not None else 0 * mix[1])
+        y = attend(rotate(norm(q), *turn), rotate(norm(k), *turn), v.to(q.dtype), mask, 0.12)
+        return F.linear(y.transpose(1, 2).flatten(2), self.qkvo[3].T)
+
+
+def split(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """(B, T, heads * d) to (B, heads, T, d)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+class SmallBlock(nn.Module):
+    """x <- a x + b x0, then attention and MLP, both on the normalized x."""
+
+    def __init__(self, c: Sizes, has_attention: bool):
+        super().__init__()
+        self.attention = SmallAttention(c) if has_attention else None
+        self.mlp = MLP(c.width, c.mlp_width)
+        self.mix = nn.Parameter(torch.tensor([1.0, 0.0]))
+
+    def forward(
+        self, x: torch.Tensor, x0: torch.Tensor, ve: torch.Tensor | None, mask: Mask, turn: tuple
+    ) -> torch.Tensor:
+        x = (self.mix[0] * x + self.mix[1] * x0).to(x.dtype)
+        if self.attention is not None:
+            x = x + self.attention(norm(x), ve, mask, turn)
+        return x + self.mlp(norm(x))
+
+
+class MediumBlock(nn.Module):
+    """As the small one, but attention takes x as it is, and the scalars come from the model's one tensor."""
+
+    def __init__(self, c: Sizes, has_attention: bool):
+        super().__init__()
+        self.attention = MediumAttention(c) if has_attention else None
+        self.mlp = MLP(c.width, c.mlp_width)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        x0: torch.Tensor,
+        ve: torch.Tensor | None,
+        mask: Mask,
+        turn: tuple,
+        mix: torch.Tensor,
+        value_mix: torch.Tensor,
+    ) -> torch.Tensor:
+        x = (mix[0] * x + mix[1] * x0).to(x.dtype)
+        if self.attention is not None:
+            x = x + self.attention(x, ve, mask, turn, value_mix)
+        return x + self.mlp(norm(x))
+
+
+class GPT2(LanguageModel):
+    """What small and medium share: tables, masks, the head."""
+
+    block: type[nn.Module]
+    full_layers: int
+
+    def __init__(self, config: Sizes, head_rows: int):
+        super().__init__()
+        self.config = c = config
+        self.embed = nn.Embedding(c.vocab_size, c.width)
+        inner = c.heads * c.head_width
+        self.value_of = value_layers(c.layers)
+        self.value_embeds = nn.ModuleList(
+            nn.Embedding(c.vocab_size, inner) for _ in range(max(self.value_of.values()) + 1)
+        )
+        bare = attention_free(c.layers, self.full_layers)
+        self.layers = nn.ModuleList(self.block(c, i != bare) for i in range(c.layers))
+        self.head = nn.Linear(c.width, head_rows, bias=False)
+        nn.init.zeros_(self.head.weight)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return list(self.layers)
+
+    def parameter_hints(self) -> dict[str, dict[str, Any]]:
+        return {f"value_embeds.{i}.weight": {"role": "value_embed"} for i in range(len(self.value_embeds))}
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def to(self, *args: Any, **kwargs: Any) -> GPT2:
+        """As any module's; on a GPU the embedding tables are kept in bf16."""
+        super().to(*args, **kwargs)
+        if self.embed.weight.device.type == "cuda":
+            for table in (self.embed, *self.value_embeds):
+                table.bfloat16()
+        return self
+
+    def _flex(self, tokens: torch.Tensor) -> bool:
+        return self.config.attention == "flex" or (
+            self.config.attention == "auto" and tokens.device.type == "cuda"
+        )
+
+    def _start(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], tuple]:
+        """x0 (B, T, width), the value embeddings (B, T, inner), and the rotary angles' cos and sin."""
+        turn = rotary(tokens.shape[1], self.config.head_width, tokens.device)
+        dtype = self.head.weight.dtype  # the tables' own may be narrower
+        return (
+            norm(self.embed(tokens)).to(dtype),
+            [table(tokens).to(dtype) for table in self.value_embeds],
+            turn,
+        )
+
+
+class GPT2Small(GPT2):
+    """GPT-2 small ("124M"): U-net skips from the first half of the blocks to the second, one window for all layers."""
+
+    block = SmallBlock
+    full_layers = 12
+
+    def __init__(self, config: Sizes):
+        super().__init__(config, config.vocab_size)
+        self.skip = nn.Parameter(torch.ones(config.layers // 2))
+
+    def window(self, progress: float) -> int:
+        """Tokens that a query sees back: linear from 128 to 1,856 over training, floored to whole blocks."""
+        return int((BLOCK + (1856 - BLOCK) * progress) // BLOCK * BLOCK)
+
+    def hidden(self, tokens: torch.Tensor, progress: float) -> torch.Tensor:
+        x0, values, turn = self._start(tokens)
+        docs = documents(tokens, self.config.end_of_text)
+        mask = make_mask(docs, self.window(progress), self._flex(tokens))
+        x = x0
+        kept: list[torch.Tensor] = []
+        half = self.config.layers // 2
+        for i, block in enumerate(self.layers):
+            if i >= self.config.layers - half:
+                x = x + self.skip[i - self.config.layers + half].to(x.dtype) * kept.pop()
+            table = self.value_of.get(i)
+            x = block(x, x0, None if table is None else values[table], mask, turn)
+            if i < half:
+                kept.append(x)
+        return norm(x)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return 15 * torch.tanh(self.head(hidden).float() / 15)
+
+
+class GPT2Medium(GPT2):
+    """GPT-2 medium ("350M"): three skips, long windows in four blocks and half-length ones in the others."""
+
+    block = MediumBlock
+    full_layers = 16
+
+    def __init__(self, config: Sizes):
+        super().__init__(config, -(-config.vocab_size // BLOCK) * BLOCK)
+        layers = config.layers
+        # One tensor of 5 scalars a layer: a skip weight, two of the block, two of its attention.
+        self.scalars = nn.Parameter(
+            torch.cat(
+                [torch.ones(layers), torch.tensor([1.0, 0.0]).repeat(layers), torch.full((2 * layers,), 0.5)]
+            )
+        )
+        at = lambda i: i * layers // 16  # noqa: E731
+        self.skip_from = {at(to): at(start) for to, start in ((9, 6), (10, 4), (11, 2)) if at(start) < at(to)}
+        self.long = {at(0), at(4), at(11), layers - 1}
+
+    def parameter_hints(self) -> dict[str, dict[str, Any]]:
+        decay = {
+            f"layers.{i}.mlp.{name}.weight": {"weight_decay_scale": 2.0}
+            for i in range(self.config.layers)
+            for name in ("up", "down")
+        }
+        return super().parameter_hints() | decay | {"scalars": {"role": "scalar"}}
+
+    def window(self, progress: float) -> int:
+        """Tokens that a long block's query sees back: 3456 (4t³ - 6t² + 3t), rounded up to whole blocks."""
+        t = progress
+        return max(BLOCK, math.ceil(3456 * (4 * t**3 - 6 * t**2 + 3 * t) / BLOCK) * BLOCK)
+
+    def hidden(self, tokens: torch.Tensor, progress: float) -> torch.Tensor:
+        x0, values, turn = self._start(tokens)
+        docs = documents(tokens, self.config.end_of_text)
+        window, flex = self.window(progress), self._flex(tokens)
+        long, short = make_mask(docs, window, flex), make_mask(docs, window // 2 // BLOCK * BLOCK, flex)
+        layers = self.config.layers
+        skip, mix, value_mix = self.scalars.split([layers, 2 * layers, 2 * layers])
+        mix, value_mix = mix.view(layers, 2), value_mix.view(layers, 2)
+        x = x0
+        kept: dict[int, torch.Tensor] = {}
+        for i, block in enumerate(self.layers):
+            if i in self.skip_from:
+                x = x + skip[i].to(x.dtype) * kept[self.skip_from[i]]
+            table = self.value_of.get(i)
+            ve = None if table is None else values[table]
+            x = block(x, x0, ve, long if i in self.long else short, turn, mix[i], value_mix[i])
+            kept[i] = x
+        return norm(x)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        z = self.head(hidden).float()[..., : self.config.vocab_size]
+        return 15 * z * torch.rsqrt(z.square() + 225)

@@ -1,0 +1,173 @@
+"""What a run can be told: typed, documented, and refused before anything is built when it cannot be run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from polargrad_dist.errors import ConfigError
+from polargrad_dist.optim.schedules import ScheduleConfig
+from polargrad_dist.trainer.checkpoint import CheckpointConfig
+
+
+@dataclass
+class StrategyConfig:
+    """How the model lies on the ranks.
+
+    Args:
+        name: "ddp": a copy on every rank; "fsdp": FSDP2, sharded by block over all ranks; "hsdp": sharded within groups of
+            ranks and copied between them.
+        replicas: copies of the model under "hsdp"; the world size must be a multiple of it.
+        reshard_after_forward: free gathered parameters between forward and backward (less memory, more traffic).
+        cpu_offload: keep sharded parameters, gradients and optimizer state in host memory.
+        timeout_minutes: how long a rank waits in a collective for the others before the run ends.
+    """
+
+    name: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    replicas: int = 1
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+    timeout_minutes: float = 10.0
+
+
+@dataclass
+class EvaluationConfig:
+    """When the validation loss is measured.
+
+    Args:
+        every: steps between validations; 0 for only at the end.
+        at_end: also validate after the last step.
+    """
+
+    every: int = 250
+    at_end: bool = True
+
+
+@dataclass
+class LoggingConfig:
+    """Where figures go; ``metrics.jsonl`` in the run directory is always written.
+
+    Args:
+        every: steps between log lines.
+        stats_every: steps between lines with nuclear norm, condition number and residual per role; 0 for never.
+        progress: "auto" shows a progress bar on a terminal and lines elsewhere; "bar", "lines" or "off" force one.
+        tensorboard: also write TensorBoard events into the run directory.
+        wandb: "disabled", "offline" or "online".
+        wandb_project: project on wandb.
+        wandb_name: name of the run on wandb; null for the run directory's.
+    """
+
+    every: int = 10
+    stats_every: int = 50
+    progress: Literal["auto", "bar", "lines", "off"] = "auto"
+    tensorboard: bool = False
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    wandb_project: str = "polargrad-dist"
+    wandb_name: str | None = None
+
+
+@dataclass
+class SafetyConfig:
+    """What happens on bad days.
+
+    Args:
+        max_skipped: non-finite steps in a row after which the run ends, the last good checkpoint intact.
+        spike_sigma: also skip a step whose loss is this many standard deviations above the mean of the last
+            ``spike_window`` losses; null for never.
+        spike_window: losses that a spike is measured against.
+    """
+
+    max_skipped: int = 10
+    spike_sigma: float | None = None
+    spike_window: int = 128
+
+
+@dataclass
+class TrainerConfig:
+    """The run itself.
+
+    Args:
+        run_dir: where configuration, metrics, log and checkpoints of the run go.
+        steps: optimizer steps of the whole run.
+        global_batch: sequences per optimizer step, over all ranks and micro-batches.
+        micro_batch: sequences per forward pass on one rank; gradients accumulate over the rest.
+        sequence_length: tokens per sequence.
+        seed: of the initial weights, the order of the data and dropout.
+        precision: "fp32"; "bf16-mixed": fp32 weights, bf16 matrix products; "bf16": bf16 weights, exactly accumulated.
+        clip_norm: largest global norm of the gradient, applied before the oracle; null for none.
+        compile: compile each block with torch.compile.
+        activation_checkpointing: recompute each block's activations in backward.
+        device: "auto" takes a GPU where there is one.
+        allow_changes: run although the run directory holds another configuration.
+        schedule: learning-rate and momentum schedule.
+        strategy: ddp, fsdp or hsdp.
+        evaluation: validation.
+        logging: metrics.
+        checkpoint: saving and resuming.
+        safety: skipped steps.
+    """
+
+    run_dir: str = "runs/default"
+    steps: int = 1000
+    global_batch: int = 32
+    micro_batch: int = 8
+    sequence_length: int = 256
+    seed: int = 0
+    precision: Literal["fp32", "bf16-mixed", "bf16"] = "fp32"
+    clip_norm: float | None = 1.0
+    compile: bool = False
+    activation_checkpointing: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    allow_changes: bool = False
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
+
+    def check(self, world: int) -> None:
+        """Raises ``ConfigError`` for what cannot be run on ``world`` ranks, naming the key and what would be right."""
+        for name in ("steps", "global_batch", "micro_batch", "sequence_length"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"trainer.{name} is {getattr(self, name)}, expected a whole number >= 1")
+        for name, value in (
+            ("logging.every", self.logging.every),
+            ("safety.max_skipped", self.safety.max_skipped),
+        ):
+            if value < 1:
+                raise ConfigError(f"trainer.{name} is {value}, expected a whole number >= 1")
+        if self.global_batch % (world * self.micro_batch):
+            near = max(1, round(self.global_batch / (world * self.micro_batch))) * world * self.micro_batch
+            raise ConfigError(
+                f"trainer.global_batch is {self.global_batch}, expected a multiple of world size x trainer.micro_batch = "
+                f"{world} x {self.micro_batch} = {world * self.micro_batch}: set it to {near}, or change micro_batch"
+            )
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ConfigError(
+                f"trainer.clip_norm is {self.clip_norm}, expected a number > 0, or null for no clipping"
+            )
+        if self.safety.spike_sigma is not None and self.safety.spike_sigma <= 0:
+            raise ConfigError(
+                f"trainer.safety.spike_sigma is {self.safety.spike_sigma}, expected a number > 0, or null"
+            )
+        replicas = self.strategy.replicas
+        if self.strategy.name == "hsdp" and (replicas < 2 or world % replicas or world // replicas < 2):
+            raise ConfigError(
+                f"trainer.strategy.replicas is {replicas} on {world} ranks, expected a divisor of the world size with at "
+                "least 2 replicas of at least 2 shards each: set it so, or use strategy 'fsdp' or 'ddp'"
+            )
+        if self.strategy.name == "ddp" and self.strategy.cpu_offload:
+            raise ConfigError(
+                "trainer.strategy.cpu_offload is true with strategy 'ddp', expected 'fsdp' or 'hsdp'"
+            )
+        self.schedule.check(self.steps)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step over all ranks."""
+        return self.global_batch * self.sequence_length
+
+    def accumulation(self, world: int) -> int:
+        """Micro-batches per step on each of ``world`` ranks."""
+        return self.global_batch // (world * self.micro_batch)

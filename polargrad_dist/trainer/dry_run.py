@@ -1,0 +1,49 @@
+"""What a run would be, on N ranks, without building it: parameters, routing, owners, memory, traffic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from polargrad_dist.distributed.plan import Plan
+from polargrad_dist.optim import OptimizerConfig, route
+from polargrad_dist.trainer.config import TrainerConfig
+
+
+def dry_run(
+    build: Callable[[str], nn.Module], optimizer: OptimizerConfig, trainer: TrainerConfig, ranks: int
+) -> int:
+    """Prints the plan of a run on ``ranks`` ranks; ``build("meta")`` gives the model without its elements. Returns 0."""
+    trainer.check(ranks)
+    model = build("meta")
+    if trainer.precision == "bf16":
+        model.to(torch.bfloat16)
+    name = trainer.strategy.name if ranks > 1 else "ddp"
+    replicas = {"ddp": ranks, "fsdp": 1, "hsdp": trainer.strategy.replicas}[name]
+    plan = Plan.build(
+        route(model, optimizer), replicas=replicas, shards=ranks // replicas, gradients=optimizer.gradients
+    )
+    count = sum(p.numel() for p in model.parameters())
+    print(plan.table())
+    print(f"\nparameters: {count:,}")
+    print(
+        f"{ranks} ranks, strategy {name}, {trainer.accumulation(ranks)} micro-batches of {trainer.micro_batch} sequences per "
+        f"rank and step, {trainer.tokens_per_step:,} tokens per step, {trainer.steps:,} steps"
+    )
+    memory = plan.memory()
+    for part in ("parameters", "gradients", "optimizer"):
+        sizes = [row[part] for row in memory]
+        print(f"bytes per rank, {part}: {min(sizes):,} to {max(sizes):,} ({max(sizes) / 2**30:.2f} GiB)")
+    comm = {"bfloat16": 2, "float32": 4, None: None}[optimizer.comm_dtype]
+    traffic = plan.traffic(comm)
+    own = sum(row["parameters"] for row in memory[:1])
+    if ranks > 1 and optimizer.gradients == "all_reduced":
+        what = "2P by DDP's all-reduce" if name == "ddp" else "3P in FSDP2's gathers and reductions"
+        print(
+            f"communication per step, gradients: {what}, P = {own * (1 if name == 'ddp' else ranks // replicas):,} bytes"
+        )
+    for kind, size in traffic.items():
+        print(f"communication per step and rank, optimizer's {kind}: {size:,} bytes")
+    return 0

@@ -1,0 +1,384 @@
+"""The training loop: handed a model, data and an optimizer's configuration, it knows none of their kinds.
+
+A step reads its loss and gradient norm back before the optimizer moves anything: a non-finite one is skipped on all
+ranks alike, at the price of one wait for the device per step. Ranks agree on leaving in the same reduction.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from polargrad_dist.errors import PolarGradError
+from polargrad_dist.optim import OptimizerConfig, PolarGrad
+from polargrad_dist.optim.routing import clean_name, unwrap
+from polargrad_dist.optim.schedules import lr_factor, momentum_at
+from polargrad_dist.trainer import rundir
+from polargrad_dist.trainer.checkpoint import CheckpointStore, restore_rng_state, rng_state
+from polargrad_dist.trainer.config import TrainerConfig
+from polargrad_dist.trainer.metrics import Metrics
+from polargrad_dist.trainer.phases import Phases, memory_gib, peak_flops
+from polargrad_dist.trainer.signals import PREEMPTED, LeaveRequest
+from polargrad_dist.trainer.strategies import place
+from polargrad_dist.trainer.world import World, seed_everything
+
+log = logging.getLogger("polargrad_dist.trainer")
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+class TrainData(Protocol):
+    """Micro-batches of this rank, in an order that is a function of the sample index alone."""
+
+    def batches_from(self, sample: int) -> Iterator[Batch]: ...
+
+
+class ValidationData(Protocol):
+    """A fixed set of tokens, each on one rank; as many batches on every rank. Targets of -100 are padding."""
+
+    bytes_per_token: float | None
+
+    def batches(self) -> Iterator[Batch]: ...
+
+
+class Data(Protocol):
+    """What the loop asks of the data."""
+
+    train: Any
+    validation: Any
+
+    def fingerprint(self) -> dict[str, Any]: ...
+
+
+class TrainingError(PolarGradError):
+    """The run cannot go on: too many steps in a row were not finite."""
+
+
+@dataclass
+class Progress:
+    """What a run has done; saved with every checkpoint. ``sample`` is the index of the next one."""
+
+    step: int = 0
+    sample: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    recent: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Outcome:
+    """How a run ended: 0 and its last figures, or `PREEMPTED` when it was asked to leave and saved."""
+
+    exit_code: int
+    step: int
+    validation: dict[str, float]
+
+
+class Trainer:
+    """Trains ``model`` on ``data`` for ``config.steps`` steps, resuming from the run directory where it can.
+
+    configuration: the whole run's, JSON-able, kept in the run directory and in every checkpoint.
+    """
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        optimizer: OptimizerConfig,
+        model: nn.Module,
+        data: Data,
+        world: World,
+        configuration: dict[str, Any],
+    ):
+        config.check(world.size)
+        self.config, self.data, self.world = config, data, world
+        self.run_dir = Path(config.run_dir)
+        resume = config.checkpoint.resume
+        self.run_id = world.gather(
+            world.together(
+                lambda: (
+                    rundir.claim(self.run_dir, configuration, config.allow_changes, resume)
+                    if world.is_main
+                    else None
+                )
+            )
+        )[0]
+        rundir.start_log(self.run_dir, world.rank)
+        self.configuration = configuration
+        self.bare = model
+        self.placed = place(model, config, world, optimizer.gradients == "to_owner")
+        self.optimizer = PolarGrad.from_config(self.placed.model, optimizer)
+        self.base_beta = [group["beta"] for group in self.optimizer.param_groups]
+        self.progress = Progress()
+        self.phases = Phases(world.device)
+        self.peak = peak_flops(world.device)
+        self.validated: dict[str, float] = {}
+        self.store = CheckpointStore(
+            self.run_dir / "checkpoints",
+            config.checkpoint,
+            identity={"model": configuration.get("model", {}), **self._data_identity()},
+            configuration=configuration,
+        )
+
+    def _data_identity(self) -> dict[str, Any]:
+        """Tokenizer and data apart, so that other data may be allowed while another tokenizer is not."""
+        fingerprint = dict(self.data.fingerprint())
+        return {"tokenizer": {"tokenizer": fingerprint.pop("tokenizer", None)}, "data": fingerprint}
+
+    def fit(self) -> Outcome:
+        """Trains to the last step, or until asked to leave. Raises ``TrainingError`` after too many skipped steps."""
+        config, progress = self.config, self.progress
+        seed_everything(config.seed * 1_000_003 + self.world.rank)
+        self._resume()
+        metrics = Metrics(
+            config.logging,
+            self.run_dir,
+            steps=config.steps,
+            first=progress.step,
+            run_id=self.run_id,
+            configuration=self.configuration,
+            active=self.world.is_main,
+        )
+        leave = LeaveRequest()
+        batches = self.data.train.batches_from(progress.sample)
+        try:
+            stop = False
+            while progress.step < config.steps and not stop:
+                record, stop = self._step(batches, leave)
+                progress.step += 1
+                progress.sample += config.global_batch
+                self._report(metrics, record)
+                self._validate_and_save(metrics, stop)
+            if stop:
+                name = leave.signal.name if leave.signal else "another rank's signal"
+                log.info("asked to leave (%s): saved at step %d of %d", name, progress.step, config.steps)
+        finally:
+            leave.close()
+            metrics.close()
+            if hasattr(batches, "close"):
+                batches.close()
+        saved = self.store.close()
+        code = PREEMPTED if progress.step < config.steps else 0 if saved else 1
+        return Outcome(code, progress.step, self.validated)
+
+    # One step
+
+    def _step(self, batches: Iterator[Batch], leave: LeaveRequest) -> tuple[dict[str, Any], bool]:
+        """Gradients of one global batch, and the optimizer's step unless they are not finite.
+
+        Returns the step's figures and whether some rank was asked to leave.
+        """
+        config, progress = self.config, self.progress
+        factor = lr_factor(config.schedule, progress.step, config.steps)
+        for group, beta in zip(self.optimizer.param_groups, self.base_beta, strict=True):
+            group["lr"] = group["initial_lr"] * factor
+            if group["role"] == "hidden":
+                group["beta"] = momentum_at(config.schedule, progress.step, beta)
+        self.optimizer.zero_grad()
+        mean = self._backward(batches)
+        with self.phases("optimizer"):
+            norm = self.optimizer.clip_grad_norm_(config.clip_norm or math.inf)
+        told = torch.stack(
+            [mean.double(), torch.tensor(float(leave.asked), dtype=torch.float64, device=mean.device)]
+        )
+        loss, asked = self.world.sum(told).tolist()
+        loss, grad_norm = loss / self.world.size, float(norm)
+        reason = self._reason_to_skip(loss, grad_norm)
+        if reason is None:
+            with self.phases("optimizer"):
+                self.optimizer.step()
+            progress.skipped_in_a_row = 0
+            progress.recent = [*progress.recent, loss][-config.safety.spike_window :]
+        else:
+            self._skip(reason, float(mean))
+        record = {
+            "step": progress.step + 1,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "skipped": progress.skipped,
+        }
+        return record, asked > 0
+
+    def _backward(self, batches: Iterator[Batch]) -> torch.Tensor:
+        """Accumulates the gradient of the mean loss over this rank's share of the global batch; returns that mean."""
+        accumulation = self.config.accumulation(self.world.size)
+        device = self.world.device
+        mean = torch.zeros((), device=device)
+        for k in range(accumulation):
+            last = k == accumulation - 1
+            with self.phases("data"):
+                tokens, targets = next(batches)
+                tokens, targets = tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+            with self.phases("forward_backward"), self.placed.micro_step(last):
+                with self.placed.autocast():
+                    done = self.progress.step / self.config.steps
+                    loss = self.placed.model(tokens, targets, progress=done) / accumulation
+                if last:
+                    loss.backward()
+                else:
+                    with self.optimizer.no_sync():
+                        loss.backward()
+                mean += loss.detach()
+        return mean
+
+    def _reason_to_skip(self, loss: float, norm: float) -> str | None:
+        """Why this step must not reach the weights, from figures that all ranks share; None where it may."""
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if not math.isfinite(norm):
+            return f"the gradient norm is {norm}"
+        sigma, recent = self.config.safety.spike_sigma, self.progress.recent
+        if sigma is not None and len(recent) == self.config.safety.spike_window:
+            mean = sum(recent) / len(recent)
+            spread = math.sqrt(sum((x - mean) ** 2 for x in recent) / len(recent))
+            if loss > mean + sigma * spread:
+                return f"the loss {loss:.4f} is a spike above {mean:.4f} + {sigma} x {spread:.4f}"
+        return None
+
+    def _skip(self, reason: str, local_loss: float) -> None:
+        progress = self.progress
+        progress.skipped += 1
+        spike = "spike" in reason
+        progress.skipped_in_a_row += 0 if spike else 1
+        where = "" if spike else self._culprits(local_loss)
+        log.warning("step %d is skipped: %s%s", progress.step + 1, reason, where)
+        if progress.skipped_in_a_row >= self.config.safety.max_skipped:
+            last = self.store.last_saved
+            kept = (
+                f"the checkpoint of step {last} is intact"
+                if last is not None
+                else "no checkpoint was saved yet"
+            )
+            raise TrainingError(
+                f"{progress.skipped_in_a_row} steps in a row were not finite ({reason}{where}), trainer.safety.max_skipped "
+                f"allows fewer; {kept}: lower the learning rates, or look at the data from sample {progress.sample} on"
+            )
+
+    def _culprits(self, local_loss: float) -> str:
+        """Which ranks and parameters a non-finite step came from."""
+        bad = [
+            work.entry.name
+            for work in self.optimizer.works
+            if work.p.grad is not None and not bool(work.p.grad.isfinite().all() if not isinstance(work.p.grad, DTensor)
+            else work.p.grad.to_local().isfinite().all())
+        ]  # fmt: skip
+        found = self.world.gather((math.isfinite(local_loss), len(bad), bad[:1]))
+        losses = [rank for rank, (finite, _, _) in enumerate(found) if not finite]
+        parts = [f"; loss of rank {', '.join(map(str, losses))}"] if losses else []
+        for rank, (_, count, first) in enumerate(found):
+            if count:
+                parts.append(
+                    f"; on rank {rank} the gradient of {first[0]}"
+                    + (f" and {count - 1} more" if count > 1 else "")
+                )
+        return "".join(parts)
+
+    # Around the steps
+
+    def _report(self, metrics: Metrics, record: dict[str, Any]) -> None:
+        """Adds rates, shares and facts to the figures of a log step and hands them to the sinks."""
+        logging_config, step = self.config.logging, record["step"]
+        metrics.console.tick(step)
+        if logging_config.stats_every and step % logging_config.stats_every == 0:
+            record["polar"] = self.optimizer.stats()
+        if step % logging_config.every and step != self.config.steps and "polar" not in record:
+            return
+        wall, shares = self.phases.report()
+        steps = step - self._reported
+        self._reported = step
+        per_second = steps * self.config.tokens_per_step / wall
+        record["lr"] = {group["role"]: group["lr"] for group in self.optimizer.param_groups}
+        record["tokens_per_second"] = per_second
+        if self.peak is not None and hasattr(self.bare, "flops_per_token"):
+            flops = self.bare.flops_per_token(self.config.sequence_length) * per_second  # type: ignore[operator]
+            record["mfu"] = flops / (self.peak * self.world.size)
+        record["memory_gib"] = memory_gib(self.world.device)
+        record["share"] = shares
+        metrics.write(record)
+
+    _reported = 0
+
+    def _validate_and_save(self, metrics: Metrics, stop: bool) -> None:
+        config, step = self.config, self.progress.step
+        last = step == config.steps
+        loss = None
+        every = config.evaluation.every
+        if self.data.validation is not None and (
+            (every and step % every == 0) or (last and config.evaluation.at_end)
+        ):
+            self.validated = self.evaluate()
+            loss = self.validated["validation_loss"]
+            metrics.write({"step": step, **self.validated})
+        if stop or last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+            self.save(loss)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Mean loss over the fixed validation tokens, in nats per token and, where known, bits per byte of their text."""
+        validation = self.data.validation
+        model = self.placed.model
+        model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        done = self.progress.step / self.config.steps
+        for tokens, targets in validation.batches():
+            count = int((targets != -100).sum())
+            tokens, targets = tokens.to(self.world.device), targets.to(self.world.device)
+            with self.placed.autocast():
+                loss = model(tokens, targets, progress=done)
+            if count:
+                total += torch.stack(
+                    [loss.double() * count, torch.full_like(loss, count, dtype=torch.float64)]
+                )
+        model.train()
+        summed, count = self.world.sum(total).tolist()
+        out = {"validation_loss": summed / count}
+        if validation.bytes_per_token:
+            out["bits_per_byte"] = summed / count / math.log(2) / validation.bytes_per_token
+        return out
+
+    # Saving and resuming
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that a checkpoint holds, as this rank holds it."""
+        model = unwrap(self.placed.model)
+        named = [*model.named_parameters(), *model.named_buffers()]
+        persistent = set(map(clean_name, model.state_dict()))
+        tensors = {
+            f"model/{clean_name(name)}": tensor.detach()
+            for name, tensor in named
+            if clean_name(name) in persistent
+        }
+        return tensors | {f"optim/{name}": tensor for name, tensor in self.optimizer.named_state().items()}
+
+    def save(self, validation_loss: float | None = None) -> None:
+        """A checkpoint of this moment; one that exists for this step already is left as it is."""
+        if self.store.last_saved == self.progress.step:
+            return
+        self.store.save(
+            self.progress.step,
+            self.tensors(),
+            objects={"progress": self.progress.__dict__, "run_id": self.run_id},
+            per_rank=rng_state(),
+            validation_loss=validation_loss,
+        )
+
+    def _resume(self) -> None:
+        path = self.store.resume_point()
+        if path is None:
+            return
+        loaded = self.store.load(path, self.tensors())
+        self.progress.__dict__.update(json.loads(json.dumps(loaded.objects["progress"])))
+        self._reported = self.progress.step
+        if loaded.per_rank is not None:
+            restore_rng_state(loaded.per_rank)
+        else:
+            seed_everything((self.config.seed * 1_000_003 + self.world.rank) ^ (self.progress.step << 20))
+        log.info("resumed from %s at step %d", path, self.progress.step)

@@ -1,0 +1,79 @@
+"""Where a step's time goes, and how fast the device could have been."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+# Dense bf16 peak in FLOP/s, from the vendors' data sheets.
+PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak in FLOP/s; None where it is not known, as for any CPU."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in PEAKS.items() if known in name), None)
+
+
+def memory_gib(device: torch.device) -> float:
+    """Largest memory so far: of the device's allocator on a GPU, resident on a CPU; GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class Phases:
+    """Seconds spent in named parts of the steps since the last `report`; on a GPU by events, which nothing waits for."""
+
+    def __init__(self, device: torch.device):
+        self.gpu = device.type == "cuda"
+        self._reset()
+
+    def _reset(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, Any, Any]] = []
+        self._began = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        if self.gpu and name != "data":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self._events.append((name, start, end))
+        else:
+            start_time = time.perf_counter()
+            yield
+            self.seconds[name] += time.perf_counter() - start_time
+
+    def report(self) -> tuple[float, dict[str, float]]:
+        """(wall seconds, share of each phase and of "other") since the last report. Waits for a GPU."""
+        for name, start, end in self._events:
+            end.synchronize()
+            self.seconds[name] += start.elapsed_time(end) / 1e3
+        wall = time.perf_counter() - self._began
+        shares = {name: seconds / wall for name, seconds in self.seconds.items()}
+        shares["other"] = max(0.0, 1.0 - sum(shares.values()))
+        self._reset()
+        return wall, shares

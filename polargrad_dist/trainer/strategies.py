@@ -1,0 +1,101 @@
+"""How a model is laid on the ranks, and how gradients are kept from travelling before the last micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from polargrad_dist.errors import ConfigError
+from polargrad_dist.trainer.config import TrainerConfig
+from polargrad_dist.trainer.world import World
+
+
+@dataclass
+class Placed:
+    """A model on its ranks: what to call, and the context for a micro-batch whose gradients stay here."""
+
+    model: nn.Module
+    quiet: Callable[[], AbstractContextManager[Any]]
+    autocast: Callable[[], AbstractContextManager[Any]]
+
+    def micro_step(self, last: bool) -> AbstractContextManager[Any]:
+        """For one forward and backward; only the last micro-batch of a step sends gradients."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last)
+        return nullcontext() if last else self.quiet()
+
+
+def place(model: nn.Module, config: TrainerConfig, world: World, to_owner: bool) -> Placed:
+    """Puts a model on this rank's device under the configured strategy.
+
+    ``to_owner``: the optimizer reduces gradients itself, so that copies are only made equal, not wrapped.
+    """
+    strategy = config.strategy
+    mixed = config.precision == "bf16-mixed"
+    sharded = strategy.name in ("fsdp", "hsdp") and world.size > 1
+    if to_owner and sharded:
+        raise ConfigError(
+            f"optimizer.gradients is 'to_owner' with strategy {strategy.name!r}, which reduces gradients itself: set it to "
+            "'all_reduced', or use strategy 'ddp'"
+        )
+    if config.precision == "bf16":
+        model.to(torch.bfloat16)
+    blocks = list(getattr(model, "blocks", []))
+    if config.activation_checkpointing:
+        _call(model, "checkpoint_blocks", "trainer.activation_checkpointing")
+    if config.compile:
+        _call(model, "compile_blocks", "trainer.compile")
+    if sharded:
+        _shard(model, blocks, config, world)
+        return Placed(model, nullcontext, nullcontext)
+    model.to(world.device)
+
+    def autocast() -> AbstractContextManager[Any]:
+        return torch.autocast(world.device.type, torch.bfloat16) if mixed else nullcontext()
+
+    if world.size == 1:
+        return Placed(model, nullcontext, autocast)
+    if to_owner:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            dist.broadcast(tensor.data, 0)
+        return Placed(model, nullcontext, autocast)
+    wrapped = DistributedDataParallel(
+        model, device_ids=[world.device] if world.device.type == "cuda" else None
+    )
+    return Placed(wrapped, wrapped.no_sync, autocast)
+
+
+def _shard(model: nn.Module, blocks: list[nn.Module], config: TrainerConfig, world: World) -> None:
+    """FSDP2: each block on its own, then what is left; reductions in fp32 whatever the compute type."""
+    strategy = config.strategy
+    kind = world.device.type
+    if strategy.name == "hsdp":
+        shape = (strategy.replicas, world.size // strategy.replicas)
+        mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))
+    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": strategy.reshard_after_forward}
+    if config.precision == "bf16-mixed":
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if strategy.cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy()
+    else:
+        model.to(world.device)
+    for block in blocks:
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+
+
+def _call(model: nn.Module, method: str, key: str) -> None:
+    if not hasattr(model, method):
+        raise ConfigError(f"{key} is true, but the model has no {method}(): set it to false")
+    getattr(model, method)()

@@ -1,0 +1,129 @@
+"""This process among the others: who started it, which device is its own, and the process group.
+
+Reads what torchrun and ``accelerate launch`` (RANK, …) or ``srun`` (SLURM_PROCID, …) set; alone it makes no group.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from polargrad_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """Rank, world size and device of this process. ``host`` is a gloo group for messages between hosts' memories."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    host: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, through host memory."""
+        if self.host is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.host)
+        return values
+
+    def together(self, fn: Callable[[], Any]) -> Any:
+        """Runs ``fn`` on every rank; where it fails on one, its error is raised on all."""
+        result, error = None, None
+        try:
+            result = fn()
+        except Exception as caught:
+            error = caught
+        errors = [e for e in self.gather(error) if e is not None]
+        if errors:
+            raise error or errors[0]
+        return result
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def launched() -> tuple[int, int, int]:
+    """(rank, world size, local rank) as the launcher set them; (0, 1, 0) without one.
+
+    Raises ``ConfigError`` when a launcher set only some of its variables.
+    """
+    if (
+        "RANK" not in os.environ
+        and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+        and "SLURM_PROCID" in os.environ
+    ):
+        # srun: one task per GPU. The batch script gives the address of the first node.
+        os.environ["RANK"] = os.environ["SLURM_PROCID"]
+        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+        os.environ.setdefault("MASTER_ADDR", socket.gethostname())
+        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))
+    if "RANK" not in os.environ:
+        return 0, 1, 0
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"RANK is set but {missing[0]} is not, expected both: start with torchrun, or unset RANK"
+        )
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def join(device: str = "auto", timeout_minutes: float = 10.0) -> World:
+    """Joins the process group that the launcher describes, and takes this rank's device.
+
+    Raises ``ConfigError`` when the asked-for device is not there.
+    """
+    rank, size, local_rank = launched()
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("trainer.device is 'cuda', but torch sees no GPU: set it to 'auto' or 'cpu'")
+    use_gpu = torch.cuda.is_available() and device != "cpu"
+    if use_gpu and local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU of its own, {torch.cuda.device_count()} are visible: start at most one "
+            "process per GPU (torchrun --nproc_per_node, srun --ntasks-per-node)"
+        )
+    here = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
+    if use_gpu:
+        torch.cuda.set_device(here)
+    if size == 1:
+        return World(device=here)
+    timeout = timedelta(minutes=timeout_minutes)
+    os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")  # the flight recorder, for who waited where
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if use_gpu else "gloo", rank=rank, world_size=size, timeout=timeout
+    )
+    # Rank 0 may prepare data for hours while the others wait for its message.
+    host = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    return World(rank, size, local_rank, here, host)
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, NumPy and torch, all devices."""
+    import numpy as np
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -1,0 +1,173 @@
+"""The loop: the same losses on any number of ranks, nothing non-finite in the weights, exact resumes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from polargrad_dist.errors import ConfigError
+from polargrad_dist.trainer import TrainingError, World
+from polargrad_dist.trainer.checkpoint import CheckpointConfig
+from polargrad_dist.trainer.config import SafetyConfig, StrategyConfig
+from polargrad_dist.trainer.loop import Trainer
+from tests.gloo import run_ranks
+from tests.trainer.toy import rules, settings, trainer
+
+
+def losses(folder) -> dict[int, float]:
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return {r["step"]: r["loss"] for r in map(json.loads, lines) if "loss" in r}
+
+
+def weights(t: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in t.bare.named_parameters()}
+
+
+def _run(rank: int, world: int, folder: str, changes: dict, gradients: str = "all_reduced") -> float:
+    here = World(rank, world, rank, torch.device("cpu"), dist.group.WORLD)
+    t = trainer(settings(folder, **changes), here, optimizer=replace(rules(), gradients=gradients))
+    return t.fit().validation["validation_loss"]
+
+
+@pytest.mark.parametrize(
+    ("world", "strategy", "gradients"),
+    [
+        (2, "ddp", "all_reduced"),
+        (4, "ddp", "all_reduced"),
+        (2, "ddp", "to_owner"),
+        (2, "fsdp", "all_reduced"),
+        (4, "hsdp", "all_reduced"),
+    ],
+)
+def test_losses_are_those_of_one_process_on_any_ranks_and_strategy(tmp_path, world, strategy, gradients):
+    one = trainer(settings(tmp_path / "one", steps=20)).fit()
+    changes = {"steps": 20, "strategy": StrategyConfig(strategy, replicas=2 if strategy == "hsdp" else 1)}
+    many = run_ranks(_run, world, str(tmp_path / "many"), changes, gradients)
+    a, b = losses(tmp_path / "one"), losses(tmp_path / "many")
+    assert a.keys() == b.keys()
+    assert max(abs(a[k] - b[k]) for k in a) < 1e-4
+    assert many == pytest.approx([one.validation["validation_loss"]] * world, abs=1e-4)
+    assert b[20] < b[1] - 0.3
+
+
+def test_accumulating_changes_nothing(tmp_path):
+    trainer(settings(tmp_path / "a", micro_batch=12)).fit()
+    trainer(settings(tmp_path / "b", micro_batch=2)).fit()
+    a, b = losses(tmp_path / "a"), losses(tmp_path / "b")
+    assert max(abs(a[k] - b[k]) for k in a) < 1e-5
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_resumed_run_has_the_losses_and_weights_of_an_uninterrupted_one(tmp_path, dropout):
+    straight = trainer(settings(tmp_path / "a"), dropout=dropout)
+    straight.fit()
+    first = trainer(settings(tmp_path / "b"), dropout=dropout)
+    step, count = first._step, []
+
+    def interrupted(*args):
+        count.append(1)
+        if len(count) == 7:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    first._step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        first.fit()
+    second = trainer(settings(tmp_path / "b"), dropout=dropout)
+    assert second.fit().exit_code == 0
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    for name, value in weights(straight).items():
+        assert torch.equal(value, weights(second)[name])
+    for name, value in straight.optimizer.named_state().items():
+        assert torch.equal(value, second.optimizer.named_state()[name])
+
+
+def test_a_non_finite_step_is_skipped_named_and_leaves_the_weights_alone(tmp_path):
+    t = trainer(settings(tmp_path, steps=3), poison={13, 14})
+    seen = []
+    step = t._step
+
+    def watched(*args):
+        before = weights(t)
+        out = step(*args)
+        seen.append(all(torch.equal(a, b) for a, b in zip(before.values(), weights(t).values(), strict=True)))
+        return out
+
+    t._step = watched
+    t.fit()
+    assert seen == [False, True, False]
+    assert t.progress.skipped == 1
+    log = (tmp_path / "log.txt").read_text()
+    assert "step 2 is skipped: the loss is nan" in log
+    assert "gradient of embed.weight" in log
+
+
+def test_too_many_non_finite_steps_end_the_run_with_the_last_checkpoint_intact(tmp_path):
+    t = trainer(settings(tmp_path, safety=SafetyConfig(max_skipped=2)), poison=set(range(60, 200)))
+    with pytest.raises(
+        TrainingError, match=r"2 steps in a row were not finite.*checkpoint of step 4 is intact"
+    ):
+        t.fit()
+    assert t.store.newest_valid().name.endswith("4")
+
+
+def test_a_loss_spike_can_be_skipped(tmp_path):
+    t = trainer(settings(tmp_path, steps=12, safety=SafetyConfig(spike_sigma=3.0, spike_window=6)))
+    losses_seen = iter([3.0, 2.9, 3.1, 3.0, 2.9, 3.1, 9.0] + [3.0] * 5)
+    decide = t._reason_to_skip
+    reasons = []
+
+    def faked(loss, norm):
+        loss = next(losses_seen)
+        reason = decide(loss, norm)
+        reasons.append(reason)
+        t.progress.recent = [*t.progress.recent, loss] if reason is None else t.progress.recent
+        return reason
+
+    t._reason_to_skip = faked
+    t.progress.recent = []
+    t.fit()
+    assert sum(r is not None for r in reasons) >= 0
+
+
+def test_another_configuration_in_the_same_folder_is_refused_with_the_difference(tmp_path):
+    trainer(settings(tmp_path, steps=2)).fit()
+    with pytest.raises(ConfigError, match=r"trainer\.seed: 0 there, 1 here"):
+        trainer(settings(tmp_path, steps=2, seed=1))
+    trainer(settings(tmp_path, steps=4, micro_batch=6)).fit()
+
+
+def test_a_run_that_was_not_to_be_resumed_does_not_overwrite_one(tmp_path):
+    trainer(settings(tmp_path, steps=2)).fit()
+    with pytest.raises(ConfigError, match="already holds checkpoints"):
+        trainer(settings(tmp_path, steps=2, checkpoint=CheckpointConfig(every=4, resume="never")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"global_batch": 10, "micro_batch": 4}, "global_batch is 10, expected a multiple of .* = 1 x 4"),
+        ({"steps": 0}, "trainer.steps is 0"),
+        ({"clip_norm": -1.0}, "clip_norm"),
+        ({"strategy": StrategyConfig("hsdp", replicas=2)}, "replicas is 2 on 1 ranks"),
+        ({"strategy": StrategyConfig("ddp", cpu_offload=True)}, "cpu_offload"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        trainer(settings(tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_metrics_hold_rates_shares_and_the_spectrum_per_role(tmp_path):
+    trainer(settings(tmp_path)).fit()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    record = next(r for r in lines if r["step"] == 4)
+    assert record["tokens_per_second"] > 0
+    assert set(record["lr"]) == {"hidden", "embed", "head", "scalar"}
+    assert sum(record["share"].values()) == pytest.approx(1.0, abs=0.05)
+    assert record["polar"]["embed"]["condition"] >= 1
+    assert lines[-1]["bits_per_byte"] > 0

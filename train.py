@@ -1,0 +1,67 @@
+"""Pre-trains a language model: `python train.py --config configs/NAME.yaml --optimizer.hidden.lr 0.02 …`.
+
+The same under `torchrun`, `srun` and `accelerate launch`. Every key: `python train.py --help`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from data import DataConfig, open_data
+from models import ModelConfig, build_model
+from polargrad_dist.optim import OptimizerConfig
+from polargrad_dist.trainer import Trainer, TrainerConfig, join, seed_everything
+from polargrad_dist.trainer.cli import parse, run
+from polargrad_dist.trainer.dry_run import dry_run
+
+
+@dataclass
+class RunConfig:
+    """A whole run.
+
+    Args:
+        model: what is trained.
+        data: on which text.
+        optimizer: by which rule, role by role.
+        trainer: for how long, on which ranks, and what is kept.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+def main() -> int:
+    config, configuration, ranks = parse(
+        RunConfig, "Pre-train a language model with polar-gradient optimizers."
+    )
+    trainer = config.trainer
+    if ranks is not None:
+        return dry_run(
+            lambda device: build_model(config.model, device=device), config.optimizer, trainer, ranks
+        )
+    world = join(trainer.device, trainer.strategy.timeout_minutes)
+    try:
+        trainer.check(world.size)
+        config.optimizer.check()
+        data = open_data(
+            config.data,
+            sequence_length=trainer.sequence_length,
+            global_batch=trainer.global_batch,
+            micro_batch=trainer.micro_batch,
+            rank=world.rank,
+            world=world.size,
+            seed=trainer.seed,
+            all_gather=world.gather,
+        )
+        seed_everything(trainer.seed)
+        model = build_model(config.model, vocab_size=data.vocab_size)
+        data.check_vocabulary(model.vocab_size)
+        return Trainer(trainer, config.optimizer, model, data, world, configuration).fit().exit_code
+    finally:
+        world.close()
+
+
+if __name__ == "__main__":
+    run(main)

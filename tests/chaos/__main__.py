@@ -1,0 +1,43 @@
+"""`python -m tests.chaos [--kills 25] [--seed S]`: kills a run again and again; it must end as if never touched."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.chaos.harness import chaos
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
+    parser.add_argument("--world", type=int, default=2)
+    options = parser.parse_args()
+    print(f"seed {options.seed}", flush=True)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        report = chaos(
+            Path(folder),
+            options.kills,
+            options.seed,
+            options.world,
+            tell=lambda line: print(line, flush=True),
+        )
+    for (moment, victims), count in sorted(report.kills.items()):
+        print(f"{count:4} kills of {victims} while {moment}")
+    print(
+        f"{report.torn} saves torn, {report.steps_lost} steps done again, {time.monotonic() - started:.0f} s"
+    )
+    print(
+        f"{options.kills} kills, and every parameter, optimizer state, generator and logged loss is as undisturbed"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

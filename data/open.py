@@ -1,0 +1,157 @@
+"""From a configuration to the data of a run: prepared where need be, verified, and cut for one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from data.config import DataConfig
+from data.loader import Loader, Tokens, ValidationSet
+from data.prepare import Report, prepare, say
+from data.shards import MANIFEST, Manifest, Shard, foreign_shard, open_shard, verify_shards
+from data.sources import find_files
+from data.tokenizers import TokenizerInfo
+from polargrad_dist.errors import ConfigError, DataError, PolarGradError
+
+Gather = Callable[[Any], list[Any]]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads: training and validation data, and what is known of their tokens."""
+
+    train: Loader
+    validation: ValidationSet | None
+    tokenizer: TokenizerInfo | None
+    vocab_size: int | None
+    end_of_text: int | None
+    folder: Path
+    shards: tuple[Shard, ...]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """JSON-able: tokenizer, shards, sequence length and seed."""
+        return self.train.fingerprint()
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer, to encode and decode with. Raises DataError where there is none."""
+        if self.tokenizer is None:
+            raise DataError("these shards come without a tokenizer; set data.tokenizer.name to theirs.")
+        return self.tokenizer.load(self.folder)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises DataError when a shard holds a token id that a model of this vocabulary does not have."""
+        for shard in self.shards:
+            largest = shard.max_token
+            if largest is None:
+                largest = int(open_shard(self.folder / shard.name).max())
+            if largest >= vocab_size:
+                raise DataError(
+                    f"{self.folder / shard.name} holds token {largest}, the model's vocabulary ends at {vocab_size - 1}; set "
+                    "model.vocab_size to the tokenizer's, or prepare the data with the model's tokenizer."
+                )
+
+
+def open_data(
+    config: DataConfig,
+    *,
+    sequence_length: int,
+    global_batch: int,
+    micro_batch: int,
+    rank: int = 0,
+    world: int = 1,
+    seed: int = 0,
+    all_gather: Gather = lambda value: [value],
+    report: Report = say,
+) -> Data:
+    """The data of one rank. Rank 0 prepares what is not prepared yet, while the others wait in ``all_gather``.
+
+    ``all_gather(x)`` returns every rank's x in rank order. An error of one rank (DataError, ConfigError) is raised on all.
+    """
+    folder, manifest, train, validation = _on_rank_0(lambda: _shards(config, report), rank, all_gather)
+    _together(
+        lambda: verify_shards(folder, [*train, *validation], config.verify, part=rank, parts=world),
+        all_gather,
+    )
+
+    info = TokenizerInfo(**manifest.tokenizer) if manifest is not None else None
+    named = config.tokenizer.end_of_text
+    end_of_text = info.end_of_text if info else named if isinstance(named, int) else None
+    description = {
+        "tokenizer": info.hash if info else None,
+        "shards": [{"name": s.name, "tokens": s.tokens, "sha256": s.sha256} for s in train],
+    }
+    loader = Loader(
+        _open(folder, train),
+        sequence_length,
+        global_batch,
+        micro_batch,
+        rank,
+        world,
+        seed,
+        config.prefetch,
+        description,
+    )
+    held_out = None
+    if validation:
+        tokens = _open(folder, validation)
+        known = all(shard.text_bytes is not None for shard in validation)
+        size = sum(shard.text_bytes or 0 for shard in validation)
+        targets = len(tokens) - 1
+        if config.validation_tokens is not None:
+            targets = min(targets, config.validation_tokens)
+        if targets > 0:
+            ratio = size / len(tokens) if known else None
+            held_out = ValidationSet(tokens, sequence_length, micro_batch, rank, world, targets, ratio)
+    vocab_size = info.vocab_size if info else None
+    return Data(loader, held_out, info, vocab_size, end_of_text, folder, (*train, *validation))
+
+
+def _shards(
+    config: DataConfig, report: Report
+) -> tuple[Path, Manifest | None, tuple[Shard, ...], tuple[Shard, ...]]:
+    if config.source != "shards":
+        folder = prepare(config, report=report)
+        manifest = Manifest.load(folder)
+        return folder, manifest, manifest.train, manifest.validation
+    folders = [Path(path).expanduser() for path in config.paths]
+    if len(folders) == 1 and (folders[0] / MANIFEST).exists():
+        manifest = Manifest.load(folders[0])
+        return folders[0], manifest, manifest.train, manifest.validation
+    train = find_files(config.paths, "data.paths", (".bin",))
+    held_out = (
+        find_files(config.validation_paths, "data.validation_paths", (".bin",))
+        if config.validation_paths
+        else []
+    )
+    foreign = [tuple(_foreign(path) for path in paths) for paths in (train, held_out)]
+    return Path(), None, foreign[0], foreign[1]
+
+
+def _foreign(path: Path) -> Shard:
+    return replace(foreign_shard(path), name=str(path.absolute()))
+
+
+def _open(folder: Path, shards: tuple[Shard, ...]) -> Tokens:
+    opened = [open_shard(folder / shard.name) for shard in shards]
+    if len({shard.dtype for shard in opened}) > 1:
+        raise ConfigError("some shards hold uint16 tokens and some uint32; prepare all with one tokenizer.")
+    return Tokens(opened)
+
+
+def _on_rank_0(fn: Callable[[], Any], rank: int, all_gather: Gather) -> Any:
+    return _together(lambda: fn() if rank == 0 else None, all_gather)[0]
+
+
+def _together(fn: Callable[[], Any], all_gather: Gather) -> list[Any]:
+    """Every rank's result; the first error on any rank is raised on all of them."""
+    try:
+        answer: tuple[Any, PolarGradError | None] = (fn(), None)
+    except PolarGradError as error:
+        answer = (None, error)
+    answers = all_gather(answer)
+    for _, failure in answers:
+        if failure is not None:
+            raise failure
+    return [value for value, _ in answers]

@@ -1,0 +1,252 @@
+"""From text to token shards: `python -m data.prepare --source files --paths '["*.jsonl"]' --out FOLDER …`.
+
+Text is read in one order, tokenized by several threads (the tokenizers work outside Python), and written in that order:
+the shards do not depend on the number of threads. After each shard ``progress.json`` says how far the corpus is done,
+so that an interrupted run goes on there; a folder with a manifest is complete. End-of-text follows every document.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.config import DataConfig
+from data.files import digest, folder_lock, make_folder, read_json, write_atomically, write_json
+from data.shards import MANIFEST, Manifest, Shard, token_dtype, write_shard
+from data.sources import Piece, Source, open_source
+from data.tokenizers import Tokenizer, open_tokenizer
+from polargrad_dist.errors import ConfigError, DataError
+
+CHUNK_BYTES = 2**20
+PROGRESS = "progress.json"
+Report = Callable[[str], None]
+
+
+def say(message: str) -> None:
+    """One line to the terminal."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def prepare(config: DataConfig, out: Path | None = None, report: Report = say) -> Path:
+    """Tokenizes the configured corpus, and returns the folder of its shards, complete and with a manifest.
+
+    ``out``: the folder; None for one in ``config.cache`` named by a hash of everything that changes a token. What is
+    there already is kept. Raises DataError or ConfigError.
+    """
+    source = open_source(config)
+    report(source.describe())
+    tokenizer = open_tokenizer(config.tokenizer, source, Path(config.cache) / "tokenizers")
+    inputs = source.identity() | {
+        "tokenizer": tokenizer.info.hash,
+        "end_of_text": tokenizer.info.end_of_text,
+        "shard_tokens": config.shard_tokens,
+        "max_tokens": config.max_tokens,
+    }
+    folder = out or Path(config.cache) / f"{config.source}-{digest(inputs)[:16]}"
+    make_folder(folder)
+    with folder_lock(folder):
+        if (folder / MANIFEST).exists():
+            _same(folder / MANIFEST, Manifest.load(folder).inputs, inputs)
+            report(f"prepared already: {folder}")
+            return folder
+        _write_shards(config, source, tokenizer, inputs, folder, report)
+    return folder
+
+
+def _same(path: Path, found: dict[str, Any], inputs: dict[str, Any]) -> None:
+    for key in inputs:
+        if found.get(key) != inputs[key]:
+            raise ConfigError(
+                f"{path} was made from other inputs ({key}: {found.get(key)!r} there, {inputs[key]!r} here); choose another "
+                "folder, or delete this one."
+            )
+
+
+@dataclass
+class Progress:
+    """How far a corpus is done: ``pieces`` are in the shards named here, which are whole."""
+
+    pieces: int = 0
+    train: list[Shard] = field(default_factory=list)
+    validation: list[Shard] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, folder: Path, inputs: dict[str, Any]) -> Progress:
+        path = folder / PROGRESS
+        if not path.exists():
+            return cls()
+        raw = read_json(path)
+        _same(path, raw["inputs"], inputs)
+        return cls(raw["pieces"], *([Shard(**s) for s in raw[split]] for split in ("train", "validation")))
+
+    def save(self, folder: Path, inputs: dict[str, Any]) -> None:
+        write_json(folder / PROGRESS, asdict(self) | {"inputs": inputs})
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.train)
+
+
+@dataclass
+class Buffer:
+    """Tokens of one split that are not in a shard yet."""
+
+    parts: list[np.ndarray] = field(default_factory=list)
+    tokens: int = 0
+    documents: int = 0
+    text_bytes: int = 0
+
+    def flush(self, path: Path, dtype: np.dtype) -> Shard:
+        shard = write_shard(
+            path,
+            np.concatenate(self.parts).astype(dtype),
+            documents=self.documents,
+            text_bytes=self.text_bytes,
+        )
+        self.__init__()  # type: ignore[misc]
+        return shard
+
+
+def _write_shards(
+    config: DataConfig,
+    source: Source,
+    tokenizer: Tokenizer,
+    inputs: dict[str, Any],
+    folder: Path,
+    report: Report,
+) -> None:
+    from tqdm import tqdm
+
+    progress = Progress.load(folder, inputs)
+    if progress.pieces:
+        report(f"continuing after {progress.pieces:,} pieces and {len(progress.train)} shards in {folder}")
+    dtype = token_dtype(tokenizer.info.vocab_size)
+    buffers = {"train": Buffer(), "validation": Buffer()}
+    limit = config.max_tokens
+
+    def flush() -> None:
+        for split, buffer in buffers.items():
+            if buffer.tokens:
+                shards = getattr(progress, split)
+                shards.append(buffer.flush(folder / f"{split}-{len(shards):05}.bin", dtype))
+        progress.pieces = done
+        progress.save(folder, inputs)
+
+    done = progress.pieces
+    bar = tqdm(
+        total=source.size, unit="B", unit_scale=True, desc="tokenizing", disable=not sys.stderr.isatty()
+    )
+    with bar:
+        for chunk, encoded in _tokenized(source, progress.pieces, tokenizer, config.processes or _cores()):
+            if limit is not None and progress.tokens + buffers["train"].tokens >= limit:
+                break
+            for piece, ids in zip(chunk, encoded, strict=True):
+                _take(
+                    buffers["validation" if piece.validation else "train"],
+                    piece,
+                    ids,
+                    tokenizer.info.end_of_text,
+                )
+            done += len(chunk)
+            bar.update(sum(piece.size for piece in chunk))
+            if buffers["train"].tokens >= config.shard_tokens:
+                flush()
+    if any(buffer.tokens for buffer in buffers.values()):
+        flush()
+    if not progress.train:
+        raise DataError(
+            f"the corpus ({source.describe()}) holds no training text; add text, or lower validation_fraction."
+        )
+    info = tokenizer.info
+    if (text := tokenizer.json()) is not None:
+        write_atomically(folder / "tokenizer.json", text.encode())
+    manifest = Manifest(inputs, asdict(info), tuple(progress.train), tuple(progress.validation))
+    manifest.save(folder, write_json)
+    held = sum(shard.tokens for shard in progress.validation)
+    report(f"prepared {progress.tokens:,} training and {held:,} validation tokens in {folder}")
+
+
+def _take(buffer: Buffer, piece: Piece, ids: np.ndarray, end_of_text: int) -> None:
+    if piece.ends:
+        ids = np.append(ids, np.uint32(end_of_text))
+    if len(ids):
+        buffer.parts.append(ids)
+    buffer.tokens += len(ids)
+    buffer.documents += piece.ends
+    buffer.text_bytes += piece.size
+
+
+def _tokenized(
+    source: Source, start: int, tokenizer: Tokenizer, threads: int
+) -> Iterator[tuple[list[Piece], list[np.ndarray]]]:
+    """Chunks of about 1 MiB of text with their ids, in order; a few are tokenized ahead."""
+    # Each thread tokenizes one chunk: the tokenizers' own threads on top would only compete.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    waiting: deque[tuple[list[Piece], Future[list[np.ndarray]]]] = deque()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
+    try:
+        for chunk in _chunks(source.pieces(start)):
+            waiting.append((chunk, pool.submit(tokenizer.encode_batch, [piece.text for piece in chunk])))
+            if len(waiting) > 2 * threads:
+                ready, future = waiting.popleft()
+                yield ready, future.result()
+        while waiting:
+            ready, future = waiting.popleft()
+            yield ready, future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _chunks(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    chunk: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        chunk.append(piece)
+        size += piece.size
+        if size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main() -> int:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="python -m data.prepare", description="Tokenize a corpus into .bin shards.")
+    parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
+    parser.add_argument(
+        "--out", type=str, default=None, help="folder for the shards; default: one in --cache"
+    )
+    parser.add_class_arguments(DataConfig)
+    parsed = parser.parse_args()
+    built = parser.instantiate_classes(parsed)
+    config = DataConfig(**{name: built[name] for name in DataConfig.__dataclass_fields__})
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file-size limit becomes an error that can be told
+    try:
+        folder = prepare(config, Path(built.out) if built.out else None)
+    except (DataError, ConfigError) as error:
+        say(f"data.prepare: error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        say("data.prepare: interrupted; run the same command again to continue")
+        return 130
+    print(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""Token shards: the `.bin` format that llm.c and modded-nanoGPT read and write, and the manifest beside them.
+
+A shard is a header of 256 little-endian int32 (magic, version, number of tokens, zeros) and then the tokens: magic
+20240520, version 1, uint16; or magic 20240801, version 7, uint32, for vocabularies over 65,536.
+"""
+
+from __future__ import annotations
+
+import mmap
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.files import read_json, sha256, write_atomically
+from polargrad_dist.errors import DataError
+
+HEADER_BYTES = 256 * 4
+MAX_SHARD_TOKENS = 2**31 - 1  # the header counts them in an int32
+MANIFEST = "manifest.json"
+SAMPLED_BYTES = 4 * 2**30
+_MAGIC: dict[np.dtype, tuple[int, int]] = {np.dtype("<u2"): (20240520, 1), np.dtype("<u4"): (20240801, 7)}
+_DTYPE = {magic: dtype for dtype, magic in _MAGIC.items()}
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """uint16 where every id below ``vocab_size`` fits, else uint32."""
+    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of tokens, and what is known of it. A foreign shard has no sha256, max_token or text counts."""
+
+    name: str
+    tokens: int
+    size: int
+    sha256: str | None = None
+    max_token: int | None = None
+    documents: int | None = None
+    text_bytes: int | None = None
+
+
+def write_shard(
+    path: Path, tokens: np.ndarray, *, documents: int | None = None, text_bytes: int | None = None
+) -> Shard:
+    """Writes tokens (n,) uint16 or uint32 as one shard, atomically. Raises DataError when the disk is full."""
+    tokens = np.ascontiguousarray(tokens, dtype=tokens.dtype.newbyteorder("<"))
+    if tokens.dtype not in _MAGIC:
+        raise DataError(f"{path}: tokens of type {tokens.dtype}; a shard holds uint16 or uint32.")
+    if not 0 < len(tokens) <= MAX_SHARD_TOKENS:
+        raise DataError(f"{path}: {len(tokens):,} tokens; a shard holds 1 to {MAX_SHARD_TOKENS:,}.")
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = (*_MAGIC[tokens.dtype], len(tokens))
+    checksum = write_atomically(path, header.data, tokens.data)
+    size = HEADER_BYTES + tokens.nbytes
+    return Shard(path.name, len(tokens), size, checksum, int(tokens.max()), documents, text_bytes)
+
+
+def _header(path: Path) -> tuple[np.dtype, int]:
+    """The token type and count that a shard declares; raises DataError where the file cannot be that shard."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            raw = file.read(HEADER_BYTES)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}.") from error
+    if size < HEADER_BYTES:
+        what = "is empty" if size == 0 else f"holds {size} bytes, fewer than its header of {HEADER_BYTES}"
+        raise DataError(f"{path} {what}: it is no token shard; write it again.")
+    magic, version, count = (int(x) for x in np.frombuffer(raw, dtype="<i4", count=3))
+    if (magic, version) not in _DTYPE:
+        known = " or ".join(f"{m} version {v}" for m, v in _DTYPE)
+        raise DataError(f"{path} starts with magic {magic} version {version}; a token shard has {known}.")
+    dtype = _DTYPE[magic, version]
+    expected = HEADER_BYTES + count * dtype.itemsize
+    if count <= 0:
+        raise DataError(f"{path} declares {count} tokens; a shard holds at least one.")
+    if size != expected:
+        kind = "truncated" if size < expected else "longer than it says"
+        raise DataError(
+            f"{path} is {kind}: {size:,} bytes, but its header declares {count:,} tokens, which take {expected:,}; "
+            "fetch or prepare it again."
+        )
+    return dtype, count
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """The tokens (n,) uint16 or uint32 of a shard, memory-mapped and read-only.
+
+    Raises DataError on an empty file, a wrong magic, or a size other than the header declares.
+    """
+    dtype, count = _header(path)
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return np.frombuffer(mapped, dtype=dtype, count=count, offset=HEADER_BYTES)
+
+
+def foreign_shard(path: Path) -> Shard:
+    """A shard that no manifest describes."""
+    dtype, count = _header(path)
+    return Shard(str(path), count, HEADER_BYTES + count * dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a prepared folder holds: written last, so a folder with a manifest is complete."""
+
+    inputs: dict[str, Any]
+    tokenizer: dict[str, Any]
+    train: tuple[Shard, ...]
+    validation: tuple[Shard, ...]
+
+    def save(self, folder: Path, write: Any) -> None:
+        split = lambda shards: {  # noqa: E731
+            "tokens": sum(s.tokens for s in shards),
+            "documents": sum(s.documents or 0 for s in shards),
+            "text_bytes": sum(s.text_bytes or 0 for s in shards),
+            "shards": [asdict(s) for s in shards],
+        }
+        write(
+            folder / MANIFEST,
+            {
+                "version": 1,
+                "inputs": self.inputs,
+                "tokenizer": self.tokenizer,
+                "train": split(self.train),
+                "validation": split(self.validation),
+            },
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        raw = read_json(folder / MANIFEST)
+        try:
+            if raw["version"] != 1:
+                raise DataError(
+                    f"{folder / MANIFEST} has version {raw['version']}; this program reads version 1."
+                )
+            train, validation = (tuple(Shard(**s) for s in raw[k]["shards"]) for k in ("train", "validation"))
+            return cls(raw["inputs"], raw["tokenizer"], train, validation)
+        except (KeyError, TypeError) as error:
+            raise DataError(
+                f"{folder / MANIFEST} is damaged ({error!r}); delete {folder} and prepare again."
+            ) from error
+
+
+def verify_shards(
+    folder: Path,
+    shards: Sequence[Shard],
+    mode: str,
+    *,
+    part: int = 0,
+    parts: int = 1,
+    budget: int = SAMPLED_BYTES,
+) -> None:
+    """Raises DataError naming the first damaged shard.
+
+    Every header and size is checked. Contents (sha256 by the manifest) are checked for every ``parts``-th shard
+    from ``part`` on: all of those with ``mode`` "full", a random selection worth ``budget`` bytes with "auto", none
+    with "sizes".
+    """
+    for shard in shards:
+        path = folder / shard.name
+        _header(path)
+        if path.stat().st_size != shard.size:
+            raise DataError(
+                f"{path} holds {path.stat().st_size:,} bytes, the manifest says {shard.size:,}; delete its folder and "
+                "prepare again."
+            )
+    if mode == "sizes":
+        return
+    mine = [s for s in shards[part::parts] if s.sha256 is not None]
+    if mode == "auto" and sum(s.size for s in mine) > budget:
+        random.SystemRandom().shuffle(mine)
+        kept: list[Shard] = []
+        total = 0
+        for shard in mine:
+            total += shard.size
+            if kept and total > budget:
+                break
+            kept.append(shard)
+        mine = kept
+    for shard in mine:
+        found = sha256(folder / shard.name)
+        if found != shard.sha256:
+            raise DataError(
+                f"{folder / shard.name} is corrupt: its sha256 is {found[:16]}…, the manifest says "
+                f"{str(shard.sha256)[:16]}…; delete its folder and prepare again."
+            )

@@ -1,0 +1,350 @@
+"""Corpora: where text comes from, always in the same order, cut into pieces and split into training and validation.
+
+A source knows neither tokenizers nor shards. Its identity (JSON-able) changes whenever its text could have changed.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import itertools
+import json
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from data.config import DataConfig
+from polargrad_dist.errors import ConfigError, DataError
+
+PIECE_BYTES = 2**18  # plain text is read in pieces of this size, cut at a line break
+TEXT, LINES, PARQUET = (".txt", ".md"), (".jsonl", ".ndjson"), (".parquet",)
+_NO_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+class Piece(NamedTuple):
+    """A document, or a part of a long one."""
+
+    text: str
+    size: int
+    """Bytes of the text in UTF-8."""
+    validation: bool = False
+    ends: bool = True
+    """Whether the document ends with this piece."""
+
+
+class Source(Protocol):
+    @property
+    def size(self) -> int | None:
+        """Bytes to read in all, where they are known beforehand; only for a progress bar."""
+        ...
+
+    def identity(self) -> dict[str, Any]: ...
+
+    def describe(self) -> str: ...
+
+    def pieces(self, start: int = 0) -> Iterator[Piece]:
+        """The pieces from number ``start`` on. Raises DataError naming file and line of text it cannot use."""
+        ...
+
+
+def open_source(config: DataConfig) -> Source:
+    """The corpus that a configuration names. Raises ConfigError or DataError."""
+    if not 0 <= config.validation_fraction < 1:
+        raise ConfigError(f"data.validation_fraction is {config.validation_fraction}; it must lie in [0, 1).")
+    if config.source == "builtin":
+        return BuiltinSource(config.validation_fraction)
+    if config.source == "files":
+        return FileSource(
+            config.paths,
+            config.text_field,
+            config.validation_fraction,
+            validation_paths=config.validation_paths,
+        )
+    if config.source == "hub":
+        from data.hub import HubSource
+
+        return HubSource(config.hub, config.text_field, config.validation_fraction)
+    raise ConfigError(
+        f"data.source is {config.source!r}: token shards are ready to be read, there is no text to prepare."
+    )
+
+
+class BuiltinSource:
+    """The Python standard library's own sources without tests, and ``pydoc_data.topics``, in sorted order.
+
+    It differs between Python versions, so its sha256 is part of its identity. Validation documents are those with
+    the lowest hashes, as many as reach the given share of the bytes.
+    """
+
+    def __init__(self, validation_fraction: float) -> None:
+        self._fraction = validation_fraction
+        self._root = Path(sysconfig.get_path("stdlib"))
+
+    @cached_property
+    def _documents(self) -> list[tuple[str, bytes]]:
+        documents = [*_library_sources(self._root), *_library_topics()]
+        if not documents:
+            raise DataError(
+                f"{self._root} holds no Python sources, so there is no built-in corpus; set data.source to another."
+            )
+        return documents
+
+    @cached_property
+    def _sha256(self) -> str:
+        digest = hashlib.sha256()
+        for name, text in self._documents:
+            digest.update(name.encode() + b"\0" + text + b"\0")
+        return digest.hexdigest()
+
+    @property
+    def size(self) -> int:
+        return sum(len(text) for _, text in self._documents)
+
+    def identity(self) -> dict[str, Any]:
+        return {"source": "builtin", "sha256": self._sha256, "validation_fraction": self._fraction}
+
+    def describe(self) -> str:
+        return (
+            f"built-in corpus (Python standard library): {len(self._documents):,} documents, {self.size:,} bytes, "
+            f"sha256 {self._sha256}"
+        )
+
+    def pieces(self, start: int = 0) -> Iterator[Piece]:
+        wanted, kept = self._fraction * self.size, 0
+        validation: set[int] = set()
+        for index in sorted(range(len(self._documents)), key=lambda i: _hash(self._documents[i][1])):
+            if kept >= wanted:
+                break
+            validation.add(index)
+            kept += len(self._documents[index][1])
+        for index, (_, text) in enumerate(self._documents[start:], start):
+            yield Piece(text.decode(), len(text), index in validation)
+
+
+def _library_sources(root: Path) -> Iterator[tuple[str, bytes]]:
+    # The topics come as text; build configuration and site files differ between machines with the same Python.
+    skipped = ("pydoc_data/topics.py", "_sysconfigdata", "sitecustomize", "usercustomize")
+    names = sorted(
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*.py")
+        if not _NO_SOURCES.intersection(path.relative_to(root).parts[:-1])
+    )
+    for name in names:
+        if name.startswith(skipped):
+            continue
+        with tokenize.open(root / name) as file:
+            text = file.read().encode()
+        if text:
+            yield name, text
+
+
+def _library_topics() -> Iterator[tuple[str, bytes]]:
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield f"topic {name}", topics[name].encode()
+
+
+class FileSource:
+    """Local text, JSON lines and parquet files.
+
+    Validation: the files of ``validation_paths`` where given; else documents of JSON lines and parquet by a hash of
+    their text, and the last share of the bytes of the text files, from a line break on.
+    """
+
+    def __init__(
+        self, paths: list[str], field: str, validation_fraction: float, *, validation_paths: list[str]
+    ) -> None:
+        self._field = field
+        self._fraction = 0.0 if validation_paths else validation_fraction
+        self._files = find_files(paths, "data.paths", TEXT + LINES + PARQUET)
+        self._validation = (
+            find_files(validation_paths, "data.validation_paths", TEXT + LINES + PARQUET)
+            if validation_paths
+            else []
+        )
+        self.size: int | None = sum(path.stat().st_size for path in self._validation + self._files)
+        text_bytes = sum(path.stat().st_size for path in self._files if path.suffix in TEXT)
+        self._text_split = text_bytes - int(self._fraction * text_bytes)
+
+    def identity(self) -> dict[str, Any]:
+        def stamp(path: Path) -> list[Any]:
+            status = path.stat()
+            return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+
+        return {
+            "source": "files",
+            "files": [stamp(path) for path in self._files],
+            "validation_files": [stamp(path) for path in self._validation],
+            "text_field": self._field,
+            "validation_fraction": self._fraction,
+        }
+
+    def describe(self) -> str:
+        return (
+            f"{len(self._files) + len(self._validation):,} files, {self.size:,} bytes, first {self._files[0]}"
+        )
+
+    def pieces(self, start: int = 0) -> Iterator[Piece]:
+        return itertools.islice(self._pieces(), start, None)
+
+    def _pieces(self) -> Iterator[Piece]:
+        # Validation files come first, so that a limit on training tokens never cuts them off.
+        for path in self._validation:
+            for piece in self._read(path, path.stat().st_size):
+                yield piece._replace(validation=True)
+        before = 0
+        for path in self._files:
+            yield from self._read(path, self._text_split - before)
+            before += path.stat().st_size if path.suffix in TEXT else 0
+
+    def _read(self, path: Path, split: int) -> Iterator[Piece]:
+        if path.suffix in TEXT:
+            return read_text(path, split)
+        documents = (
+            read_json_lines(path, self._field) if path.suffix in LINES else read_parquet(path, self._field)
+        )
+        return (document_piece(text, self._fraction, where) for where, text in documents)
+
+
+def find_files(paths: list[str], key: str, suffixes: tuple[str, ...]) -> list[Path]:
+    """Files, folders (searched to the bottom) and globs, expanded in the given order. Raises DataError, ConfigError."""
+    if not paths:
+        raise ConfigError(f"{key} is empty; name files, folders or globs of {', '.join(suffixes)}.")
+    found: list[Path] = []
+    for pattern in paths:
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            matches = sorted(p for p in path.rglob("*") if p.suffix in suffixes and p.is_file())
+        elif path.is_file():
+            if path.suffix not in suffixes:
+                raise ConfigError(f"{key}: {path} ends in {path.suffix!r}; known are {', '.join(suffixes)}.")
+            matches = [path]
+        else:
+            matches = [
+                Path(name)
+                for name in sorted(glob.glob(str(path), recursive=True))
+                if Path(name).suffix in suffixes
+            ]
+        if not matches:
+            raise DataError(f"{key}: {pattern} matches no file that ends in {', '.join(suffixes)}.")
+        found += matches
+    for path in found:
+        if path.stat().st_size == 0:
+            raise DataError(f"{path} is empty; remove it from {key} or fill it.")
+    return found
+
+
+def read_text(path: Path, split: int) -> Iterator[Piece]:
+    """One document in pieces cut at line breaks; from the first cut at or after byte ``split`` on, for validation."""
+    with open(path, "rb") as file:
+        rest, position, line = b"", 0, 1
+        while True:
+            wanted = split - position - len(rest)
+            block = rest + file.read(min(PIECE_BYTES, wanted) if wanted > 0 else PIECE_BYTES)
+            if len(block) == len(rest):
+                break
+            if position < split <= position + len(block):
+                block += file.readline()
+            cut = _last_cut(block) if len(block) >= PIECE_BYTES else block.rfind(b"\n") + 1
+            rest, block = block[cut:], block[:cut]
+            if block:
+                yield _text_piece(path, block, position >= split, line, first=position == 0)
+                position += len(block)
+                line += block.count(b"\n")
+        yield _text_piece(path, rest, position >= split, line, first=position == 0)._replace(ends=True)
+
+
+def _last_cut(block: bytes) -> int:
+    """Where to cut a long block: after the last line break or space, else before the last character that may be cut off."""
+    cut = max(block.rfind(b"\n"), block.rfind(b" ")) + 1
+    if cut == 0:
+        cut = len(block) - 1
+        while cut > max(len(block) - 4, 1) and block[cut] & 0xC0 == 0x80:
+            cut -= 1
+    return cut
+
+
+def _text_piece(path: Path, block: bytes, validation: bool, line: int, *, first: bool) -> Piece:
+    try:
+        text = block.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(_not_utf8(path, line + block.count(b"\n", 0, error.start), error)) from error
+    return Piece(text, len(block), validation, ends=False)
+
+
+def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> str:
+    return (
+        f"{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8 ({error.reason}); convert the file "
+        f"first, for example with iconv -f LATIN1 -t UTF-8."
+    )
+
+
+def read_json_lines(path: Path, field: str) -> Iterator[tuple[str, str]]:
+    """(where, text) of each line that is not blank."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}, line {number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if not text.strip():
+                    continue
+                record = json.loads(text)
+            except UnicodeDecodeError as error:
+                raise DataError(_not_utf8(path, number, error)) from error
+            except ValueError as error:
+                raise DataError(f"{where} is not JSON ({error}); each line must be one object.") from error
+            if not isinstance(record, dict):
+                raise DataError(
+                    f"{where} holds a {type(record).__name__}; each line must be an object with {field!r}."
+                )
+            yield where, _field(record, field, where)
+
+
+def read_parquet(path: Path, field: str) -> Iterator[tuple[str, str]]:
+    """(where, text) of each row."""
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise DataError("parquet files need pyarrow: pip install 'polargrad-dist[train]'.") from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            if field not in file.schema_arrow.names:
+                raise DataError(
+                    f"{path} has no column {field!r} but {', '.join(file.schema_arrow.names)}; set data.text_field."
+                )
+            row = 0
+            for batch in file.iter_batches(batch_size=1000, columns=[field]):
+                for text in batch.column(0).to_pylist():
+                    row += 1
+                    where = f"{path}, row {row}"
+                    yield where, _field({field: text}, field, where)
+    except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
+        raise DataError(f"{path} cannot be read as parquet: {error}.") from error
+
+
+def _field(record: dict[str, Any], field: str, where: str) -> str:
+    if field not in record:
+        fields = ", ".join(map(str, record)) or "nothing"
+        raise DataError(f"{where} has no field {field!r} but {fields}; set data.text_field.")
+    if not isinstance(record[field], str):
+        raise DataError(f"{where}: {field!r} holds a {type(record[field]).__name__}, expected text.")
+    return record[field]
+
+
+def document_piece(text: str, validation_fraction: float, where: str) -> Piece:
+    """A whole document, for validation if a hash of its text falls below the fraction."""
+    try:
+        raw = text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where} holds half a surrogate pair (\\u{ord(text[error.start]):04x}), which is no text."
+        ) from error
+    return Piece(text, len(raw), validation_fraction > 0 and _hash(raw) < validation_fraction * 2**64)
+
+
+def _hash(text: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())

@@ -51,7 +51,9 @@ class CheckpointConfig:
         least = {"every": 0, "keep_last": 2, "keep_every": 0, "threads": 1}
         for key, value in least.items():
             if getattr(self, key) < value:
-                raise ConfigError(f"checkpoint.{key} is {getattr(self, key)}; it must be at least {value}")
+                raise ConfigError(
+                    f"trainer.checkpoint.{key} is {getattr(self, key)}; it must be at least {value}"
+                )
 
 
 def prune(folder: Path, config: CheckpointConfig, losses: dict[str, float | None]) -> None:

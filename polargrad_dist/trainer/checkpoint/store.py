@@ -176,8 +176,8 @@ class CheckpointStore:
         own = self._list()
         if self.config.resume == "never" and own:
             raise CheckpointError(
-                f"checkpoint.resume is never, but {self.folder} holds {own[-1].name}: "
-                "choose another run directory, or checkpoint.resume=auto"
+                f"trainer.checkpoint.resume is never, but {self.folder} holds {own[-1].name}: "
+                "choose another run directory, or trainer.checkpoint.resume=auto"
             )
         if not own and self.config.resume in ("never", "auto"):
             return None
@@ -345,11 +345,13 @@ class CheckpointStore:
             return newest
         if own and path.parent != self.folder:
             raise CheckpointError(
-                f"checkpoint.resume is {path}, but {self.folder} holds {own[-1].name} of a run that did not "
-                "begin there: choose another run directory, or checkpoint.resume=auto"
+                f"trainer.checkpoint.resume is {path}, but {self.folder} holds {own[-1].name} of a run that did not "
+                "begin there: choose another run directory, or trainer.checkpoint.resume=auto"
             )
         if path != newest and self._newest_valid([path])[0] is None:
-            raise CheckpointError(f"checkpoint.resume is {path}, which is no valid checkpoint (see the log)")
+            raise CheckpointError(
+                f"trainer.checkpoint.resume is {path}, which is no valid checkpoint (see the log)"
+            )
         return path
 
     def _origin_of(self, path: Path) -> str | None:
@@ -384,7 +386,7 @@ class CheckpointStore:
                 if self._ranks.rank == 0:
                     log.warning("going on from %s with other data: %s", path, some(found))
             elif found:
-                way = ", or set checkpoint.allow_other_data=true" if part == "data" else ""
+                way = ", or set trainer.checkpoint.allow_other_data=true" if part == "data" else ""
                 raise CheckpointError(
                     f"it is of another {part}: {some(found)}. Run with what it was made with{way}"
                 )

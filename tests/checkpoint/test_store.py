@@ -273,6 +273,11 @@ def test_going_back_sets_the_newer_ones_aside_and_a_restart_stays_on_the_new_bra
     store.load(tmp_path / "step-00000001", {})
     store.save(2, state(7))
     assert CheckpointStore(tmp_path).resume_point().name == "step-00000002"
+    again = CheckpointStore(tmp_path, config, identity={"model": {"width": 8}})
+    assert again.resume_point().name == "step-00000002", "the same command goes on, and not back once more"
+    again.load(again.resume_point(), {})
+    again.save(3, state(8))
+    assert CheckpointStore(tmp_path, config).resume_point().name == "step-00000003"
 
 
 def test_a_run_begun_at_another_runs_checkpoint_goes_on_from_its_own_when_restarted(tmp_path):

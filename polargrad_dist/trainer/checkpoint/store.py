@@ -226,10 +226,9 @@ class CheckpointStore:
         except (Exception, dcp.CheckpointException) as error:
             raise CheckpointError(f"{path} was not loaded: {_cause(error)}") from None
         self._verified = None
-        if path.parent == self.folder:
-            self.last_saved, self._origin = manifest.step, manifest.origin
-        else:
-            self._origin = str(path)
+        own = path.parent == self.folder
+        self.last_saved = manifest.step if own else None
+        self._origin = manifest.origin if own and path != self._asked_for else str(path)
         return Loaded(manifest.step, manifest.objects, per_rank, manifest.world_size)
 
     def _describe(self, step: int, objects: dict[str, Any], validation_loss: float | None) -> Manifest:
@@ -325,6 +324,10 @@ class CheckpointStore:
                 raise CheckpointError(f"{final} exists and is valid, and is not written over")
             set_aside([final], reason)
 
+    @property
+    def _asked_for(self) -> Path:
+        return Path(self.config.resume).absolute()
+
     def _list(self) -> list[Path]:
         return self._ranks.on_rank_0(f"listing {self.folder}", lambda: checkpoints_in(self.folder))
 
@@ -338,7 +341,7 @@ class CheckpointStore:
                     "Restore one, or start in another run directory"
                 )
             return newest
-        path = Path(self.config.resume).absolute()
+        path = self._asked_for
         if newest is not None and self._origin_of(newest) == str(path):
             if self._ranks.rank == 0:
                 log.info("this run began at %s and goes on from its own %s", path, newest.name)

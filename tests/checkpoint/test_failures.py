@@ -79,6 +79,25 @@ def test_a_failed_background_save_ends_the_run_at_the_next_call_if_configured(tm
         assert "step 2 was not saved: cannot write" in seen[3]
 
 
+def run_out_of_memory(rank, world, folder):
+    """Rank 1 has no memory for its copy in the background; rank 0 has."""
+    store = CheckpointStore(folder, CheckpointConfig(asynchronous=True))
+    tensors = {f"optim/{rank}": torch.zeros(80 << 20)}
+    if rank == 1:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (280 << 20), resource.RLIM_INFINITY))
+    store.save(1, tensors)
+    dist.all_reduce(torch.ones(1))  # training goes on
+    saved = store.wait()
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    dist.barrier()
+    return saved, store.failed, os.listdir(folder)
+
+
+def test_a_rank_without_memory_for_its_copy_fails_the_save_on_all_ranks(tmp_path):
+    assert run_ranks(run_out_of_memory, 2, str(tmp_path)) == [(False, 1, [])] * 2
+
+
 def lose_permission(rank, world, folder):
     store = CheckpointStore(folder)
     store.save(1, state(1, rank, world))

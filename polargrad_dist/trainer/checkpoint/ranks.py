@@ -39,7 +39,7 @@ class Ranks:
             value = fn()
         except CheckpointError as caught:
             error = str(caught)
-        except (OSError, TypeError, ValueError) as caught:
+        except Exception as caught:
             error = f"{type(caught).__name__}: {caught}"
         everyone = self.gather((value, error))
         for rank, (_, error) in enumerate(everyone):

@@ -65,11 +65,17 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 class Copies(DefaultSavePlanner):
     """Plans from the live tensors' shapes and shardings, but writes ``data``: their local parts, or copies."""
 
-    def __init__(self, data: dict[str, torch.Tensor]) -> None:
+    def __init__(self, data: dict[str, torch.Tensor] | CheckpointError) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.data = data
 
+    def create_local_plan(self) -> SavePlan:
+        if isinstance(self.data, CheckpointError):
+            raise self.data
+        return super().create_local_plan()
+
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        assert isinstance(self.data, dict)  # for the type checker: without data there is no plan
         return self.data[index.fqn]
 
 

@@ -250,7 +250,10 @@ class CheckpointStore:
         )
 
     def _write(
-        self, manifest: Manifest, named: dict[str, torch.Tensor], data: dict[str, torch.Tensor]
+        self,
+        manifest: Manifest,
+        named: dict[str, torch.Tensor],
+        data: dict[str, torch.Tensor] | CheckpointError,
     ) -> CheckpointError | None:
         """The whole transaction, on this thread or in the background. Returns an error rather than raise it."""
         final = self.folder / folder_name(manifest.step)
@@ -300,17 +303,23 @@ class CheckpointStore:
             log.error("%s; training goes on (failed saves so far: %d)", error, self.failed)
         return False
 
-    def _copy(self, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Host copies in buffers that live as long as the store, pinned when they come from a GPU."""
+    def _copy(self, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | CheckpointError:
+        """Host copies in buffers that live as long as the store, pinned when they come from a GPU.
+
+        An error is returned, for the ranks to learn of it in the transaction: the others are on their way there.
+        """
         copies, on_device = {}, False
-        for name, source in ((name, local(t)) for name, t in named.items()):
-            copy = self._buffers.get(name)
-            if copy is None or copy.shape != source.shape or copy.dtype != source.dtype:
-                copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-            copies[name] = copy.copy_(source, non_blocking=True)
-            on_device |= source.device.type != "cpu"
-        if on_device:
-            torch.accelerator.synchronize()
+        try:
+            for name, source in ((name, local(t)) for name, t in named.items()):
+                copy = self._buffers.get(name)
+                if copy is None or copy.shape != source.shape or copy.dtype != source.dtype:
+                    copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+                copies[name] = copy.copy_(source, non_blocking=True)
+                on_device |= source.device.type != "cpu"
+            if on_device:
+                torch.accelerator.synchronize()
+        except (RuntimeError, MemoryError) as error:
+            return CheckpointError(f"cannot copy to host memory: {error}")
         self._buffers = copies
         return copies
 

@@ -99,7 +99,8 @@ def chaos(folder: Path, kills: int, seed: int, world: int = 2, tell=print) -> Re
     hit all processes at once, some one rank alone; some lives save in the background.
     """
     chance, report = random.Random(seed), Report()
-    steps = ["--steps", str(25 * kills + 20), "--every", "5", "--fat", "16", "--pause", "0.01"]
+    # Long enough never to end before its last kill: a life lasts 1.5 s and makes 16 steps on average, 40 at most.
+    steps = ["--steps", str(20 * kills + 80), "--every", "5", "--fat", "16", "--pause", "0.04"]
     straight, run_dir = folder / "straight", folder / "killed"
     if code := torchrun(straight, *steps, world=world).wait():
         raise AssertionError(

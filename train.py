@@ -6,6 +6,8 @@ The same under `torchrun`, `srun` and `accelerate launch`. Every key: `python tr
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from data import DataConfig, open_data
 from models import ModelConfig, build_model
@@ -32,15 +34,17 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
 
+def parse_run(args: list[str] | None = None) -> tuple[RunConfig, dict[str, Any], int | None]:
+    """The run that a command line describes, its JSON-able form, and the ranks of a dry run or None."""
+    return parse(RunConfig, "Pre-train a language model with polar-gradient optimizers.", args)
+
+
 def main() -> int:
-    config, configuration, ranks = parse(
-        RunConfig, "Pre-train a language model with polar-gradient optimizers."
-    )
+    config, configuration, ranks = parse_run()
     trainer = config.trainer
     if ranks is not None:
-        return dry_run(
-            lambda device: build_model(config.model, device=device), config.optimizer, trainer, ranks
-        )
+        build = partial(build_model, config.model, vocab_size=config.data.planned_vocab_size)
+        return dry_run(build, config.optimizer, trainer, ranks)
     world = join(trainer.device, trainer.strategy.timeout_minutes)
     try:
         trainer.check(world.size)
@@ -56,7 +60,7 @@ def main() -> int:
             all_gather=world.gather,
         )
         seed_everything(trainer.seed)
-        model = build_model(config.model, vocab_size=data.vocab_size)
+        model = build_model(config.model, vocab_size=data.vocab_size, end_of_text=data.end_of_text)
         data.check_vocabulary(model.vocab_size)
         return Trainer(trainer, config.optimizer, model, data, world, configuration).fit().exit_code
     finally:

@@ -34,7 +34,7 @@ def parameters(shapes: list[tuple[int, ...]], device: str = "cpu") -> list[nn.Pa
 
 
 def hidden_step(device: str, rounds: int) -> list[Row]:
-    """(a) One process, the hidden matrices of two GPT-2-small layers and of a halved Qwen2.5 one, against torch.optim.Muon."""
+    """(a) One process, the hidden matrices of a GPT-2-small layer and of a halved Qwen2.5 one, against torch's Muon."""
     rows = []
     for name, shapes in (("GPT-2-small layer", GPT2_LAYER), ("Qwen2.5-style layer, half width", QWEN_LAYER)):
         ours, theirs, adam = (parameters(shapes, device) for _ in range(3))

@@ -78,3 +78,8 @@ class DataConfig:
     that a random 4 GiB of whole shards; `sizes` reads headers and file sizes only."""
     prefetch: int = 4
     """Micro-batches that the loader's background thread keeps ready. 0: no thread."""
+
+    @property
+    def planned_vocab_size(self) -> int | None:
+        """Entries of a tokenizer that is yet to be trained; None for ready-made ones, which say so themselves."""
+        return self.tokenizer.vocab_size if self.tokenizer.name == "bpe" and self.source != "shards" else None

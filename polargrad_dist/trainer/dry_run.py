@@ -13,11 +13,11 @@ from polargrad_dist.trainer.config import TrainerConfig
 
 
 def dry_run(
-    build: Callable[[str], nn.Module], optimizer: OptimizerConfig, trainer: TrainerConfig, ranks: int
+    build: Callable[..., nn.Module], optimizer: OptimizerConfig, trainer: TrainerConfig, ranks: int
 ) -> int:
-    """Prints the plan of a run on ``ranks`` ranks; ``build("meta")`` gives the model without its elements. Returns 0."""
+    """Prints the plan of a run on ``ranks`` ranks; ``build(device="meta")`` gives the model's shapes. Returns 0."""
     trainer.check(ranks)
-    model = build("meta")
+    model = build(device="meta")
     if trainer.precision == "bf16":
         model.to(torch.bfloat16)
     name = trainer.strategy.name if ranks > 1 else "ddp"

@@ -53,8 +53,11 @@ class ValidationData(Protocol):
 class Data(Protocol):
     """What the loop asks of the data."""
 
-    train: Any
-    validation: Any
+    @property
+    def train(self) -> Any: ...
+
+    @property
+    def validation(self) -> Any: ...
 
     def fingerprint(self) -> dict[str, Any]: ...
 
@@ -81,6 +84,13 @@ class Outcome:
     exit_code: int
     step: int
     validation: dict[str, float]
+
+
+def identity_of(configuration: dict[str, Any], data: Data) -> dict[str, Any]:
+    """What a checkpoint must share with a run to be loaded by it. Other data may be allowed, another tokenizer not."""
+    fingerprint = dict(data.fingerprint())
+    tokenizer = {"tokenizer": fingerprint.pop("tokenizer", None)}
+    return {"model": configuration.get("model", {}), "tokenizer": tokenizer, "data": fingerprint}
 
 
 class Trainer:
@@ -124,14 +134,9 @@ class Trainer:
         self.store = CheckpointStore(
             self.run_dir / "checkpoints",
             config.checkpoint,
-            identity={"model": configuration.get("model", {}), **self._data_identity()},
+            identity=identity_of(configuration, data),
             configuration=configuration,
         )
-
-    def _data_identity(self) -> dict[str, Any]:
-        """Tokenizer and data apart, so that other data may be allowed while another tokenizer is not."""
-        fingerprint = dict(self.data.fingerprint())
-        return {"tokenizer": {"tokenizer": fingerprint.pop("tokenizer", None)}, "data": fingerprint}
 
     def fit(self) -> Outcome:
         """Trains to the last step, or until asked to leave. Raises ``TrainingError`` after too many skipped steps."""

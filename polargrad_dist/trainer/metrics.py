@@ -182,6 +182,10 @@ def line(record: dict[str, Any], steps: int) -> str:
     return "  ".join(parts)
 
 
+def quiet(message: str) -> None:
+    """A report that goes nowhere."""
+
+
 def duration(seconds: float) -> str:
     """Seconds as h:mm:ss."""
     minutes, second = divmod(int(seconds), 60)

@@ -1,0 +1,75 @@
+"""`make train`: pre-trains the quick-start model with one process per GPU, two on a machine without, and says how it went.
+
+Everything goes through torchrun and train.py, as any other run; what is added here is the comparison at the end.
+Arguments are handed on to train.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = "configs/quickstart.yaml"
+
+
+def main() -> int:
+    import torch
+
+    processes = torch.cuda.device_count() or 2
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+    ]
+    command = [*torchrun, "train.py", "--config", CONFIG, *sys.argv[1:]]
+    threads = str(max(1, (os.cpu_count() or 2) // processes))
+    print("$", shlex.join(["torchrun", *command[3:]]), flush=True)
+    code = subprocess.run(
+        command, cwd=ROOT, env={"OMP_NUM_THREADS": threads} | os.environ, check=False
+    ).returncode
+    if code:
+        print(
+            f"training ended with exit code {code}; what was saved is in the run directory", file=sys.stderr
+        )
+        return code
+    sys.path.insert(0, str(ROOT))
+    os.chdir(ROOT)
+    return summary(processes)
+
+
+def summary(processes: int) -> int:
+    """Validation in bits per byte beside a bigram model of the same tokens, a sample, and what to do next."""
+    from data import bigram_baseline
+    from tools.runs import load_run
+    from train import parse_run
+
+    config, _, _ = parse_run(["--config", CONFIG, *sys.argv[1:]])
+    run = load_run(config.trainer.run_dir)
+    lines = map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
+    reached = [record for record in lines if "bits_per_byte" in record][-1]
+    baseline = bigram_baseline(run.data)
+    sample = run.sample("def ", 120)
+    steps = config.trainer.steps
+    print(f"\nvalidation: {reached['bits_per_byte']:.3f} bits per byte after {reached['step']} steps")
+    print(
+        f"bigram model of the same tokens (interpolated Kneser-Ney): {baseline.bits_per_byte:.3f} bits per byte"
+    )
+    print(f"\nsample:\n{sample}\n")
+    print(f"run directory: {run.folder}")
+    again = ["torchrun", "--standalone", f"--nproc_per_node={processes}", "train.py", "--config", CONFIG]
+    print(f"resume or lengthen: {shlex.join([*again, *sys.argv[1:], '--trainer.steps', str(2 * steps)])}")
+    print(
+        f"more text: {shlex.join(['python', '-m', 'tools.generate', str(run.folder), '--prompt', 'class '])}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

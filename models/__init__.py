@@ -19,7 +19,8 @@ def build_model(
 ) -> LanguageModel:
     """The model that a configuration describes, freshly initialized on ``device`` ("meta" for shapes alone).
 
-    ``vocab_size`` and ``end_of_text`` are the tokenizer's, used where the configuration says nothing.
+    ``vocab_size`` and ``end_of_text`` are the tokenizer's, used where the configuration says nothing. A vocabulary that
+    comes without an end-of-text token makes each sequence one document.
     """
     resolved = config.resolved(vocab_size, end_of_text)
     with torch.device(device or "cpu"):

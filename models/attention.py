@@ -1,6 +1,7 @@
 """Causal attention within documents and a sliding window of 128-token blocks: FlexAttention on a GPU, SDPA elsewhere.
 
-The two paths have the same mask; `tests/models` holds them against each other.
+Both paths have the same mask; `tests/models` holds them against each other. The window enters as a tensor, never as a
+Python number: it grows during training, and each new number would compile every kernel again.
 """
 
 from __future__ import annotations
@@ -29,30 +30,48 @@ def documents(tokens: torch.Tensor, end_of_text: int) -> torch.Tensor:
     return (tokens == end_of_text).cumsum(1)
 
 
-def sees(docs: torch.Tensor, window: int) -> Callable[..., torch.Tensor]:
-    """FlexAttention's mask function: causal, same document, at most ``window`` tokens back counted in whole blocks."""
-    blocks = max(1, window // BLOCK)
+def make_mask(docs: torch.Tensor, window: int, flex: bool) -> Mask:
+    """The mask of a batch with documents docs (B, T): a query sees ``window`` tokens back, counted in whole blocks.
 
-    def mask(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    A window below 128 tokens is one block, the query's own.
+    """
+    blocks = torch.full((), max(1, window // BLOCK), dtype=torch.int64, device=docs.device)
+    if flex:
+        return Mask(flex=block_mask(docs, blocks))
+    at = torch.arange(docs.shape[1], device=docs.device)
+    near = (at[:, None] >= at) & (at[:, None] // BLOCK - at // BLOCK < blocks)
+    return Mask(dense=(near & (docs[:, :, None] == docs[:, None, :])).unsqueeze(1))
+
+
+def block_mask(docs: torch.Tensor, blocks: torch.Tensor) -> Any:
+    """FlexAttention's BlockMask for windows of ``blocks`` (0-d), made from the documents at the ends of each block.
+
+    Documents are numbered in order, so their two ends say all about a block: T²/128² entries are made instead of the T² of
+    ``create_block_mask``, which at 65,536 tokens is 4 GiB.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         return (q >= k) & (docs[b, q] == docs[b, k]) & (q // BLOCK - k // BLOCK < blocks)
 
-    return mask
+    length = docs.shape[1]
+    at = torch.arange(-(-length // BLOCK), device=docs.device)
+    first, last = docs[:, at * BLOCK], docs[:, (at * BLOCK + BLOCK - 1).clamp(max=length - 1)]
+    near = (at[:, None] >= at) & (at[:, None] - at < blocks)
+    seen = near & (first[:, :, None] <= last[:, None, :])
+    whole = seen & (at[:, None] > at) & (last[:, :, None] == first[:, None, :])
+    whole &= (at < length // BLOCK)[
+        :, None
+    ]  # a query block that the sequence does not fill is masked one by one
+    partial = seen & ~whole
 
+    def listed(entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        order = entries.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+        return entries.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
 
-def make_mask(docs: torch.Tensor, window: int, flex: bool) -> Mask:
-    """The mask of a batch for windows of ``window`` tokens, a multiple of 128."""
-    batch, length = docs.shape
-    if flex:
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        return Mask(
-            flex=create_block_mask(
-                sees(docs, window), batch, None, length, length, device=docs.device, BLOCK_SIZE=BLOCK
-            )
-        )
-    at = torch.arange(length, device=docs.device)
-    visible = (at[:, None] >= at) & (at[:, None] // BLOCK - at // BLOCK < max(1, window // BLOCK))
-    return Mask(dense=(visible & (docs[:, :, None] == docs[:, None, :])).unsqueeze(1))
+    return BlockMask.from_kv_blocks(
+        *listed(partial), *listed(whole), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(length, length)
+    )
 
 
 @lru_cache(maxsize=1)

@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
+from models.attention import BLOCK
 from models.config import Sizes
+from models.loss import loss_sum
 from polargrad_dist.errors import ConfigError
-
-LOSS_ROWS = 4096  # tokens whose logits exist at a time
 
 
 class LanguageModel(nn.Module):
@@ -29,9 +29,15 @@ class LanguageModel(nn.Module):
         """The normalized output of the last block, (B, T, width)."""
         raise NotImplementedError
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (…, V) of hidden states (…, width), in fp32."""
+    def get_input_embeddings(self) -> nn.Module:
         raise NotImplementedError
+
+    def get_output_embeddings(self) -> nn.Linear:
+        raise NotImplementedError
+
+    def logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Logits (…, V) in fp32, of hidden states (…, width) and the head's weight."""
+        return F.linear(hidden, weight).float()
 
     def forward(
         self, tokens: torch.Tensor, targets: torch.Tensor | None = None, *, progress: float = 0.0
@@ -47,22 +53,12 @@ class LanguageModel(nn.Module):
                 "lower trainer.sequence_length"
             )
         hidden = self.hidden(tokens, progress)
+        weight = self.get_output_embeddings().weight
         if targets is None:
-            return self.logits(hidden)
-        rows, wanted = hidden.flatten(0, 1), targets.flatten()
-        if len(rows) <= LOSS_ROWS:
-            total = self._loss_sum(rows, wanted)
-        else:  # logits are made again in backward: all at once they would outweigh the model
-            total = torch.stack(
-                [
-                    checkpoint(self._loss_sum, r, w, use_reentrant=False)
-                    for r, w in zip(rows.split(LOSS_ROWS), wanted.split(LOSS_ROWS), strict=True)
-                ]
-            ).sum()
-        return total / (wanted != -100).sum()
-
-    def _loss_sum(self, rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(self.logits(rows), wanted, ignore_index=-100, reduction="sum")
+            return self.logits(hidden, weight)
+        return (
+            loss_sum(hidden.flatten(0, 1), weight, targets.flatten(), self.logits) / (targets != -100).sum()
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -92,7 +88,11 @@ class LanguageModel(nn.Module):
             block.forward = forward
 
     def flops_per_token(self, sequence_length: int) -> float:
-        """Flops of forward and backward per token: 6 for every weight that multiplies, 12·T·heads·head_width a layer."""
+        """Flops of forward and backward per token: 6 for every weight that multiplies, 12·T·heads·head_width a layer.
+
+        The usual count for MFU: embedding tables are looked up, attention counts as if it were neither causal nor
+        windowed, recomputed activations do not count.
+        """
         c = self.config
         tables = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding))
         weights = sum(p.numel() for p in self.parameters()) - tables
@@ -108,10 +108,16 @@ class LanguageModel(nn.Module):
         top_k: int | None = None,
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:
-        """Continues tokens (B, T) by sampling; returns (B, T + new_tokens). Temperature 0 takes the likeliest."""
+        """Continues tokens (B, T) by sampling; returns (B, T + new_tokens). Temperature 0 takes the likeliest.
+
+        Nothing is cached between tokens: meant for samples of a run, not for serving. Call ``eval()`` before.
+        """
         for _ in range(new_tokens):
             window = tokens[:, -self.max_sequence_length :]
-            logits = self(window, progress=1.0)[:, -1]
+            length = window.shape[1]
+            # Whole blocks, so that compiled code meets few shapes; no token sees what is padded behind it.
+            whole = min(-(-length // BLOCK) * BLOCK, self.max_sequence_length)
+            logits = self(F.pad(window, (0, whole - length)), progress=1.0)[:, length - 1]
             if top_k is not None:
                 least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                 logits = logits.masked_fill(logits < least, -torch.inf)

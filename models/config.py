@@ -45,15 +45,17 @@ class ModelConfig:
 
     Args:
         architecture: "qwen2.5", "gpt2-small" or "gpt2-medium".
-        vocab_size: rows of the embedding; null takes what the data's tokenizer needs, or the full size.
+        vocab_size: rows of the embedding; null takes the tokenizer's (GPT-2 small: rounded up to 128), or the
+            full size.
         width: model dimension.
         layers: number of blocks.
         heads: attention heads.
-        head_width: dimension of a head; null for 64 (Qwen2.5) or 128 (GPT-2) at full width, else width / heads.
+        head_width: dimension of a head; null for width / heads: 64 (Qwen2.5) or 128 (GPT-2) at full size.
         mlp_width: inner dimension of the MLP; null for 4.75 x width (Qwen2.5) or 4 x width (GPT-2).
         kv_heads: key/value heads, Qwen2.5 only; null for as many as heads.
         max_sequence_length: longest sequence that the model takes, in tokens.
-        end_of_text: token id at which the next document begins, GPT-2 only; null takes the tokenizer's, or 50256.
+        end_of_text: token id at which the next document begins; null takes the tokenizer's, or the full size's; -1 makes
+            each sequence one document. Qwen2.5 attends across documents and only exports it.
         attention: "flex" (FlexAttention, GPUs), "sdpa", or "auto"; GPT-2 only.
         attention_dropout: dropout of attention weights, Qwen2.5 only.
     """
@@ -81,9 +83,15 @@ class ModelConfig:
             name: getattr(self, name) if getattr(self, name) is not None else full[name] for name in full
         }
         if self.vocab_size is None and vocab_size is not None:
-            values["vocab_size"] = vocab_size
-        if self.end_of_text is None and end_of_text is not None:
+            # GPT-2 small's 50,304 rows are its tokenizer's 50,257 in whole blocks of 128
+            values["vocab_size"] = (
+                -(-vocab_size // 128) * 128 if self.architecture == "gpt2-small" else vocab_size
+            )
+            values["end_of_text"] = -1  # another tokenizer than the full size's
+        if end_of_text is not None:
             values["end_of_text"] = end_of_text
+        if self.end_of_text is not None:
+            values["end_of_text"] = self.end_of_text
         width, heads = values["width"], values["heads"]
         qwen = self.architecture == "qwen2.5"
         if heads >= 1 and self.head_width is None and width % heads:
@@ -125,7 +133,7 @@ class Sizes:
         qwen = self.architecture == "qwen2.5"
         for entry in fields(self):
             value = getattr(self, entry.name)
-            least = 0 if entry.name == "end_of_text" else 2 if entry.name == "layers" and not qwen else 1
+            least = -1 if entry.name == "end_of_text" else 2 if entry.name == "layers" and not qwen else 1
             if isinstance(value, int) and value < least:
                 raise ConfigError(f"model.{entry.name} is {value}, expected a whole number >= {least}")
         if qwen and self.attention != "auto":
@@ -136,6 +144,11 @@ class Sizes:
             raise ConfigError(f"model.kv_heads is {self.kv_heads}, which only qwen2.5 has: set it to null")
         if not qwen and self.attention_dropout:
             raise ConfigError("model.attention_dropout is set, which only qwen2.5 has: set it to 0")
+        if not qwen and self.end_of_text >= self.vocab_size:
+            raise ConfigError(
+                f"model.end_of_text is {self.end_of_text}, but the vocabulary has {self.vocab_size} tokens, so no document "
+                "would ever end: set it to the token that ends documents"
+            )
         if self.heads % self.kv_heads:
             raise ConfigError(
                 f"model.heads is {self.heads}, expected a multiple of model.kv_heads = {self.kv_heads}"

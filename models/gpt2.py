@@ -7,6 +7,7 @@ where it is computed. Every scalar is at least one-dimensional: FSDP2 takes no 0
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from torch.nn import functional as F  # noqa: N812
 from models.attention import BLOCK, Mask, attend, documents, make_mask
 from models.base import LanguageModel
 from models.config import Sizes
+from polargrad_dist.errors import ConfigError
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
-    """RMSNorm without weights."""
-    return F.rms_norm(x, (x.shape[-1],))
+    """RMSNorm without weights, in x's own type (autocast would hand back fp32)."""
+    return F.rms_norm(x, (x.shape[-1],)).to(x.dtype)
 
 
 def rotary(length: int, head_width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,26 +184,38 @@ class GPT2(LanguageModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embed
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> nn.Linear:
         return self.head
 
-    def to(self, *args: Any, **kwargs: Any) -> GPT2:
-        """As any module's; on a GPU the embedding tables are kept in bf16."""
-        super().to(*args, **kwargs)
-        if self.embed.weight.device.type == "cuda":
-            for table in (self.embed, *self.value_embeds):
+    @property
+    def tables(self) -> list[nn.Module]:
+        """The embedding tables. FSDP2 wants one type of parameters per unit, so each must be sharded on its own."""
+        return [self.embed, *self.value_embeds]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> GPT2:
+        """Where ``to``, ``cuda`` and the like all end: on a GPU the tables are kept in bf16."""
+        super()._apply(fn, recurse)
+        if self.embed.weight.device.type == "cuda" and self.embed.weight.dtype == torch.float32:
+            for table in self.tables:
                 table.bfloat16()
         return self
 
     def _flex(self, tokens: torch.Tensor) -> bool:
+        gpu = tokens.device.type == "cuda"
+        if self.config.attention == "flex" and not gpu and torch.is_grad_enabled():
+            raise ConfigError(
+                "model.attention is 'flex', which PyTorch differentiates on a GPU only: set it to 'auto'"
+            )
+        # FlexAttention's kernels take no head narrower than 16.
         return self.config.attention == "flex" or (
-            self.config.attention == "auto" and tokens.device.type == "cuda"
+            self.config.attention == "auto" and gpu and self.config.head_width >= 16
         )
 
     def _start(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], tuple]:
         """x0 (B, T, width), the value embeddings (B, T, inner), and the rotary angles' cos and sin."""
         turn = rotary(tokens.shape[1], self.config.head_width, tokens.device)
-        dtype = self.head.weight.dtype  # the tables' own may be narrower
+        kind = tokens.device.type  # blocks compute in the matrices' type, whatever that of the tables
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.head.weight.dtype
         return (
             norm(self.embed(tokens)).to(dtype),
             [table(tokens).to(dtype) for table in self.value_embeds],
@@ -239,8 +253,8 @@ class GPT2Small(GPT2):
                 kept.append(x)
         return norm(x)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return 15 * torch.tanh(self.head(hidden).float() / 15)
+    def logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return 15 * torch.tanh(super().logits(hidden, weight) / 15)
 
 
 class GPT2Medium(GPT2):
@@ -294,6 +308,6 @@ class GPT2Medium(GPT2):
             kept[i] = x
         return norm(x)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        z = self.head(hidden).float()[..., : self.config.vocab_size]
+    def logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        z = super().logits(hidden, weight[: self.config.vocab_size])  # the head's padding predicts nothing
         return 15 * z * torch.rsqrt(z.square() + 225)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,13 @@ from torch import nn
 
 from models.base import LanguageModel
 from models.config import Sizes
+
+THETA = 1e6
+
+
+def inverse_frequencies(head_width: int, device: torch.device) -> torch.Tensor:
+    """(head_width / 2,) fp32 radians per position."""
+    return THETA ** -(torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width)
 
 
 class QwenModel(LanguageModel):
@@ -20,6 +28,7 @@ class QwenModel(LanguageModel):
         from transformers import Qwen2Config, Qwen2ForCausalLM
 
         self.config = config
+        marker = config.end_of_text if 0 <= config.end_of_text < config.vocab_size else None
         self.qwen = Qwen2ForCausalLM(
             Qwen2Config(
                 vocab_size=config.vocab_size,
@@ -31,13 +40,13 @@ class QwenModel(LanguageModel):
                 head_dim=config.head_width,  # type: ignore[call-arg]
                 max_position_embeddings=config.max_sequence_length,
                 rms_norm_eps=1e-6,
-                rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+                rope_parameters={"rope_type": "default", "rope_theta": THETA},
                 tie_word_embeddings=False,
                 use_sliding_window=False,
                 attention_dropout=config.attention_dropout,
                 use_cache=False,
-                bos_token_id=config.end_of_text if config.end_of_text < config.vocab_size else None,
-                eos_token_id=config.end_of_text if config.end_of_text < config.vocab_size else None,
+                bos_token_id=marker,
+                eos_token_id=marker,
             )
         )
 
@@ -48,14 +57,19 @@ class QwenModel(LanguageModel):
     def hidden(self, tokens: torch.Tensor, progress: float) -> torch.Tensor:
         return self.qwen.model(input_ids=tokens, use_cache=False).last_hidden_state
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.qwen.lm_head(hidden).float()
-
     def get_input_embeddings(self) -> nn.Module:
         return self.qwen.get_input_embeddings()
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.qwen.get_output_embeddings()
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.qwen.lm_head
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QwenModel:
+        """Where ``to``, ``bfloat16`` and ``cuda`` all end. Rotary frequencies stay in fp32: bf16 ones are off by up to
+        one radian at position 512."""
+        super()._apply(fn, recurse)
+        rope = self.qwen.model.rotary_emb
+        rope.inv_freq = inverse_frequencies(self.config.head_width, rope.inv_freq.device)
+        return self
 
     def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:
         """Writes an ordinary Qwen2 checkpoint that ``AutoModelForCausalLM.from_pretrained(folder)`` loads."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import faulthandler
 import json
@@ -70,7 +71,7 @@ def sentence(message: str, known: list[str]) -> str:
     """jsonargparse's message as one sentence; an unknown key with the valid one nearest to it."""
     text = " ".join(message.split())
     found = re.search(
-        r"(?:Key|key|option|Option|Unrecognized arguments:|group)\s+['\"]?(?:--)?([\w.]+)['\"]?", text
+        r"(?:Key|key|option|Option|[Uu]nrecognized arguments:|group)\s+['\"]?(?:--)?([\w.]+)['\"]?", text
     )
     unknown = re.search(
         r"(not expected|does not accept|is not accepted|unrecognized|not valid|No action)",
@@ -90,7 +91,10 @@ def sentence(message: str, known: list[str]) -> str:
 
 def run(main: Callable[[], int]) -> None:
     """Calls ``main`` and exits with its code; a user's mistake becomes one sentence and exit code 2."""
-    faulthandler.enable()
+    with contextlib.suppress(
+        OSError, ValueError, AttributeError
+    ):  # a stderr that is no file has no place for it
+        faulthandler.enable()
     try:
         code = main()
     except PolarGradError as error:

@@ -1,0 +1,114 @@
+"""The command line: one sentence for a user's mistake, the merged configuration on request, dry runs with exact counts."""
+
+import contextlib
+import io
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def train(*args: str) -> SimpleNamespace:
+    """`python train.py ARGS` in this process: the import of torch, once per case, would be most of the time."""
+    from polargrad_dist.trainer.cli import run
+    from train import main
+
+    out, err = io.StringIO(), io.StringIO()
+    before = sys.argv
+    sys.argv = ["train.py", *args]
+    try:
+        with contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            run(main)
+    except SystemExit as left:
+        code = left.code or 0
+    finally:
+        sys.argv = before
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--optimizer.hiden.lr", "0.1"], "optimizer.hidden.lr"),
+        (["--trainer.steps", "many"], "trainer.steps"),
+        (["--trainer.precision", "fp8"], "trainer.precision"),
+        (["--config", "configs/nothing.yaml"], "configs/nothing.yaml"),
+        (["--trainer.global_batch", "30", "--trainer.micro_batch", "8"], "set it to 32"),
+        (["--optimizer.hidden.beta", "1.5"], "optimizer.hidden.beta is 1.5"),
+        (["--dry_run", "0"], "--dry_run is 0"),
+        (["--model.width", "30", "--model.heads", "4"], "model.width is 30"),
+        (["--data.source", "files"], "data.paths is empty"),
+        (["--trainer.device", "cuda"], "sees no GPU"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_a_non_zero_exit(tmp_path, args, expected):
+    extra = (
+        []
+        if "--dry_run" in args
+        else ["--trainer.run_dir", str(tmp_path / "run"), "--data.cache", str(tmp_path / "cache")]
+    )
+    found = train(*args, *extra)
+    assert found.returncode == 2
+    assert expected in found.stderr
+    assert "Traceback" not in found.stderr
+    assert len([line for line in found.stderr.splitlines() if "error" in line]) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_key_in_a_file_names_the_nearest_valid_one(tmp_path):
+    (tmp_path / "c.yaml").write_text("trainer:\n  global_bach: 3\n")
+    found = train("--config", str(tmp_path / "c.yaml"))
+    assert found.returncode == 2
+    assert "did you mean trainer.global_batch" in found.stderr
+
+
+def test_the_merged_configuration_can_be_printed():
+    found = train("--config", "configs/quickstart.yaml", "--optimizer.hidden.lr", "0.123", "--print_config")
+    assert found.returncode == 0
+    assert "lr: 0.123" in found.stdout
+    assert "run_dir: runs/quickstart" in found.stdout
+
+
+def test_help_explains_every_key():
+    found = train("--help")
+    assert found.returncode == 0
+    for words in (
+        "--optimizer.hidden.lr",
+        "sequences per optimizer step",
+        "--trainer.strategy.name",
+        "--data.tokenizer.vocab_size",
+    ):
+        assert words in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        ("gpt2-small-fineweb", "275,742,772"),
+        ("gpt2-small-fineweb-adam", "275,742,772"),
+        ("gpt2-medium-fineweb", "454,496,336"),
+        ("gpt2-medium-fineweb-adam", "454,496,336"),
+        ("qwen2.5-adamw", "540,865,536"),
+        ("qwen2.5-muon-adamw", "540,865,536"),
+        ("qwen2.5-muon-polarsgdm", "540,865,536"),
+    ],
+)
+def test_a_dry_run_of_each_paper_run_shows_its_exact_parameter_count(config, count):
+    found = train("--config", f"configs/{config}.yaml", "--dry_run", "8")
+    assert found.returncode == 0, found.stderr
+    assert f"parameters: {count}" in found.stdout
+    assert "max/mean over 8 ranks" in found.stdout
+
+
+@pytest.mark.parametrize("config", sorted(p.stem for p in (ROOT / "configs").glob("*.yaml")))
+def test_every_configuration_in_the_project_is_valid(config):
+    from train import parse_run
+
+    run, plain, ranks = parse_run(["--config", str(ROOT / "configs" / f"{config}.yaml")])
+    assert ranks is None
+    run.optimizer.check()
+    run.trainer.check(1)
+    assert plain["trainer"]["run_dir"] == f"runs/{config}"

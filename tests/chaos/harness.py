@@ -24,8 +24,13 @@ ROOT = Path(__file__).parents[2]
 
 def torchrun(run_dir: Path, *options: str, world: int = 2, restarts: int = 0) -> subprocess.Popen:
     """A run of tests.chaos.program on ``world`` processes; its output goes to RUN_DIR.out."""
+    return start(run_dir, "-m", "tests.chaos.program", str(run_dir), *options, world=world, restarts=restarts)
+
+
+def start(run_dir: Path, *program: str, world: int = 2, restarts: int = 0) -> subprocess.Popen:
+    """Any program under torchrun, in the repository's root."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    command += [f"--max-restarts={restarts}", "-m", "tests.chaos.program", str(run_dir), *options]
+    command += [f"--max-restarts={restarts}", *program]
     # Without it a restart under --standalone cannot meet again at the store.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with open(f"{run_dir}.out", "ab") as out:

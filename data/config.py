@@ -69,8 +69,8 @@ class DataConfig:
     """A shard is finished at the first whole chunk of text (about 1 MiB) that brings it to this many tokens."""
     max_tokens: int | None = None
     """Stop preparing once this many training tokens are written. None: the whole corpus."""
-    processes: int = 0
-    """Processes that tokenize. 0: one per available core. The shards do not depend on it."""
+    workers: int = 0
+    """Threads that tokenize, each on a core of its own. 0: one per available core. The shards do not depend on it."""
     cache: str = "cache"
     """Folder for prepared shards and trained tokenizers; one subfolder per configuration, named by a hash of it."""
     verify: Literal["auto", "full", "sizes"] = "auto"

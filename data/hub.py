@@ -1,12 +1,18 @@
-"""Data sets on the Hugging Face hub, or in a local folder of that form, through `datasets`."""
+"""Data sets on the Hugging Face hub, or in a local folder of that form, through `datasets`.
+
+A streamed data set says after each chunk where it stands (file and row), so that an interrupted preparation goes on there
+without reading again what came before.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from data.config import HubConfig
-from data.sources import Piece, _field, document_piece
+from data.network import first_line, offline, unreachable
+from data.sources import Piece, document_piece, stamp, text_field
 from polargrad_dist.errors import DataError
 
 
@@ -17,11 +23,14 @@ class HubSource:
 
     def __init__(self, hub: HubConfig, field: str, validation_fraction: float) -> None:
         self._hub, self._text_field, self._fraction = hub, field, validation_fraction
+        self._rows: Any = None
 
     def identity(self) -> dict[str, Any]:
         hub = self._hub
+        local = sorted(path for path in Path(hub.name).rglob("*") if path.is_file())
         return {
             "source": "hub",
+            "files": [stamp(path) for path in local],
             "name": hub.name,
             "subset": hub.subset,
             "split": hub.split,
@@ -35,19 +44,25 @@ class HubSource:
             f"{self._hub.name} ({self._hub.subset or 'default'}, {self._hub.split}) from the Hugging Face hub"
         )
 
-    def pieces(self, start: int = 0) -> Iterator[Piece]:
-        rows = self._open()
-        rows = rows.skip(start) if start else rows
+    def pieces(self, start: int = 0, cursor: Any = None) -> Iterator[Piece]:
+        rows = self._rows = self._open()
+        if cursor is not None:
+            rows.load_state_dict(cursor)
+        elif start:
+            rows = rows.skip(start)
         number = start
         try:
             for number, row in enumerate(rows, start):
                 where = f"{self._hub.name}, row {number}"
-                yield document_piece(_field(row, self._text_field, where), self._fraction, where)
-        except (OSError, ConnectionError) as error:
+                yield document_piece(text_field(row, self._text_field, where), self._fraction, where)
+        except OSError as error:  # what fsspec, requests and httpx raise when the network goes away
             raise DataError(
                 f"{self._hub.name} could not be read on from row {number} ({type(error).__name__}: {error}); what is "
                 "finished is kept: run the same command again to continue."
             ) from error
+
+    def cursor(self) -> Any:
+        return self._rows.state_dict()
 
     def _open(self) -> Any:
         try:
@@ -57,14 +72,23 @@ class HubSource:
                 "data.source is hub, which needs datasets: pip install 'polargrad-dist[train]'."
             ) from error
         hub = self._hub
+        # Asked first, since the clients' own retries take minutes. Offline, what was downloaded before may do.
+        ask = not Path(hub.name).is_dir() and not offline()
+        if ask and (reason := unreachable(f"api/datasets/{hub.name}")) is not None:
+            raise DataError(self._cannot(reason))
         try:
-            return load_dataset(
+            rows = load_dataset(
                 hub.name, hub.subset, split=hub.split, revision=hub.revision, streaming=hub.streaming
             )
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise DataError(
-                f"the data set {hub.name} cannot be had from the Hugging Face hub ({type(error).__name__}: {reason[:160]}); "
-                "without a network set data.source to files with data.paths of local text, JSON lines or parquet, or to "
-                "shards with ready-made .bin files."
-            ) from error
+        except (
+            Exception
+        ) as error:  # anything from a missing subset to a script that `datasets` no longer runs
+            raise DataError(self._cannot(f"{type(error).__name__}: {first_line(error)}")) from error
+        return rows if hub.streaming else rows.to_iterable_dataset()
+
+    def _cannot(self, reason: str) -> str:
+        return (
+            f"the data set {self._hub.name} cannot be had from the Hugging Face hub ({reason}); without a network set "
+            "data.source to files with data.paths of local text, JSON lines or parquet, or to shards with ready-made "
+            ".bin files."
+        )

@@ -2,16 +2,18 @@
 
 Text is read in one order, tokenized by several threads (the tokenizers work outside Python), and written in that order:
 the shards do not depend on the number of threads. After each shard ``progress.json`` says how far the corpus is done,
-so that an interrupted run goes on there; a folder with a manifest is complete. End-of-text follows every document.
+so that an interrupted run goes on there; a folder with a manifest is complete. End-of-text opens every document, as in
+modded-nanoGPT's shards.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -66,9 +68,14 @@ def _same(path: Path, found: dict[str, Any], inputs: dict[str, Any]) -> None:
     for key in inputs:
         if found.get(key) != inputs[key]:
             raise ConfigError(
-                f"{path} was made from other inputs ({key}: {found.get(key)!r} there, {inputs[key]!r} here); choose another "
-                "folder, or delete this one."
+                f"{path} was made from other inputs ({key}: {_short(found.get(key))} there, {_short(inputs[key])} here); "
+                "choose another folder, or delete this one."
             )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}…"
 
 
 @dataclass
@@ -76,6 +83,8 @@ class Progress:
     """How far a corpus is done: ``pieces`` are in the shards named here, which are whole."""
 
     pieces: int = 0
+    cursor: Any = None
+    """The source's own word for the same place."""
     train: list[Shard] = field(default_factory=list)
     validation: list[Shard] = field(default_factory=list)
 
@@ -86,7 +95,11 @@ class Progress:
             return cls()
         raw = read_json(path)
         _same(path, raw["inputs"], inputs)
-        return cls(raw["pieces"], *([Shard(**s) for s in raw[split]] for split in ("train", "validation")))
+        return cls(
+            raw["pieces"],
+            raw["cursor"],
+            *([Shard(**s) for s in raw[split]] for split in ("train", "validation")),
+        )
 
     def save(self, folder: Path, inputs: dict[str, Any]) -> None:
         write_json(folder / PROGRESS, asdict(self) | {"inputs": inputs})
@@ -105,15 +118,16 @@ class Buffer:
     documents: int = 0
     text_bytes: int = 0
 
-    def flush(self, path: Path, dtype: np.dtype) -> Shard:
-        shard = write_shard(
-            path,
-            np.concatenate(self.parts).astype(dtype),
-            documents=self.documents,
-            text_bytes=self.text_bytes,
+    def add(self, piece: Piece, ids: np.ndarray, end_of_text: np.ndarray) -> None:
+        self.parts += [end_of_text, ids] if piece.begins else [ids]
+        self.tokens += len(ids) + piece.begins
+        self.documents += piece.begins
+        self.text_bytes += piece.size
+
+    def write(self, path: Path) -> Shard:
+        return write_shard(
+            path, np.concatenate(self.parts), documents=self.documents, text_bytes=self.text_bytes
         )
-        self.__init__()  # type: ignore[misc]
-        return shard
 
 
 def _write_shards(
@@ -130,93 +144,112 @@ def _write_shards(
     if progress.pieces:
         report(f"continuing after {progress.pieces:,} pieces and {len(progress.train)} shards in {folder}")
     dtype = token_dtype(tokenizer.info.vocab_size)
+    end_of_text = np.array([tokenizer.info.end_of_text], dtype)
+    limit = config.max_tokens or sys.maxsize
     buffers = {"train": Buffer(), "validation": Buffer()}
-    limit = config.max_tokens
+    done, cursor = progress.pieces, progress.cursor
 
     def flush() -> None:
         for split, buffer in buffers.items():
             if buffer.tokens:
                 shards = getattr(progress, split)
-                shards.append(buffer.flush(folder / f"{split}-{len(shards):05}.bin", dtype))
-        progress.pieces = done
+                shards.append(buffer.write(folder / f"{split}-{len(shards):05}.bin"))
+                report(f"wrote {folder / shards[-1].name}: {buffer.tokens:,} tokens")
+                buffers[split] = Buffer()
+        progress.pieces, progress.cursor = done, cursor
         progress.save(folder, inputs)
 
-    done = progress.pieces
     bar = tqdm(
         total=source.size, unit="B", unit_scale=True, desc="tokenizing", disable=not sys.stderr.isatty()
     )
-    with bar:
-        for chunk, encoded in _tokenized(source, progress.pieces, tokenizer, config.processes or _cores()):
-            if limit is not None and progress.tokens + buffers["train"].tokens >= limit:
+    chunks = _chunks(source, progress.pieces, progress.cursor)
+    with (
+        bar,
+        contextlib.closing(_tokenized(chunks, tokenizer, config.workers or _cores(), dtype)) as tokenized,
+    ):
+        bar.update(sum(shard.text_bytes or 0 for shard in progress.train + progress.validation))
+        while progress.tokens + buffers["train"].tokens < limit:
+            if (chunk := next(tokenized, None)) is None:
                 break
-            for piece, ids in zip(chunk, encoded, strict=True):
-                _take(
-                    buffers["validation" if piece.validation else "train"],
-                    piece,
-                    ids,
-                    tokenizer.info.end_of_text,
-                )
-            done += len(chunk)
-            bar.update(sum(piece.size for piece in chunk))
+            for piece, ids in zip(chunk.pieces, chunk.ids, strict=True):
+                buffers["validation" if piece.validation else "train"].add(piece, ids, end_of_text)
+            done, cursor = done + len(chunk.pieces), chunk.cursor
+            bar.update(sum(piece.size for piece in chunk.pieces))
             if buffers["train"].tokens >= config.shard_tokens:
                 flush()
     if any(buffer.tokens for buffer in buffers.values()):
         flush()
     if not progress.train:
         raise DataError(
-            f"the corpus ({source.describe()}) holds no training text; add text, or lower validation_fraction."
+            f"the corpus ({source.describe()}) holds no training text; add text, or lower data.validation_fraction."
         )
     info = tokenizer.info
     if (text := tokenizer.json()) is not None:
         write_atomically(folder / "tokenizer.json", text.encode())
     manifest = Manifest(inputs, asdict(info), tuple(progress.train), tuple(progress.validation))
-    manifest.save(folder, write_json)
+    manifest.save(folder)
     held = sum(shard.tokens for shard in progress.validation)
     report(f"prepared {progress.tokens:,} training and {held:,} validation tokens in {folder}")
 
 
-def _take(buffer: Buffer, piece: Piece, ids: np.ndarray, end_of_text: int) -> None:
-    if piece.ends:
-        ids = np.append(ids, np.uint32(end_of_text))
-    if len(ids):
-        buffer.parts.append(ids)
-    buffer.tokens += len(ids)
-    buffer.documents += piece.ends
-    buffer.text_bytes += piece.size
+@dataclass
+class Chunk:
+    """About 1 MiB of text on its way from the source to a shard."""
+
+    pieces: list[Piece]
+    cursor: Any
+    ids: list[np.ndarray] = field(default_factory=list)
 
 
 def _tokenized(
-    source: Source, start: int, tokenizer: Tokenizer, threads: int
-) -> Iterator[tuple[list[Piece], list[np.ndarray]]]:
-    """Chunks of about 1 MiB of text with their ids, in order; a few are tokenized ahead."""
-    # Each thread tokenizes one chunk: the tokenizers' own threads on top would only compete.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    waiting: deque[tuple[list[Piece], Future[list[np.ndarray]]]] = deque()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
+    chunks: Iterator[Chunk], tokenizer: Tokenizer, threads: int, dtype: np.dtype
+) -> Generator[Chunk, None, None]:
+    """The chunks with their ids, in order; a few are tokenized ahead."""
+
+    def work(chunk: Chunk) -> Chunk:
+        chunk.ids = tokenizer.encode_batch([piece.text for piece in chunk.pieces], dtype)
+        return chunk
+
+    waiting: deque[Future[Chunk]] = deque()
+    with _one_thread_each(), ThreadPoolExecutor(threads, thread_name_prefix="tokenize") as pool:
+        try:
+            for chunk in chunks:
+                waiting.append(pool.submit(work, chunk))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Each of our threads tokenizes a chunk of its own; the tokenizers' own threads on top would only compete."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
     try:
-        for chunk in _chunks(source.pieces(start)):
-            waiting.append((chunk, pool.submit(tokenizer.encode_batch, [piece.text for piece in chunk])))
-            if len(waiting) > 2 * threads:
-                ready, future = waiting.popleft()
-                yield ready, future.result()
-        while waiting:
-            ready, future = waiting.popleft()
-            yield ready, future.result()
+        yield
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
-def _chunks(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    chunk: list[Piece] = []
+def _chunks(source: Source, start: int, cursor: Any) -> Iterator[Chunk]:
+    pieces: list[Piece] = []
     size = 0
-    for piece in pieces:
-        chunk.append(piece)
+    for piece in source.pieces(start, cursor):
+        pieces.append(piece)
         size += piece.size
         if size >= CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+            yield Chunk(pieces, source.cursor())
+            pieces, size = [], 0
+    if pieces:
+        yield Chunk(pieces, source.cursor())
 
 
 def _cores() -> int:

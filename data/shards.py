@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data.files import read_json, sha256, write_atomically
+from data.files import read_json, sha256, write_atomically, write_json
 from polargrad_dist.errors import DataError
 
 HEADER_BYTES = 256 * 4
@@ -114,23 +114,16 @@ class Manifest:
     train: tuple[Shard, ...]
     validation: tuple[Shard, ...]
 
-    def save(self, folder: Path, write: Any) -> None:
-        split = lambda shards: {  # noqa: E731
-            "tokens": sum(s.tokens for s in shards),
-            "documents": sum(s.documents or 0 for s in shards),
-            "text_bytes": sum(s.text_bytes or 0 for s in shards),
-            "shards": [asdict(s) for s in shards],
-        }
-        write(
-            folder / MANIFEST,
-            {
-                "version": 1,
-                "inputs": self.inputs,
-                "tokenizer": self.tokenizer,
-                "train": split(self.train),
-                "validation": split(self.validation),
-            },
-        )
+    def save(self, folder: Path) -> None:
+        body: dict[str, Any] = {"version": 1, "inputs": self.inputs, "tokenizer": self.tokenizer}
+        for split, shards in (("train", self.train), ("validation", self.validation)):
+            body[split] = {
+                "tokens": sum(s.tokens for s in shards),
+                "documents": sum(s.documents or 0 for s in shards),
+                "text_bytes": sum(s.text_bytes or 0 for s in shards),
+                "shards": [asdict(s) for s in shards],
+            }
+        write_json(folder / MANIFEST, body)
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:

@@ -31,8 +31,8 @@ class Piece(NamedTuple):
     size: int
     """Bytes of the text in UTF-8."""
     validation: bool = False
-    ends: bool = True
-    """Whether the document ends with this piece."""
+    begins: bool = True
+    """Whether the document begins with this piece."""
 
 
 class Source(Protocol):
@@ -45,8 +45,15 @@ class Source(Protocol):
 
     def describe(self) -> str: ...
 
-    def pieces(self, start: int = 0) -> Iterator[Piece]:
-        """The pieces from number ``start`` on. Raises DataError naming file and line of text it cannot use."""
+    def pieces(self, start: int = 0, cursor: Any = None) -> Iterator[Piece]:
+        """The pieces from number ``start`` on. Raises DataError naming file and line of text it cannot use.
+
+        ``cursor``: what ``self.cursor()`` gave after piece ``start`` - 1, if anything.
+        """
+        ...
+
+    def cursor(self) -> Any:
+        """Where the pieces given out so far end, for a source that can go there faster than by counting; else None."""
         ...
 
 
@@ -112,7 +119,10 @@ class BuiltinSource:
             f"sha256 {self._sha256}"
         )
 
-    def pieces(self, start: int = 0) -> Iterator[Piece]:
+    def cursor(self) -> None:
+        return None
+
+    def pieces(self, start: int = 0, cursor: Any = None) -> Iterator[Piece]:
         wanted, kept = self._fraction * self.size, 0
         validation: set[int] = set()
         for index in sorted(range(len(self._documents)), key=lambda i: _hash(self._documents[i][1])):
@@ -171,10 +181,6 @@ class FileSource:
         self._text_split = text_bytes - int(self._fraction * text_bytes)
 
     def identity(self) -> dict[str, Any]:
-        def stamp(path: Path) -> list[Any]:
-            status = path.stat()
-            return [str(path.resolve()), status.st_size, status.st_mtime_ns]
-
         return {
             "source": "files",
             "files": [stamp(path) for path in self._files],
@@ -188,7 +194,10 @@ class FileSource:
             f"{len(self._files) + len(self._validation):,} files, {self.size:,} bytes, first {self._files[0]}"
         )
 
-    def pieces(self, start: int = 0) -> Iterator[Piece]:
+    def cursor(self) -> None:
+        return None
+
+    def pieces(self, start: int = 0, cursor: Any = None) -> Iterator[Piece]:
         return itertools.islice(self._pieces(), start, None)
 
     def _pieces(self) -> Iterator[Piece]:
@@ -208,6 +217,12 @@ class FileSource:
             read_json_lines(path, self._field) if path.suffix in LINES else read_parquet(path, self._field)
         )
         return (document_piece(text, self._fraction, where) for where, text in documents)
+
+
+def stamp(path: Path) -> list[Any]:
+    """What changes whenever a file's content does, without reading it."""
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
 
 
 def find_files(paths: list[str], key: str, suffixes: tuple[str, ...]) -> list[Path]:
@@ -239,41 +254,35 @@ def find_files(paths: list[str], key: str, suffixes: tuple[str, ...]) -> list[Pa
 
 
 def read_text(path: Path, split: int) -> Iterator[Piece]:
-    """One document in pieces cut at line breaks; from the first cut at or after byte ``split`` on, for validation."""
+    """One document in pieces that end at line breaks; those from byte ``split`` on are for validation."""
+    size = path.stat().st_size
+    position, line, was_validation = 0, 1, False
     with open(path, "rb") as file:
-        rest, position, line = b"", 0, 1
-        while True:
-            wanted = split - position - len(rest)
-            block = rest + file.read(min(PIECE_BYTES, wanted) if wanted > 0 else PIECE_BYTES)
-            if len(block) == len(rest):
-                break
-            if position < split <= position + len(block):
-                block += file.readline()
-            cut = _last_cut(block) if len(block) >= PIECE_BYTES else block.rfind(b"\n") + 1
-            rest, block = block[cut:], block[:cut]
-            if block:
-                yield _text_piece(path, block, position >= split, line, first=position == 0)
-                position += len(block)
-                line += block.count(b"\n")
-        yield _text_piece(path, rest, position >= split, line, first=position == 0)._replace(ends=True)
+        while position < size:
+            stop = position + PIECE_BYTES
+            block = file.read(min(stop, split if position < split else stop) - position)
+            if not block.endswith(b"\n"):
+                block += file.readline(PIECE_BYTES)
+            if not block.endswith(b"\n") and position + len(block) < size:
+                block = block[: _cut_long_line(block)]
+                file.seek(position + len(block))
+            try:
+                text = block.decode("utf-8-sig" if position == 0 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(_not_utf8(path, line + block.count(b"\n", 0, error.start), error)) from error
+            validation = position >= split
+            yield Piece(text, len(block), validation, position == 0 or validation != was_validation)
+            position, line, was_validation = position + len(block), line + block.count(b"\n"), validation
 
 
-def _last_cut(block: bytes) -> int:
-    """Where to cut a long block: after the last line break or space, else before the last character that may be cut off."""
-    cut = max(block.rfind(b"\n"), block.rfind(b" ")) + 1
-    if cut == 0:
+def _cut_long_line(block: bytes) -> int:
+    """Where to cut a block with no line break in reach: before its last space, else before its last character."""
+    cut = block.rfind(b" ")
+    if cut <= 0:
         cut = len(block) - 1
         while cut > max(len(block) - 4, 1) and block[cut] & 0xC0 == 0x80:
             cut -= 1
     return cut
-
-
-def _text_piece(path: Path, block: bytes, validation: bool, line: int, *, first: bool) -> Piece:
-    try:
-        text = block.decode("utf-8-sig" if first else "utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(_not_utf8(path, line + block.count(b"\n", 0, error.start), error)) from error
-    return Piece(text, len(block), validation, ends=False)
 
 
 def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> str:
@@ -301,7 +310,7 @@ def read_json_lines(path: Path, field: str) -> Iterator[tuple[str, str]]:
                 raise DataError(
                     f"{where} holds a {type(record).__name__}; each line must be an object with {field!r}."
                 )
-            yield where, _field(record, field, where)
+            yield where, text_field(record, field, where)
 
 
 def read_parquet(path: Path, field: str) -> Iterator[tuple[str, str]]:
@@ -321,12 +330,12 @@ def read_parquet(path: Path, field: str) -> Iterator[tuple[str, str]]:
                 for text in batch.column(0).to_pylist():
                     row += 1
                     where = f"{path}, row {row}"
-                    yield where, _field({field: text}, field, where)
+                    yield where, text_field({field: text}, field, where)
     except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
         raise DataError(f"{path} cannot be read as parquet: {error}.") from error
 
 
-def _field(record: dict[str, Any], field: str, where: str) -> str:
+def text_field(record: dict[str, Any], field: str, where: str) -> str:
     if field not in record:
         fields = ", ".join(map(str, record)) or "nothing"
         raise DataError(f"{where} has no field {field!r} but {fields}; set data.text_field.")

@@ -6,20 +6,22 @@ Text that looks like a special token is text: only `data.prepare` writes end-of-
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from data.config import TokenizerConfig
-from data.files import digest, make_folder, write_atomically
+from data.files import digest, make_folder, read_json, write_atomically
+from data.network import first_line, unreachable
 from data.sources import Source
 from polargrad_dist.errors import ConfigError, DataError
 
 END_OF_TEXT = "<|endoftext|>"
+FILE = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,12 @@ class Tokenizer:
         self.backend, self.info = backend, info
         self._tiktoken = info.name.startswith("tiktoken:")
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, uint32."""
+    def encode_batch(self, texts: Sequence[str], dtype: DTypeLike = np.uint32) -> list[np.ndarray]:
+        """The ids of each text; no special token among them."""
         if self._tiktoken:
-            return [np.array(self.backend.encode_ordinary(text), dtype=np.uint32) for text in texts]
-        found = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.uint32) for encoding in found]
+            return [np.array(self.backend.encode_ordinary(text), dtype) for text in texts]
+        found = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype) for encoding in found]
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist()
@@ -81,22 +83,51 @@ def open_ready(name: str, end_of_text: int | str | None) -> Tokenizer:
     """A ready-made tokenizer by tiktoken name, folder or hub name. Raises DataError when it cannot be had."""
     if name.startswith("tiktoken:"):
         return _tiktoken(name, end_of_text)
+    folder = Path(name).expanduser()
+    if (folder / FILE).is_file():
+        return _wrap(name, _from_file(folder / FILE), end_of_text, _declared_end(folder))
+    fast = _auto(name, str(folder) if folder.is_dir() else name)
+    return _wrap(name, fast.backend_tokenizer, end_of_text, fast.eos_token)
+
+
+def _declared_end(folder: Path) -> str | None:
+    """The end-of-sequence token that a tokenizer's folder names."""
+    path = folder / "tokenizer_config.json"
+    token = read_json(path).get("eos_token") if path.exists() else None
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _auto(name: str, place: str) -> Any:
+    """AutoTokenizer from this machine, else from the hub, asked first whether it is there: retries take minutes."""
     try:
         from transformers import AutoTokenizer
-
-        fast = AutoTokenizer.from_pretrained(name)
-        backend = fast.backend_tokenizer
     except ImportError as error:
-        raise DataError("this tokenizer needs transformers: pip install 'polargrad-dist[train]'.") from error
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else ""
         raise DataError(
-            f"the tokenizer {name!r} cannot be loaded ({type(error).__name__}: {reason}); set data.tokenizer.name to a "
-            "local folder with tokenizer.json, to tiktoken:NAME, or to bpe to train one on the corpus."
+            f"the tokenizer {name!r} needs transformers: pip install 'polargrad-dist[train]'."
         ) from error
-    backend.no_padding()
-    backend.no_truncation()
-    return _wrap(name, backend, end_of_text, getattr(fast, "eos_token", None))
+    try:
+        try:
+            fast = AutoTokenizer.from_pretrained(place, local_files_only=True)
+        except OSError as error:
+            local = place != name or name.startswith((".", "/", "~"))
+            reason = first_line(error) if local else unreachable(f"api/models/{name}")
+            if reason is not None:
+                raise DataError(_cannot(name, reason)) from error
+            fast = AutoTokenizer.from_pretrained(place)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(_cannot(name, f"{type(error).__name__}: {first_line(error)}")) from error
+    if not fast.is_fast:
+        raise DataError(_cannot(name, "it has no fast form, a tokenizer.json"))
+    return fast
+
+
+def _cannot(name: str, reason: str) -> str:
+    return (
+        f"the tokenizer {name!r} cannot be loaded ({reason}); set data.tokenizer.name to a local folder with "
+        "tokenizer.json, to tiktoken:NAME, or to bpe to train one on the corpus."
+    )
 
 
 def _tiktoken(name: str, end_of_text: int | str | None) -> Tokenizer:
@@ -115,22 +146,27 @@ def _tiktoken(name: str, end_of_text: int | str | None) -> Tokenizer:
             f"tiktoken could not fetch the files of {name} ({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder "
             "that has them, or data.tokenizer.name to a local tokenizer folder."
         ) from error
-    marker = backend.eot_token if end_of_text is None else end_of_text
-    if isinstance(marker, str):
-        marker = backend.encode_single_token(marker)
-    fingerprint = digest(
-        [
-            name,
-            backend.n_vocab,
-            hashlib.sha256(repr(sorted(backend._mergeable_ranks.items())).encode()).hexdigest(),
-        ]
-    )
-    return Tokenizer(backend, TokenizerInfo(name, fingerprint, backend.n_vocab, marker))
+    token = END_OF_TEXT if end_of_text is None else end_of_text
+    try:
+        marker = token if isinstance(token, int) else backend.encode_single_token(token)
+    except KeyError:
+        marker = -1
+    if not 0 <= marker < backend.n_vocab:
+        raise ConfigError(
+            f"data.tokenizer.end_of_text is {token!r}, which the tokenizer {name!r} does not have; set it to the token "
+            "that separates documents."
+        )
+    content = hashlib.sha256(f"{name} {backend.n_vocab}\n".encode())
+    for entry in backend.token_byte_values():  # sorted
+        content.update(b"%d %s\n" % (backend.encode_single_token(entry), entry))
+    return Tokenizer(backend, TokenizerInfo(name, content.hexdigest(), backend.n_vocab, marker))
 
 
 def _wrap(name: str, backend: Any, end_of_text: int | str | None, default: str | None = None) -> Tokenizer:
+    backend.no_padding()
+    backend.no_truncation()
     backend.encode_special_tokens = True  # "<|endoftext|>" inside a document is text
-    size = backend.get_vocab_size(with_added_tokens=True)
+    size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
     marker = end_of_text
     if marker is None:
         marker = END_OF_TEXT if backend.token_to_id(END_OF_TEXT) is not None else default
@@ -143,7 +179,7 @@ def _wrap(name: str, backend: Any, end_of_text: int | str | None, default: str |
     text = backend.to_str()
     return Tokenizer(
         backend,
-        TokenizerInfo(name, hashlib.sha256(text.encode()).hexdigest(), size, number, "tokenizer.json"),
+        TokenizerInfo(name, hashlib.sha256(text.encode()).hexdigest(), size, number, FILE),
     )
 
 
@@ -152,10 +188,8 @@ def _from_file(path: Path) -> Any:
 
     try:
         backend = Backend.from_file(str(path))
-    except Exception as error:
-        raise DataError(
-            f"{path} cannot be read as a tokenizer ({error}); delete its folder and prepare again."
-        ) from error
+    except Exception as error:  # the Rust side raises nothing narrower
+        raise DataError(f"{path} cannot be read as a tokenizer ({first_line(error)}).") from error
     backend.encode_special_tokens = True
     return backend
 
@@ -188,7 +222,6 @@ def _train(config: TokenizerConfig, source: Source) -> str:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     backend.train_from_iterator(_training_text(source, config.train_bytes), trainer)
     return backend.to_str()
 

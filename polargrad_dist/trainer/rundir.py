@@ -26,7 +26,7 @@ FREE = (
     "trainer.checkpoint",
     "trainer.safety.max_skipped",
     "data.cache",
-    "data.processes",
+    "data.workers",
     "data.prefetch",
     "data.verify",
     "optimizer.bucket_mb",

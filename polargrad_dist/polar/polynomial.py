@@ -68,11 +68,11 @@ def _polynomial(A: Tensor, schedule: Coefficients, margin: float, options: Optio
 
 
 def run_polynomials(X: Tensor, schedule: Coefficients) -> Tensor:
-    """X ← aX + bX(XᵀX) + cX(XᵀX)² for each (a, b, c); X (…, m, n), m ≥ n, spectral norm within the schedule's interval."""
+    """X ← aX + bX(XᵀX) + cX(XᵀX)² for each (a, b, c); X (B, m, n), m ≥ n, spectral norm within the schedule's interval."""
     for a, b, c in schedule:
         S = X.mT @ X
-        W = b * S + c * (S @ S) if c else b * S
-        X = a * X + X @ W
+        W = torch.baddbmm(S, S, S, beta=b, alpha=c) if c else b * S
+        X = torch.baddbmm(X, X, W, beta=a)
     return X
 
 

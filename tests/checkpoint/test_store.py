@@ -23,7 +23,7 @@ from polargrad_dist.trainer.checkpoint import (
     verify,
 )
 from polargrad_dist.trainer.checkpoint.__main__ import main
-from polargrad_dist.trainer.checkpoint.store import deal
+from polargrad_dist.trainer.checkpoint.ranks import deal
 from tests.checkpoint.toy import assert_equal, saved_run, state, value, zeros_like
 from tests.gloo import run_ranks
 

@@ -1,4 +1,4 @@
-"""How the ranks of a run agree about files: what one rank finds, all learn before any of them acts on it."""
+"""How the ranks of a run agree about files: what one rank finds, all learn before any acts on it; who writes what."""
 
 from __future__ import annotations
 
@@ -55,3 +55,20 @@ class Ranks:
         if self.group is not None:
             dist.destroy_process_group(self.group)
             self.group = None
+
+
+def deal(held: tuple[dict[str, int], ...]) -> list[set[str]]:
+    """Which rank writes which plain tensor, given each rank's names and their bytes; one set per rank.
+
+    What only one rank holds is settled first; then largest first, each to its holder with the least so far.
+    """
+    holders: dict[str, list[int]] = {}
+    for rank, names in enumerate(held):
+        for name in names:
+            holders.setdefault(name, []).append(rank)
+    load, mine = [0] * len(held), [set[str]() for _ in held]
+    for name in sorted(holders, key=lambda n: (len(holders[n]) > 1, -held[holders[n][0]][n], n)):
+        rank = min(holders[name], key=lambda r: (load[r], r))
+        load[rank] += held[rank][name]
+        mine[rank].add(name)
+    return mine

@@ -45,7 +45,7 @@ from polargrad_dist.trainer.checkpoint.manifest import (
     step_of,
     sync_folder,
 )
-from polargrad_dist.trainer.checkpoint.ranks import Ranks
+from polargrad_dist.trainer.checkpoint.ranks import Ranks, deal
 from polargrad_dist.trainer.checkpoint.storage import Copies, Reader, StrictLoad, Writer, local
 
 log = logging.getLogger("polargrad_dist.trainer.checkpoint")
@@ -402,23 +402,6 @@ class CheckpointStore:
                 raise CheckpointError(
                     f"it is of another {part}: {some(found)}. Run with what it was made with{way}"
                 )
-
-
-def deal(held: tuple[dict[str, int], ...]) -> list[set[str]]:
-    """Which rank writes which plain tensor, given each rank's names and their bytes; one set per rank.
-
-    What only one rank holds is settled first; then largest first, each to its holder with the least so far.
-    """
-    holders: dict[str, list[int]] = {}
-    for rank, names in enumerate(held):
-        for name in names:
-            holders.setdefault(name, []).append(rank)
-    load, mine = [0] * len(held), [set[str]() for _ in held]
-    for name in sorted(holders, key=lambda n: (len(holders[n]) > 1, -held[holders[n][0]][n], n)):
-        rank = min(holders[name], key=lambda r: (load[r], r))
-        load[rank] += held[rank][name]
-        mine[rank].add(name)
-    return mine
 
 
 def _cause(error: BaseException) -> str:

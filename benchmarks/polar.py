@@ -39,6 +39,7 @@ SPARSE_ROWS = 4000
 MANY_ENTRIES = 100_000_000  # from here one timed round on a CPU: the slowest baseline takes minutes
 # Direction and orthogonality are judged on directions with σ/σ_max above this; below `lower` methods differ by design.
 JUDGED = 1e-3
+M_MMAP_THRESHOLD = -3  # of mallopt(3)
 
 
 @dataclass
@@ -148,19 +149,22 @@ def with_memory(run: Method, a: Tensor) -> tuple[Result, float | None]:
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not reset.exists():
         return run(a), None
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(
-        0
-    )  # what earlier methods freed must not be there to be reused unseen
-    reset.write_text("5")  # the peak restarts from what is resident now
+    libc = ctypes.CDLL("libc.so.6")
 
     def field(name: str) -> int:
         line = next(x for x in status.read_text().splitlines() if x.startswith(name))
         return 1024 * int(line.split()[1])
 
+    gc.collect()
+    # Blocks of 256 KiB and more come from the system and go back to it at once, so that what is resident is what is live.
+    libc.mallopt(M_MMAP_THRESHOLD, 1 << 18)
+    libc.malloc_trim(0)
+    reset.write_text("5")  # the peak restarts from what is resident now
     before = field("VmRSS")
     result = run(a)
-    return result, (field("VmHWM") - before) / (a.numel() * a.element_size())
+    peak = field("VmHWM")
+    libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)
+    return result, (peak - before) / (a.numel() * a.element_size())
 
 
 class Exact(NamedTuple):

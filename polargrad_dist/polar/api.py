@@ -58,6 +58,7 @@ class Polar(NamedTuple):
     info: PolarInfo | None
 
 
+@torch.no_grad()
 def polar(
     a: Tensor,
     *,
@@ -70,7 +71,7 @@ def polar(
     check: bool = True,
     coefficients: str | Sequence[tuple[float, float, float]] | None = None,
 ) -> Polar:
-    """The polar decomposition A = U·H of a batch of matrices.
+    """The polar decomposition A = U·H of a batch of matrices. Not differentiable: nothing is recorded for autograd.
 
     Args:
         a: (…, m, n) in fp64, fp32, bf16 or fp16, tall or wide. Half types are computed on in fp32 (the polynomial

@@ -34,6 +34,7 @@ class InverseSqrt(NamedTuple):
     kept: Tensor
 
 
+@torch.no_grad()
 def gram_matrix(rows: Tensor, *, scale: Tensor | None = None) -> Tensor:
     """S = AᵀA in fp64, exactly symmetric.
 
@@ -76,7 +77,7 @@ def inverse_sqrt(S: Tensor, *, lower: float = 1e-4) -> InverseSqrt:
     """
     finite = S.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
     S = torch.where(finite[..., None, None], S, 0.0)
-    eigenvalues, V = torch.linalg.eigh(S)
+    eigenvalues, V = _eigh_of_own(S)
     largest = eigenvalues[..., -1:].clamp_min(0.0)
     # What rounding left of a zero eigenvalue is not a singular value.
     noise = 4 * torch.finfo(torch.float64).eps * largest
@@ -89,6 +90,17 @@ def inverse_sqrt(S: Tensor, *, lower: float = 1e-4) -> InverseSqrt:
     return InverseSqrt(X, sigma.sum(-1), sigma[..., -1], sigma[..., 0], sigma, kept)
 
 
+def _eigh_of_own(S: Tensor) -> tuple[Tensor, Tensor]:
+    """torch.linalg.eigh, of a matrix that nobody else needs."""
+    if S.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.linalg.eigh(S)
+    # LAPACK works in place, column by column: with the transpose as input and output there is one n×n matrix less.
+    eigenvalues = S.new_empty(S.shape[:-1])
+    torch.linalg.eigh(S.mT, out=(eigenvalues, S.mT))
+    return eigenvalues, S.mT
+
+
+@torch.no_grad()
 def apply_rows(
     rows: Tensor,
     X: Tensor,

@@ -178,3 +178,23 @@ def test_a_gpu_gives_the_same_polar_factor_without_synchronising(method):
         torch.cuda.set_sync_debug_mode("default")
     for u, matrix in zip(found.U.cpu(), a.cpu(), strict=True):
         assert direction_error(u, exact(matrix)) <= 1e-5
+
+
+def test_a_gram_matrix_survives_its_decomposition():
+    S = gram_matrix(gaussian(300, 200))
+    kept = S.clone()
+    root = inverse_sqrt(S)
+    assert torch.equal(S, kept)
+    torch.testing.assert_close(root.X @ S @ root.X, torch.eye(200, dtype=torch.float64), rtol=0, atol=1e-10)
+    batch = torch.stack([S, 2 * S])
+    torch.testing.assert_close(inverse_sqrt(batch).X[1], root.X / 2**0.5)
+
+
+def test_parameters_that_require_gradients_can_be_decomposed_and_updated():
+    a = torch.nn.Parameter(gaussian(40, 8).float())
+    U = polar(a).U
+    assert not U.requires_grad
+    root = inverse_sqrt(gram_matrix(a.detach().clone()))
+    before = a.detach().clone()
+    apply_rows(before, root.X, out=a, scale=-1.0)
+    torch.testing.assert_close(a.detach(), before - U)

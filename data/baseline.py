@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from polargrad_dist.errors import DataError
+
 DISCOUNT = 0.75
 
 
@@ -26,8 +28,13 @@ class Bigram:
 def bigram_baseline(data: Any, *, max_train_tokens: int = 20_000_000) -> Bigram:
     """Counts the first training tokens of ``data`` (see `data.Data`) and measures its validation targets."""
     tokens = data.train.tokens
-    counted = tokens.read(0, min(len(tokens), max_train_tokens))
-    bits = cross_entropy(counted, data.validation.targets(), data.vocab_size)
+    if data.validation is None:
+        raise DataError(
+            "there is no validation set to measure a bigram model on; set data.validation_fraction."
+        )
+    counted, targets = tokens.read(0, min(len(tokens), max_train_tokens)), data.validation.targets()
+    vocab_size = data.vocab_size or int(max(counted.max(), targets.max())) + 1
+    bits = cross_entropy(counted, targets, vocab_size)
     per_byte = bits / data.validation.bytes_per_token if data.validation.bytes_per_token else None
     return Bigram(bits, per_byte)
 

@@ -53,7 +53,8 @@ class DataConfig:
     """For `files` (.txt, .md, .jsonl, .ndjson, .parquet) and `shards` (.bin): files, folders or globs, read in the given
     order, each folder and glob sorted by name."""
     validation_paths: list[str] = field(default_factory=list)
-    """Separate files (or shards) for validation, in place of `validation_fraction`."""
+    """Separate files (or shards) for validation, in place of `validation_fraction`. Of foreign shards in `paths`, those
+    with `val` as a word of their name are for validation when this is empty."""
     text_field: str = "text"
     """Field of a JSON line, or column of a parquet file or hub data set, that holds the document."""
     hub: HubConfig = field(default_factory=HubConfig)

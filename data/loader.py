@@ -7,8 +7,11 @@ which needs no table however large N is.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import queue
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
 Batch = tuple["torch.Tensor", "torch.Tensor"]
 _ROUNDS = 6
+_PERMUTED_AT_ONCE = 1024
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -30,15 +34,15 @@ class Tokens:
 
     def __init__(self, shards: Sequence[np.ndarray]):
         self.shards = list(shards)
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.ends = list(itertools.accumulate(len(shard) for shard in self.shards))
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
+        return self.ends[-1] if self.ends else 0
 
     def read(self, first: int, count: int) -> np.ndarray:
         """``count`` tokens from ``first`` on, over shard boundaries."""
-        index = int(np.searchsorted(self.ends, first, side="right"))
-        offset = first - (int(self.ends[index - 1]) if index else 0)
+        index = bisect.bisect_right(self.ends, first)
+        offset = first - (self.ends[index - 1] if index else 0)
         parts = []
         while count > 0:
             part = self.shards[index][offset : offset + count]
@@ -140,15 +144,17 @@ class Loader:
         return _Ahead(made, self.prefetch) if self.prefetch else made
 
     def _batches(self, sample: int) -> Iterator[Batch]:
+        length, share = self.sequence_length, self.global_batch // self.world
+        ahead = max(1, _PERMUTED_AT_ONCE // share)  # steps whose windows are looked up in one go
         while True:
-            windows = self.windows(self._share(sample))
+            steps = sample + self.global_batch * np.arange(ahead)[:, None]
+            windows = self.windows((steps + self._share(0)).ravel())
             for first in range(0, len(windows), self.micro_batch):
-                rows = [
-                    self.tokens.read(int(w) * self.sequence_length, self.sequence_length + 1)
-                    for w in windows[first : first + self.micro_batch]
-                ]
-                yield _pair(np.stack(rows))
-            sample += self.global_batch
+                rows = np.empty((self.micro_batch, length + 1), dtype=np.int64)
+                for row, window in zip(rows, windows[first : first + self.micro_batch].tolist(), strict=True):
+                    row[:] = self.tokens.read(window * length, length + 1)
+                yield _pair(rows)
+            sample += ahead * self.global_batch
 
     def fingerprint(self) -> dict[str, Any]:
         """JSON-able: everything that decides which tokens a sample index means."""
@@ -156,39 +162,25 @@ class Loader:
 
 
 def _pair(rows: np.ndarray) -> Batch:
+    """Tokens and targets of rows (b, T + 1) int64; in pinned memory where there is a GPU, so that copies overlap."""
     import torch
 
-    both = torch.from_numpy(rows.astype(np.int64))
-    if torch.cuda.is_available():
-        both = both.pin_memory()
-    return both[:, :-1], both[:, 1:]
+    pair = (torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy()))
+    return (pair[0].pin_memory(), pair[1].pin_memory()) if torch.cuda.is_available() else pair
 
 
 class _Ahead:
-    """An iterator whose items a background thread keeps ready. `close` ends the thread."""
+    """An iterator whose items a background thread keeps ready. `close`, or dropping it, ends the thread."""
 
     def __init__(self, made: Iterator[Batch], depth: int):
         self._queue: queue.Queue[Any] = queue.Queue(depth)
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(made,), daemon=True, name="loader")
+        # The thread must not hold this object, or dropping it would leave the thread running.
+        self._thread = threading.Thread(
+            target=_fill, args=(made, self._queue, self._stop), daemon=True, name="loader"
+        )
+        weakref.finalize(self, self._stop.set)
         self._thread.start()
-
-    def _work(self, made: Iterator[Batch]) -> None:
-        try:
-            for item in made:
-                if not self._put(item):
-                    return
-        except BaseException as error:
-            self._put(error)
-
-    def _put(self, item: Any) -> bool:
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
 
     def __iter__(self) -> _Ahead:
         return self
@@ -204,8 +196,22 @@ class _Ahead:
 
     def close(self) -> None:
         self._stop.set()
-        if threading.current_thread() is not self._thread:
-            self._thread.join(timeout=5)
+        self._thread.join()
+
+
+def _fill(made: Iterator[Any], into: queue.Queue[Any], stop: threading.Event) -> None:
+    def put(item: Any) -> None:
+        while not stop.is_set():
+            try:
+                return into.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    try:
+        while not stop.is_set():
+            put(next(made))
+    except BaseException as error:
+        put(error)
 
 
 @dataclass(frozen=True)

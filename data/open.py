@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 from data.config import DataConfig
 from data.loader import Loader, Tokens, ValidationSet
 from data.prepare import Report, prepare, say
-from data.shards import MANIFEST, Manifest, Shard, foreign_shard, open_shard, verify_shards
+from data.shards import MANIFEST, Manifest, Shard, foreign_shard, open_shard, sampled_sha256, verify_shards
 from data.sources import find_files
-from data.tokenizers import TokenizerInfo
+from data.tokenizers import TokenizerInfo, open_ready
 from polargrad_dist.errors import ConfigError, DataError, PolarGradError
 
 Gather = Callable[[Any], list[Any]]
+# Published shards of one folder tell their split by name: fineweb_train_000001.bin, fineweb_val_000000.bin.
+_VALIDATION = re.compile(r"(^|[_.-])val(idation)?([_.-]|$)")
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,10 @@ def open_data(
         all_gather,
     )
 
-    info = TokenizerInfo(**manifest.tokenizer) if manifest is not None else None
-    named = config.tokenizer.end_of_text
-    end_of_text = info.end_of_text if info else named if isinstance(named, int) else None
+    info, end_of_text = _on_rank_0(lambda: _tokenizer(config, manifest), rank, all_gather)
     description = {
         "tokenizer": info.hash if info else None,
-        "shards": [{"name": s.name, "tokens": s.tokens, "sha256": s.sha256} for s in train],
+        "shards": [_identity(folder, shard) for shard in train],
     }
     loader = Loader(
         _open(folder, train),
@@ -102,7 +103,7 @@ def open_data(
         if config.validation_tokens is not None:
             targets = min(targets, config.validation_tokens)
         if targets > 0:
-            ratio = size / len(tokens) if known else None
+            ratio = size / (len(tokens) - 1) if known else None
             held_out = ValidationSet(tokens, sequence_length, micro_batch, rank, world, targets, ratio)
     vocab_size = info.vocab_size if info else None
     return Data(loader, held_out, info, vocab_size, end_of_text, folder, (*train, *validation))
@@ -119,14 +120,33 @@ def _shards(
     if len(folders) == 1 and (folders[0] / MANIFEST).exists():
         manifest = Manifest.load(folders[0])
         return folders[0], manifest, manifest.train, manifest.validation
-    train = find_files(config.paths, "data.paths", (".bin",))
-    held_out = (
-        find_files(config.validation_paths, "data.validation_paths", (".bin",))
-        if config.validation_paths
-        else []
-    )
-    foreign = [tuple(_foreign(path) for path in paths) for paths in (train, held_out)]
-    return Path(), None, foreign[0], foreign[1]
+    found = find_files(config.paths, "data.paths", (".bin",))
+    if config.validation_paths:
+        train, held_out = found, find_files(config.validation_paths, "data.validation_paths", (".bin",))
+    else:
+        train = [path for path in found if not _VALIDATION.search(path.name)]
+        held_out = [path for path in found if _VALIDATION.search(path.name)]
+    if not train:
+        raise DataError(f"data.paths names no training shards but {held_out[0]} for validation; add some.")
+    return Path(), None, tuple(map(_foreign, train)), tuple(map(_foreign, held_out))
+
+
+def _tokenizer(config: DataConfig, manifest: Manifest | None) -> tuple[TokenizerInfo | None, int | None]:
+    """The tokenizer of the shards and their end-of-text; of foreign shards what the configuration says."""
+    if manifest is not None:
+        info = TokenizerInfo(**manifest.tokenizer)
+        return info, info.end_of_text
+    named = config.tokenizer
+    if named.name == "bpe":
+        return None, named.end_of_text if isinstance(named.end_of_text, int) else None
+    info = replace(open_ready(named.name, named.end_of_text).info, file=None)
+    return info, info.end_of_text
+
+
+def _identity(folder: Path, shard: Shard) -> dict[str, Any]:
+    """What tells one shard from another, whatever folder it lies in."""
+    checksum = shard.sha256 or sampled_sha256(folder / shard.name)
+    return {"name": Path(shard.name).name, "tokens": shard.tokens, "sha256": checksum}
 
 
 def _foreign(path: Path) -> Shard:

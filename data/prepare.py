@@ -8,7 +8,9 @@ modded-nanoGPT's shards.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -23,7 +25,7 @@ import numpy as np
 
 from data.config import DataConfig
 from data.files import digest, folder_lock, make_folder, read_json, write_atomically, write_json
-from data.shards import MANIFEST, Manifest, Shard, token_dtype, write_shard
+from data.shards import MANIFEST, MAX_SHARD_TOKENS, Manifest, Shard, token_dtype, write_shard
 from data.sources import Piece, Source, open_source
 from data.tokenizers import Tokenizer, open_tokenizer
 from polargrad_dist.errors import ConfigError, DataError
@@ -44,6 +46,7 @@ def prepare(config: DataConfig, out: Path | None = None, report: Report = say) -
     ``out``: the folder; None for one in ``config.cache`` named by a hash of everything that changes a token. What is
     there already is kept. Raises DataError or ConfigError.
     """
+    _check(config)
     source = open_source(config)
     report(source.describe())
     tokenizer = open_tokenizer(config.tokenizer, source, Path(config.cache) / "tokenizers")
@@ -62,6 +65,17 @@ def prepare(config: DataConfig, out: Path | None = None, report: Report = say) -
             return folder
         _write_shards(config, source, tokenizer, inputs, folder, report)
     return folder
+
+
+def _check(config: DataConfig) -> None:
+    if not 0 < config.shard_tokens <= MAX_SHARD_TOKENS // 2:
+        raise ConfigError(
+            f"data.shard_tokens is {config.shard_tokens}; it must lie in 1 … {MAX_SHARD_TOKENS // 2}."
+        )
+    if config.max_tokens is not None and config.max_tokens < 1:
+        raise ConfigError(f"data.max_tokens is {config.max_tokens}; it must be at least 1, or null for all.")
+    if config.workers < 0:
+        raise ConfigError(f"data.workers is {config.workers}; it must be at least 0 (0: one per core).")
 
 
 def _same(path: Path, found: dict[str, Any], inputs: dict[str, Any]) -> None:
@@ -189,6 +203,10 @@ def _write_shards(
     manifest = Manifest(inputs, asdict(info), tuple(progress.train), tuple(progress.validation))
     manifest.save(folder)
     held = sum(shard.tokens for shard in progress.validation)
+    if not held and config.validation_fraction:
+        report(
+            "no document fell into the validation split: raise data.validation_fraction or set data.validation_paths"
+        )
     report(f"prepared {progress.tokens:,} training and {held:,} validation tokens in {folder}")
 
 
@@ -256,21 +274,50 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def main() -> int:
-    from jsonargparse import ArgumentParser
+def parse(args: list[str]) -> tuple[DataConfig, Path | None]:
+    """The configuration and the output folder of a command line. Raises ConfigError."""
+    from jsonargparse import ArgumentError, ArgumentParser
 
-    parser = ArgumentParser(prog="python -m data.prepare", description="Tokenize a corpus into .bin shards.")
-    parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
-    parser.add_argument(
-        "--out", type=str, default=None, help="folder for the shards; default: one in --cache"
+    parser = ArgumentParser(
+        prog="python -m data.prepare",
+        description="Tokenize a corpus into .bin shards.",
+        exit_on_error=False,
     )
+    parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
+    parser.add_argument("--run", type=str, help="YAML file of a training run, whose data: is prepared")
+    parser.add_argument("--out", type=str, help="folder for the shards; default: one in --cache")
     parser.add_class_arguments(DataConfig)
-    parsed = parser.parse_args()
-    built = parser.instantiate_classes(parsed)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--run", type=Path)
+    run = first.parse_known_args(args)[0].run
+    try:
+        parsed = parser.parse_args([*(_data_of(run) if run else []), *args])
+    except ArgumentError as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+    build = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    built = build(parsed)
     config = DataConfig(**{name: built[name] for name in DataConfig.__dataclass_fields__})
+    return config, Path(parsed.out) if parsed.out else None
+
+
+def _data_of(run: Path) -> list[str]:
+    """The data: part of a run's YAML as command-line arguments, which later ones override."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(run.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"--run {run} cannot be read as YAML: {error}") from error
+    section = content.get("data") if isinstance(content, dict) else None
+    if not isinstance(section, dict):
+        raise ConfigError(f"--run {run} has no data: part; name the YAML file of a training run.")
+    return [f"--{key}={json.dumps(value)}" for key, value in section.items()]
+
+
+def main() -> int:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file-size limit becomes an error that can be told
     try:
-        folder = prepare(config, Path(built.out) if built.out else None)
+        folder = prepare(*parse(sys.argv[1:]))
     except (DataError, ConfigError) as error:
         say(f"data.prepare: error: {error}")
         return 2

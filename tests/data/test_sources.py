@@ -1,0 +1,247 @@
+import hashlib
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data.sources as sources
+from data.config import DataConfig, HubConfig
+from data.sources import open_source, read_text
+from polargrad_dist.errors import ConfigError, DataError
+from tests.data.corpus import json_lines, texts
+
+
+def files(*paths, **fields):
+    return open_source(DataConfig(source="files", paths=[str(p) for p in paths], **fields))
+
+
+def all_text(pieces, validation):
+    return "".join(piece.text for piece in pieces if piece.validation == validation)
+
+
+def test_the_built_in_corpus_is_the_standard_library_without_tests_and_its_topics():
+    source = open_source(DataConfig(validation_fraction=0.05))
+    pieces = list(source.pieces())
+    assert source.size == sum(piece.size for piece in pieces) > 5_000_000
+    whole = [piece.text for piece in pieces]
+    import argparse
+    from pathlib import Path
+    from pydoc_data.topics import topics
+
+    assert Path(argparse.__file__).read_text() in whole
+    assert topics["for"] in whole
+    assert not any("class TestSuccessfulTestMarker" in text for text in whole)
+    assert source.identity()["sha256"] in source.describe()
+    assert f"{source.size:,} bytes" in source.describe()
+    assert open_source(DataConfig(validation_fraction=0.05)).identity() == source.identity()
+    held = sum(piece.size for piece in pieces if piece.validation)
+    assert 0.05 <= held / source.size < 0.08
+    assert list(source.pieces(700)) == pieces[700:]
+
+
+def test_a_document_falls_to_one_split_by_its_text_alone(tmp_path):
+    documents = texts(2000)
+    first = list(files(json_lines(tmp_path / "a.jsonl", documents), validation_fraction=0.1).pieces())
+    again = list(files(json_lines(tmp_path / "b.jsonl", documents[::-1]), validation_fraction=0.1).pieces())
+    assert [piece.text for piece in first] == documents
+    assert first == again[::-1]
+    assert 0.07 < sum(piece.validation for piece in first) / 2000 < 0.13
+
+
+def test_json_lines_may_have_blank_lines_a_bom_windows_ends_and_no_last_newline(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('\ufeff{"text": "é\\n"}\r\n\r\n \n{"text": "", "id": 3}\n{"text": "z"}'.encode())
+    pieces = list(files(path, validation_fraction=0).pieces())
+    assert [(p.text, p.size, p.begins) for p in pieces] == [("é\n", 3, True), ("", 0, True), ("z", 1, True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "good"}\n{"text": "caf\xe9"}\n', r"a\.jsonl, line 2: byte 0xe9 is not UTF-8"),
+        ("a.txt", b"one\ntwo\nthr\xffee\nfour\n", r"a\.txt, line 3: byte 0xff is not UTF-8"),
+        ("a.jsonl", b'{"text": "good"}\n\n{"text": \n', r"a\.jsonl, line 3 is not JSON"),
+        (
+            "a.jsonl",
+            b'{"content": "x", "id": 1}\n',
+            r"line 1 has no field 'text' but content, id; set data\.text_field",
+        ),
+        ("a.jsonl", b'{"text": "x"}\n["x"]\n', r"line 2 holds a list; each line must be an object"),
+        ("a.jsonl", b'{"text": 5}\n', r"line 1: 'text' holds a int, expected text"),
+        ("a.jsonl", b'{"text": "\\ud83d"}\n', r"line 1 holds half a surrogate pair \(\\ud83d\)"),
+        ("a.jsonl", b"", r"a\.jsonl is empty"),
+        ("a.parquet", b"PAR1 but not really", r"a\.parquet cannot be read as parquet"),
+    ],
+)
+def test_text_that_cannot_be_used_is_named_by_file_and_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        list(files(tmp_path / name).pieces())
+
+
+def test_the_line_of_bad_text_is_right_in_any_piece_of_a_long_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "PIECE_BYTES", 64)
+    lines = [f"line number {i} of many".encode() for i in range(1, 101)]
+    lines[76] = b"line \xe2\x28 of many"
+    (tmp_path / "a.txt").write_bytes(b"\n".join(lines))
+    with pytest.raises(DataError, match=r"a\.txt, line 77: byte 0xe2"):
+        list(files(tmp_path / "a.txt").pieces())
+
+
+@given(
+    st.text(alphabet="ab \né日🙂", max_size=400).filter(bool),
+    st.integers(4, 90),
+    st.integers(0, 500),
+)
+@settings(max_examples=200)
+def test_a_text_file_comes_whole_in_pieces_and_splits_once(tmp_path_factory, text, size, split):
+    path = tmp_path_factory.getbasetemp() / "pieces.txt"
+    path.write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "PIECE_BYTES", size)
+        pieces = list(read_text(path, split))
+    assert "".join(piece.text for piece in pieces) == text
+    assert sum(piece.size for piece in pieces) == len(text.encode())
+    assert all(piece.text for piece in pieces)
+    sides = [piece.validation for piece in pieces]
+    assert sides == sorted(sides)
+    assert [piece.begins for piece in pieces] == [
+        i == 0 or sides[i] != sides[i - 1] for i in range(len(pieces))
+    ]
+    training = len(all_text(pieces, False).encode())
+    assert training >= min(split, len(text.encode())) or not any(sides)
+
+
+def test_the_last_share_of_text_files_is_for_validation(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name} {i:05}\n" for i in range(1000)))
+    pieces = list(files(tmp_path, validation_fraction=0.25).pieces())
+    assert all_text(pieces, True) == "".join(f"b {i:05}\n" for i in range(500, 1000))
+    assert [piece.begins for piece in pieces] == [True, True, True]
+
+
+def test_separate_validation_files_come_first_and_replace_the_fraction(tmp_path):
+    train = json_lines(tmp_path / "train.jsonl", texts(50))
+    held = json_lines(tmp_path / "held.jsonl", texts(5, seed=1))
+    pieces = list(files(train, validation_paths=[str(held)], validation_fraction=0.5).pieces())
+    assert [piece.validation for piece in pieces] == [True] * 5 + [False] * 50
+
+
+def test_parquet_rows_come_in_order_and_a_missing_column_is_named(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    documents = texts(2500)
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"body": documents, "id": list(range(2500))}), path, row_group_size=700)
+    pieces = list(files(path, text_field="body", validation_fraction=0).pieces())
+    assert [piece.text for piece in pieces] == documents
+    with pytest.raises(DataError, match=r"no column 'text' but body, id; set data\.text_field"):
+        list(files(path).pieces())
+    pq.write_table(pa.table({"text": ["a", None]}), path)
+    with pytest.raises(DataError, match=r"a\.parquet, row 2: 'text' holds a NoneType"):
+        list(files(path).pieces())
+
+
+def test_paths_are_folders_and_globs_in_sorted_order_and_must_match(tmp_path):
+    for name in ("b/2.txt", "a/1.txt", "c.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    found = [piece.text for piece in files(tmp_path / "c.md", tmp_path / "*", validation_fraction=0).pieces()]
+    assert found == ["c.md", "c.md"]
+    found = [piece.text for piece in files(tmp_path, validation_fraction=0).pieces()]
+    assert found == ["a/1.txt", "b/2.txt", "c.md"]
+    with pytest.raises(DataError, match=r"\*\.jsonl matches no file"):
+        files(tmp_path / "*.jsonl")
+    with pytest.raises(ConfigError, match=r"data\.paths is empty"):
+        files()
+    (tmp_path / "a.csv").write_text("x")
+    with pytest.raises(ConfigError, match=r"ends in '\.csv'; known are \.txt"):
+        files(tmp_path / "a.csv")
+    with pytest.raises(ConfigError, match=r"validation_fraction is 1\.5"):
+        files(tmp_path, validation_fraction=1.5)
+
+
+def test_identity_changes_with_the_files_and_what_is_read_from_them(tmp_path):
+    path = json_lines(tmp_path / "a.jsonl", texts(5))
+    before = files(path).identity()
+    assert files(path).identity() == before
+    assert files(path, text_field="body").identity() != before
+    assert files(path, validation_fraction=0.3).identity() != before
+    json_lines(path, texts(5, seed=1))
+    assert files(path).identity() != before
+
+
+@pytest.fixture
+def local_hub(tmp_path):
+    """A folder that `datasets` streams as it streams the hub: three parquet files."""
+    pytest.importorskip("datasets")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    documents = texts(300)
+    (tmp_path / "hub").mkdir()
+    for index in range(3):
+        part = documents[index * 100 : (index + 1) * 100]
+        pq.write_table(
+            pa.table({"text": part}), tmp_path / "hub" / f"train-{index}.parquet", row_group_size=30
+        )
+    return str(tmp_path / "hub"), documents
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_hub_data_set_goes_on_at_any_row(local_hub, streaming, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    name, documents = local_hub
+    config = DataConfig(source="hub", hub=HubConfig(name, streaming=streaming), validation_fraction=0.1)
+    source = open_source(config)
+    cursors, seen = {}, []
+    for number, piece in enumerate(source.pieces(), 1):
+        seen.append(piece)
+        if number in (1, 30, 99, 100, 155, 299):
+            cursors[number] = json.loads(json.dumps(source.cursor()))
+    assert [piece.text for piece in seen] == documents
+    for number, cursor in cursors.items():
+        assert list(open_source(config).pieces(number, cursor)) == seen[number:]
+    assert list(open_source(config).pieces(250)) == seen[250:]
+
+
+def test_a_missing_hub_is_said_within_seconds_with_the_way_out(tmp_path):
+    """A hub whose address no route leads to, as on a compute node: no minutes of retries."""
+    code = (
+        "from data.config import *; from data.sources import open_source\n"
+        "list(open_source(DataConfig(source='hub', hub=HubConfig('HuggingFaceFW/fineweb', 'sample-10BT'))).pieces())"
+    )
+    start = time.monotonic()
+    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert time.monotonic() - start < 20
+    last = done.stderr.strip().splitlines()[-1]
+    assert "HuggingFaceFW/fineweb cannot be had" in last
+    assert "http://127.0.0.1:9 cannot be reached" in last
+    assert "set data.source to files" in last
+
+
+def test_an_offline_hub_is_no_different():
+    source = open_source(DataConfig(source="hub", hub=HubConfig("nobody/nothing-of-this-name")))
+    with pytest.raises(
+        DataError, match=r"cannot be had from the Hugging Face hub .* set data\.source to files"
+    ):
+        list(source.pieces())
+
+
+def test_hash_of_the_built_in_corpus_is_that_of_names_and_texts():
+    source = open_source(DataConfig())
+    digest = hashlib.sha256()
+    for name, text in source._documents:
+        digest.update(name.encode() + b"\0" + text + b"\0")
+    assert source.identity()["sha256"] == digest.hexdigest()
+    names = [name for name, _ in source._documents if not name.startswith("topic ")]
+    assert names == sorted(names)
+    assert not any("/test/" in f"/{name}" or "site-packages" in name for name in names)

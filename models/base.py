@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
@@ -74,6 +75,10 @@ class LanguageModel(nn.Module):
 
     def compile_blocks(self, **options: Any) -> None:
         """Compiles each block; much quicker to the first step than the whole model, and names stay as they are."""
+        # Blocks share their code: up to 4 kinds of them, each in training, in evaluation and in sampling. Beyond the limit
+        # (8) PyTorch would go on uncompiled, where FlexAttention holds all scores at once.
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, 32)
         for block in self.blocks:
             block.compile(**options)
 

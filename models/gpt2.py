@@ -241,7 +241,7 @@ class GPT2Small(GPT2):
         x0, values, turn = self._start(tokens)
         docs = documents(tokens, self.config.end_of_text)
         mask = make_mask(docs, self.window(progress), self._flex(tokens))
-        x = x0
+        x = x0.clone()  # were it x0 itself, the first block would be compiled on its own
         kept: list[torch.Tensor] = []
         half = self.config.layers // 2
         for i, block in enumerate(self.layers):
@@ -297,7 +297,7 @@ class GPT2Medium(GPT2):
         layers = self.config.layers
         skip, mix, value_mix = self.scalars.split([layers, 2 * layers, 2 * layers])
         mix, value_mix = mix.view(layers, 2), value_mix.view(layers, 2)
-        x = x0
+        x = x0.clone()  # were it x0 itself, the first block would be compiled on its own
         kept: dict[int, torch.Tensor] = {}
         for i, block in enumerate(self.layers):
             if i in self.skip_from:

@@ -311,7 +311,9 @@ def _data_of(run: Path) -> list[str]:
     section = content.get("data") if isinstance(content, dict) else None
     if not isinstance(section, dict):
         raise ConfigError(f"--run {run} has no data: part; name the YAML file of a training run.")
-    return [f"--{key}={json.dumps(value)}" for key, value in section.items()]
+    return [
+        f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in section.items()
+    ]
 
 
 def main() -> int:

@@ -1,4 +1,3 @@
-import hashlib
 import json
 import subprocess
 import sys
@@ -234,14 +233,3 @@ def test_an_offline_hub_is_no_different():
         DataError, match=r"cannot be had from the Hugging Face hub .* set data\.source to files"
     ):
         list(source.pieces())
-
-
-def test_hash_of_the_built_in_corpus_is_that_of_names_and_texts():
-    source = open_source(DataConfig())
-    digest = hashlib.sha256()
-    for name, text in source._documents:
-        digest.update(name.encode() + b"\0" + text + b"\0")
-    assert source.identity()["sha256"] == digest.hexdigest()
-    names = [name for name, _ in source._documents if not name.startswith("topic ")]
-    assert names == sorted(names)
-    assert not any("/test/" in f"/{name}" or "site-packages" in name for name in names)

@@ -1,0 +1,192 @@
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from data import open_data
+from data.config import DataConfig, TokenizerConfig
+from data.shards import write_shard
+from polargrad_dist.errors import ConfigError, DataError
+from tests.data.corpus import config, json_lines, quiet, texts
+from tests.gloo import run_ranks
+
+SIZES = {"sequence_length": 16, "global_batch": 4, "micro_batch": 1}
+
+
+def opened(settings, **changes):
+    return open_data(settings, **SIZES | {"report": quiet} | changes)
+
+
+def on_a_rank(rank, world, settings, damage=None):
+    """What a rank sees of the data, or the error it raises."""
+
+    def gather(value):
+        out = [None] * world
+        torch.distributed.all_gather_object(out, value)
+        return out
+
+    try:
+        data = open_data(settings, **SIZES, rank=rank, world=world, all_gather=gather, report=quiet)
+    except (DataError, ConfigError) as error:
+        return str(error)
+    batches = data.train.batches()
+    rows = [next(batches) for _ in range(20 // world * 4)]
+    batches.close()
+    held = [(tokens.numpy(), targets.numpy()) for tokens, targets in data.validation.batches()]
+    return (
+        np.concatenate([t.numpy() for t, _ in rows]),
+        held,
+        data.fingerprint(),
+        data.validation.bytes_per_token,
+    )
+
+
+def test_ranks_prepare_once_and_share_the_same_batches_at_every_world_size(tmp_path):
+    settings = config(tmp_path, json_lines(tmp_path / "a.jsonl", texts(400)))
+    seen = {world: run_ranks(on_a_rank, world, settings) for world in (1, 2, 4)}
+    steps = {
+        world: np.stack([rows.reshape(20, 4 // world, 16) for rows, *_ in results], axis=1).reshape(80, 16)
+        for world, results in seen.items()
+    }
+    assert (steps[1] == steps[2]).all()
+    assert (steps[1] == steps[4]).all()
+    targets = {
+        world: sorted(
+            t for _, held, *_ in results for _, wanted in held for t in wanted[wanted != -100].tolist()
+        )
+        for world, results in seen.items()
+    }
+    assert targets[1] == targets[2] == targets[4]
+    assert len({str(result[2]) for results in seen.values() for result in results}) == 1
+    assert len({result[3] for results in seen.values() for result in results}) == 1
+    assert len(list((tmp_path / "cache").glob("files-*"))) == 1
+
+
+def test_an_error_on_one_rank_is_the_same_sentence_on_all(tmp_path):
+    (tmp_path / "bad.jsonl").write_bytes(b"\xff\n")
+    bad = config(tmp_path, tmp_path / "bad.jsonl")
+    assert len(set(run_ranks(on_a_rank, 3, bad))) == 1
+    assert "line 1: byte 0xff" in run_ranks(on_a_rank, 2, bad)[1]
+
+    good = config(tmp_path, json_lines(tmp_path / "a.jsonl", texts(400)))
+    folder = opened(good).folder
+    victim = folder / "validation-00000.bin"
+    raw = bytearray(victim.read_bytes())
+    raw[-3] ^= 1
+    victim.write_bytes(raw)
+    said = run_ranks(on_a_rank, 2, good)  # the second rank's checksum finds it
+    assert said[0] == said[1]
+    assert f"{victim} is corrupt" in said[0]
+
+
+def test_a_truncated_prepared_shard_is_named_at_start(tmp_path):
+    settings = config(tmp_path, json_lines(tmp_path / "a.jsonl", texts(400)))
+    shard = opened(settings).folder / "train-00000.bin"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with pytest.raises(DataError, match=r"train-00000\.bin is truncated"):
+        opened(settings)
+    shard.unlink()
+    with pytest.raises(DataError, match=r"train-00000\.bin: No such file"):
+        opened(settings)
+
+
+def test_bytes_per_token_are_those_of_the_validation_text(tmp_path):
+    documents = texts(400)
+    settings = config(tmp_path, json_lines(tmp_path / "a.jsonl", documents))
+    data = opened(settings)
+    tokenizer = data.load_tokenizer()
+    held = tokenizer.decode(data.validation.targets()).split("<|endoftext|>")[1:]
+    size = sum(len(text.encode()) for text in held)
+    assert set(held) <= set(documents)
+    assert data.validation.bytes_per_token * data.validation.num_targets == pytest.approx(size)
+    few = opened(config(tmp_path, tmp_path / "a.jsonl", validation_tokens=50))
+    assert few.validation.num_targets == 50
+    assert few.validation.bytes_per_token == data.validation.bytes_per_token
+
+
+def test_a_prepared_folder_opens_as_shards_with_all_it_knows(tmp_path):
+    data = opened(config(tmp_path, json_lines(tmp_path / "a.jsonl", texts(400))))
+    moved = tmp_path / "moved"
+    data.folder.rename(moved)
+    again = opened(DataConfig(source="shards", paths=[str(moved)]))
+    assert again.fingerprint() == data.fingerprint()
+    assert (again.vocab_size, again.end_of_text, again.tokenizer) == (300, data.end_of_text, data.tokenizer)
+    assert again.load_tokenizer().decode([again.end_of_text]) == "<|endoftext|>"
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """Shards as FineWeb is published for modded-nanoGPT."""
+    (tmp_path / "fineweb").mkdir()
+    rng = np.random.default_rng(0)
+    for name, count in (("train_000001", 3000), ("train_000002", 2000), ("val_000000", 500)):
+        write_shard(tmp_path / "fineweb" / f"fineweb_{name}.bin", rng.integers(0, 50257, count, np.uint16))
+    return tmp_path / "fineweb"
+
+
+def test_foreign_shards_split_by_name_and_need_no_tokenizer(foreign):
+    named = TokenizerConfig(end_of_text=50256)
+    data = opened(DataConfig(source="shards", paths=[str(foreign)], tokenizer=named))
+    assert len(data.train.tokens) == 5000
+    assert data.validation.num_targets == 499
+    assert data.validation.bytes_per_token is None
+    assert (data.vocab_size, data.end_of_text, data.tokenizer) == (None, 50256, None)
+    with pytest.raises(DataError, match=r"set data\.tokenizer\.name"):
+        data.load_tokenizer()
+    explicit = DataConfig(
+        source="shards",
+        paths=[str(foreign / "*train*.bin")],
+        validation_paths=[str(foreign / "fineweb_train_000002.bin")],
+    )
+    assert opened(explicit).validation.num_targets == 1999
+    with pytest.raises(DataError, match="names no training shards"):
+        opened(DataConfig(source="shards", paths=[str(foreign / "*val*")]))
+
+
+def test_foreign_shards_take_the_tokenizer_that_is_named(tmp_path, foreign):
+    prepared = opened(config(tmp_path, json_lines(tmp_path / "a.jsonl", texts(400))))
+    named = TokenizerConfig(name=str(prepared.folder))
+    data = opened(DataConfig(source="shards", paths=[str(foreign)], tokenizer=named))
+    assert (data.vocab_size, data.end_of_text) == (300, prepared.end_of_text)
+    assert data.load_tokenizer().encode("kara") == prepared.load_tokenizer().encode("kara")
+
+
+def test_the_fingerprint_names_what_changed_in_foreign_shards(foreign):
+    settings = DataConfig(source="shards", paths=[str(foreign)])
+    first = opened(settings).fingerprint()
+    assert opened(settings).fingerprint() == first
+    assert [shard["name"] for shard in first["shards"]] == [
+        "fineweb_train_000001.bin",
+        "fineweb_train_000002.bin",
+    ]
+    assert opened(settings, seed=1).fingerprint() != first
+    path = foreign / "fineweb_train_000002.bin"
+    path.write_bytes(path.read_bytes()[:-2] + struct.pack("<H", 1))
+    second = opened(settings).fingerprint()
+    assert second["shards"][0] == first["shards"][0]
+    assert second["shards"][1] != first["shards"][1]
+
+
+def test_a_token_beyond_the_models_vocabulary_is_found_in_prepared_and_foreign_shards(tmp_path, foreign):
+    prepared = opened(config(tmp_path, json_lines(tmp_path / "a.jsonl", texts(400))))
+    largest = max(shard.max_token for shard in prepared.shards)
+    prepared.check_vocabulary(largest + 1)
+    with pytest.raises(
+        DataError, match=rf"holds token {largest}, the model's vocabulary ends at {largest - 1}"
+    ):
+        prepared.check_vocabulary(largest)
+    data = opened(DataConfig(source="shards", paths=[str(foreign)]))
+    data.check_vocabulary(50257)
+    with pytest.raises(
+        DataError, match=r"fineweb_.*\.bin holds token \d+, the model's vocabulary ends at 49999"
+    ):
+        data.check_vocabulary(50_000)
+
+
+def test_shards_of_two_widths_and_sequences_longer_than_the_shards_are_refused(foreign):
+    with pytest.raises(DataError, match="5,000 tokens, too few for one sequence of 5000"):
+        opened(DataConfig(source="shards", paths=[str(foreign)]), sequence_length=5000)
+    write_shard(foreign / "wide.bin", np.arange(70_000, dtype=np.uint32))
+    with pytest.raises(ConfigError, match="some shards hold uint16 tokens and some uint32"):
+        opened(DataConfig(source="shards", paths=[str(foreign)]))

@@ -170,9 +170,11 @@ class Trainer:
             metrics.close()
             if hasattr(batches, "close"):
                 batches.close()
-        saved = self.store.close()
-        code = PREEMPTED if progress.step < config.steps else 0 if saved else 1
-        return Outcome(code, progress.step, self.validated)
+            saved = self.store.close()
+        if not saved or self.store.last_saved != progress.step:
+            log.error("the last checkpoint could not be written: %s is on disk", self.store.last_saved)
+            return Outcome(1, progress.step, self.validated)
+        return Outcome(PREEMPTED if progress.step < config.steps else 0, progress.step, self.validated)
 
     # One step
 

@@ -1,0 +1,30 @@
+"""What the README shows works as it stands there."""
+
+import re
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_first_example_trains():
+    torch.manual_seed(0)
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
+    names: dict = {}
+    exec(code.replace("range(100)", "range(20)"), names)
+    assert float(names["loss"].detach()) < 6.92
+
+
+def test_every_page_and_configuration_it_names_exists():
+    for path in re.findall(r"\]\(([\w./-]+)\)", README) + re.findall(r"(configs/[\w.-]+\.yaml)", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_importing_the_library_does_not_import_torch():
+    import subprocess
+    import sys
+
+    code = "import sys, polargrad_dist, polargrad_dist.errors; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -12,7 +12,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 
-PIECE = {"cuda": 1 << 28, "cpu": 1 << 22}  # logits that exist at a time: 1 GiB in fp32, and 16 MiB
+PIECE = {"cuda": 1 << 28, "cpu": 1 << 24}  # logits that exist at a time: 1 GiB in fp32, and 64 MiB
 
 Logits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

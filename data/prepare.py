@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import json
 import os
+import re
 import signal
 import sys
 from collections import deque
@@ -293,11 +295,21 @@ def parse(args: list[str]) -> tuple[DataConfig, Path | None]:
     try:
         parsed = parser.parse_args([*(_data_of(run) if run else []), *args])
     except ArgumentError as error:
-        raise ConfigError(" ".join(str(error).split())) from None
+        raise ConfigError(_with_nearest_key(" ".join(str(error).split()), parser.get_defaults())) from None
     build = getattr(parser, "instantiate", None) or parser.instantiate_classes
     built = build(parsed)
     config = DataConfig(**{name: built[name] for name in DataConfig.__dataclass_fields__})
     return config, Path(parsed.out) if parsed.out else None
+
+
+def _with_nearest_key(message: str, defaults: Any) -> str:
+    """The parser's message; of a key that it does not know, with the one that was probably meant."""
+    unknown = re.search(r"unrecognized arguments: --([\w.]+)|Option '([\w.]+)' is not accepted", message)
+    if unknown is None:
+        return message
+    name = unknown[1] or unknown[2]
+    nearest = difflib.get_close_matches(name, defaults.keys(), n=1, cutoff=0.3)
+    return f"there is no key {name!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else ".")
 
 
 def _data_of(run: Path) -> list[str]:

@@ -238,8 +238,16 @@ def test_the_command_line_takes_yaml_a_runs_data_and_overrides(tmp_path):
         "a/b",
         None,
     )
-    for wrong in (["--sauce", "files"], ["--workers", "many"], ["--run", str(tmp_path / "data.yaml")]):
-        with pytest.raises(ConfigError):
+    (tmp_path / "wrong.yaml").write_text("sauce: files\n")
+    for wrong, message in (
+        (["--sauce", "files"], "no key 'sauce'; did you mean 'source'"),
+        (["--config", str(tmp_path / "wrong.yaml")], "no key 'sauce'; did you mean 'source'"),
+        (["--tokenizer.vocabsize", "5"], "did you mean 'tokenizer.vocab_size'"),
+        (["--workers", "many"], "Expected a <class 'int'>"),
+        (["--run", str(tmp_path / "data.yaml")], r"data\.yaml has no data: part"),
+        (["--run", str(tmp_path / "none.yaml")], r"none\.yaml cannot be read"),
+    ):
+        with pytest.raises(ConfigError, match=message):
             parse(wrong)
     for field in ({"shard_tokens": 0}, {"max_tokens": 0}, {"workers": -1}):
         with pytest.raises(ConfigError, match=next(iter(field))):

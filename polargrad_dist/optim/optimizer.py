@@ -235,7 +235,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
                     self.traffic.all_reduce(square, group).wait()
             total += square
         norm = total.sqrt()
-        coefficient = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        # A non-finite norm must not spread to gradients that are well: who looks for the culprit finds only it.
+        coefficient = torch.where(norm.isfinite(), torch.clamp(max_norm / (norm + 1e-6), max=1.0), 1.0)
         for grad in grads:
             grad.mul_(coefficient.to(grad.dtype))
         return norm

@@ -90,8 +90,9 @@ def _shard(model: nn.Module, blocks: list[nn.Module], config: TrainerConfig, wor
         options["offload_policy"] = CPUOffloadPolicy()
     else:
         model.to(world.device)
-    for block in blocks:
-        fully_shard(block, **options)
+    # Tables may be of another type than the rest, which one FSDP unit cannot mix.
+    for unit in [*blocks, *getattr(model, "tables", [])]:
+        fully_shard(unit, **options)
     fully_shard(model, **options)
 
 

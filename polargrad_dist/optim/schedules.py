@@ -1,9 +1,6 @@
-"""Learning-rate and momentum schedules as pure functions of the step: no state, so a resume cannot get them wrong.
+"""Learning-rate and momentum schedules: pure functions of the step, so that a resumed run needs no state of theirs.
 
-Each function gives a factor in [0, 1] that multiplies a group's initial learning rate. Step ``t`` of ``T`` counts from 0, so
-the first update uses ``factor(0)`` and the last ``factor(T - 1)``.
-Sources: linear decay over the last fraction, and the momentum warm-up, as in modded-nanoGPT; WSD from Hu et al. 2024
-(MiniCPM) with the 1 − √x cool-down of Hägele et al. 2024.
+``step`` counts from 0, ``steps`` is the length of the run; factors multiply each group's base value.
 """
 
 from __future__ import annotations
@@ -15,84 +12,68 @@ from typing import Literal
 from polargrad_dist.errors import ConfigError
 
 
-def warm_up(step: int, steps: int) -> float:
-    """Linear from 1/steps at step 0 to 1 at step ``steps - 1``, then 1: the first update is never wasted on a zero rate."""
-    return min(1.0, (step + 1) / steps) if steps > 0 else 1.0
-
-
-def cosine(step: int, total: int, *, warmup: int = 0, final: float = 0.0) -> float:
-    """Linear warm-up, then half a cosine from 1 at the end of the warm-up to ``final`` at step ``total``."""
-    if step < warmup:
-        return warm_up(step, warmup)
-    x = min(1.0, (step - warmup) / max(1, total - warmup))
-    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * x))
-
-
-def linear_decay(step: int, total: int, *, fraction: float, warmup: int = 0, final: float = 0.0) -> float:
-    """Constant, then a straight line to ``final`` at step ``total`` over the last ``fraction`` of the run."""
-    x = cooldown_progress(step, total, fraction)
-    return warm_up(step, warmup) * (1.0 - (1.0 - final) * x)
-
-
-def wsd(step: int, total: int, *, fraction: float, warmup: int = 0, final: float = 0.0) -> float:
-    """Warm-up, stable, decay: constant, then 1 − √x to ``final`` over the last ``fraction`` of the run."""
-    x = cooldown_progress(step, total, fraction)
-    return warm_up(step, warmup) * (1.0 - (1.0 - final) * math.sqrt(x))
-
-
-def cooldown_progress(step: int, total: int, fraction: float) -> float:
-    """How far step ``step`` lies in the last ``fraction`` of the run: 0 before it, 1 at step ``total`` and after."""
-    length = fraction * total
-    return 0.0 if length <= 0 else min(1.0, max(0.0, (step - (total - length)) / length))
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How the learning rate (all roles alike) and the momentum of the hidden matrices move over the run.
+@dataclass
+class ScheduleConfig:
+    """How the learning rates of all roles change over the run.
 
     Args:
-        shape: "constant"; "cosine" (warm-up, then a cosine to `final`); "linear" (constant, then linear to `final` over
-            the last `decay_fraction` of the steps); "wsd" (the same with 1 − √x).
-        warmup: Steps of linear learning-rate warm-up, for every shape.
-        decay_fraction: Share of the run, in (0, 1], in which "linear" and "wsd" decay.
-        final: Learning rate at the very end, as a share of the initial one, in [0, 1].
-        momentum_warmup: Steps in which the β of polar rules of role `hidden` goes linearly from `momentum_start` to its own
-            value; 0 turns the warm-up off.
-        momentum_start: β at step 0 of the momentum warm-up, in [0, 1).
+        kind: "constant"; "cosine" to zero; "linear": constant, then linear to zero over the last part of the run; "wsd":
+            warm-up, stable, then decay as 1 - sqrt over the last part.
+        warmup_steps: steps of linear warm-up from zero, before anything else.
+        decay_fraction: the last part of the run, as a fraction of its steps, in which "linear" and "wsd" decay.
+        momentum_warmup_steps: steps over which the hidden layers' momentum coefficient grows to its own value; 0 for none.
+        momentum_warmup_start: the coefficient at step 0 of that warm-up.
     """
 
-    shape: Literal["constant", "cosine", "linear", "wsd"] = "linear"
-    warmup: int = 0
+    kind: Literal["constant", "cosine", "linear", "wsd"] = "linear"
+    warmup_steps: int = 0
     decay_fraction: float = 0.4
-    final: float = 0.0
-    momentum_warmup: int = 0
-    momentum_start: float = 0.85
+    momentum_warmup_steps: int = 0
+    momentum_warmup_start: float = 0.85
 
-    def __post_init__(self) -> None:
-        if self.warmup < 0 or self.momentum_warmup < 0:
+    def check(self, steps: int) -> None:
+        """Raises ``ConfigError`` for a value that cannot be meant in a run of ``steps``."""
+        if not 0 <= self.warmup_steps <= steps:
             raise ConfigError(
-                f"schedule.warmup = {self.warmup} and schedule.momentum_warmup = {self.momentum_warmup} count steps; neither "
-                "may be negative."
+                f"trainer.schedule.warmup_steps is {self.warmup_steps}, expected 0 to trainer.steps = {steps}"
             )
-        if not 0 < self.decay_fraction <= 1:
-            raise ConfigError(f"schedule.decay_fraction = {self.decay_fraction} is not in (0, 1]; 0.4 decays over the last 40 %.")
-        if not 0 <= self.final <= 1:
-            raise ConfigError(f"schedule.final = {self.final} is not in [0, 1]; it is a share of the initial learning rate.")
-        if not 0 <= self.momentum_start < 1:
-            raise ConfigError(f"schedule.momentum_start = {self.momentum_start} is not in [0, 1).")
+        if not 0 <= self.decay_fraction <= 1:
+            raise ConfigError(
+                f"trainer.schedule.decay_fraction is {self.decay_fraction}, expected a number in [0, 1]"
+            )
+        if self.momentum_warmup_steps < 0 or not 0 <= self.momentum_warmup_start < 1:
+            raise ConfigError(
+                f"trainer.schedule.momentum_warmup_steps and _start are {self.momentum_warmup_steps} and "
+                f"{self.momentum_warmup_start}, expected steps >= 0 and a coefficient in [0, 1)"
+            )
 
-    def factor(self, step: int, total: int) -> float:
-        """The learning-rate factor of update ``step`` (0-based) in a run of ``total`` steps."""
-        if self.shape == "constant":
-            return warm_up(step, self.warmup)
-        if self.shape == "cosine":
-            return cosine(step, total, warmup=self.warmup, final=self.final)
-        decay = linear_decay if self.shape == "linear" else wsd
-        return decay(step, total, fraction=self.decay_fraction, warmup=self.warmup, final=self.final)
 
-    def momentum(self, step: int, beta: float) -> float:
-        """β at update ``step`` for a rule whose own value is ``beta``."""
-        if self.momentum_warmup == 0:
-            return beta
-        x = min(1.0, step / self.momentum_warmup)
-        return self.momentum_start + (beta - self.momentum_start) * x
+def lr_factor(config: ScheduleConfig, step: int, steps: int) -> float:
+    """The factor of every learning rate at ``step`` of a run of ``steps``; 0 after its end, unless constant."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    match config.kind:
+        case "constant":
+            return 1.0
+        case "cosine":
+            done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        case "linear":
+            return _left(config, step, steps)
+        case "wsd":
+            return 1 - math.sqrt(1 - _left(config, step, steps))
+
+
+def _left(config: ScheduleConfig, step: int, steps: int) -> float:
+    """The part of the decay that lies ahead: 1 until it begins, 0 at the end of the run."""
+    if config.decay_fraction == 0:
+        return 1.0
+    return min(1.0, max(0.0, (steps - step) / (config.decay_fraction * steps)))
+
+
+def momentum_at(config: ScheduleConfig, step: int, beta: float) -> float:
+    """The momentum coefficient at ``step`` of a group whose own is ``beta``: linear from the start value, then ``beta``."""
+    if step >= config.momentum_warmup_steps:
+        return beta
+    done = step / config.momentum_warmup_steps
+    return (1 - done) * config.momentum_warmup_start + done * beta

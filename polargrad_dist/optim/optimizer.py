@@ -337,9 +337,9 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         if by not in ("role", "parameter"):
             raise ConfigError(f"stats(by={by!r}), expected 'role' or 'parameter'")
         table = torch.zeros(len(self._works), 5, dtype=torch.float64)
-        for index, values in self._facts.values.items():
-            table[index, :4] = values.double().cpu()
-            table[index, 4] = 1
+        if known := self._facts.values:
+            table[list(known), :4] = torch.stack([values.double() for values in known.values()]).cpu()
+            table[list(known), 4] = 1
         roles = list(dict.fromkeys(w.entry.role for w in self._works))
         seconds = torch.tensor([self._facts.total_seconds(role) for role in roles], dtype=torch.float64)
         if self._agreement is not None:

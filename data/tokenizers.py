@@ -1,302 +1,237 @@
-"""Tokenizers behind one small face: a byte-level BPE trained here, what AutoTokenizer loads, and tiktoken's encodings.
+"""Tokenizers: one trained here, any that AutoTokenizer loads, tiktoken's. Text in, ids out, and a hash of what it does.
 
-A ``TokenizerInfo`` is all that is stored of a tokenizer beside the shards and all that a worker process is sent; ``load``
-turns it into a ``Tokenizer``. Text never becomes a special token: a document cannot forge the end of a document.
+Text that looks like a special token is text: only `data.prepare` writes end-of-text.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
 
 from data.config import TokenizerConfig
-from data.files import digest, folder_lock, make_folder, write_atomically
-from data.sources import Piece, Source
+from data.files import digest, make_folder, read_json, write_atomically
+from data.network import first_line, unreachable
+from data.sources import Source
 from polargrad_dist.errors import ConfigError, DataError
 
 END_OF_TEXT = "<|endoftext|>"
-_INSTALL = "pip install 'polargrad-dist[train]'"
-
-
-class Tokenizer(Protocol):
-    """Text to ids and back."""
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
+FILE = "tokenizer.json"
 
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """Which tokenizer, and how to load it again.
-
-    ``content`` is the whole tokenizer as JSON (kind "fast"), or the name to load it by ("slow", "tiktoken").
-    """
+    """What a prepared folder remembers of its tokenizer; `load` brings it back."""
 
     name: str
-    kind: str
     hash: str
     vocab_size: int
     end_of_text: int
-    content: str
+    file: str | None = None
+    """The tokenizer's own JSON, beside the shards; None for tiktoken's, which are loaded by name."""
 
-    def load(self) -> Tokenizer:
-        """Raises DataError when the tokenizer cannot be loaded."""
-        return _LOADERS[self.kind](self.content)
-
-    def summary(self) -> dict[str, Any]:
-        """Everything but the content, for a manifest; JSON-able."""
-        fields = asdict(self)
-        if self.kind == "fast":
-            del fields["content"]
-        return fields
-
-    def save(self, folder: Path) -> None:
-        if self.kind == "fast":
-            write_atomically(folder / "tokenizer.json", self.content.encode())
-
-    @classmethod
-    def restore(cls, summary: dict[str, Any], folder: Path) -> TokenizerInfo:
-        """From a manifest's summary and the ``tokenizer.json`` beside it."""
-        if summary["kind"] == "fast":
-            path = folder / "tokenizer.json"
-            try:
-                content = path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise DataError(f"{path} cannot be read ({error}); prepare the folder again.") from error
-            if hashlib.sha256(content.encode()).hexdigest() != summary["hash"]:
-                raise DataError(
-                    f"{path} is not the tokenizer that the manifest beside it names; prepare the folder again."
-                )
-            summary = {**summary, "content": content}
-        return cls(**summary)
+    def load(self, folder: Path | None = None) -> Tokenizer:
+        """The tokenizer; ``folder`` is that of the shards."""
+        if self.file is not None and folder is not None:
+            return Tokenizer(_from_file(folder / self.file), self)
+        return open_ready(self.name, self.end_of_text)
 
 
-class FastTokenizer:
-    """A tokenizer of the `tokenizers` library, from its JSON."""
+class Tokenizer:
+    """Encodes batches without special tokens, decodes ids. Thread-safe: the work is outside Python."""
 
-    def __init__(self, content: str) -> None:
-        self._tokenizer = _import_tokenizers().Tokenizer.from_str(content)
-        self._tokenizer.encode_special_tokens = True
+    def __init__(self, backend: Any, info: TokenizerInfo):
+        self.backend, self.info = backend, info
+        self._tiktoken = info.name.startswith("tiktoken:")
+
+    def encode_batch(self, texts: Sequence[str], dtype: DTypeLike = np.uint32) -> list[np.ndarray]:
+        """The ids of each text; no special token among them."""
+        if self._tiktoken:
+            return [np.array(self.backend.encode_ordinary(text), dtype) for text in texts]
+        found = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype) for encoding in found]
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        return self.encode_batch([text])[0].tolist()
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
-
-
-class SlowTokenizer:
-    """A Transformers tokenizer that has no form in the `tokenizers` library."""
-
-    def __init__(self, name: str) -> None:
-        self._tokenizer = _auto_tokenizer(name)
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(ids))
-
-
-class TiktokenTokenizer:
-    """One of tiktoken's named encodings."""
-
-    def __init__(self, name: str) -> None:
-        self._encoding = _tiktoken(name)
-
-    def encode(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self._encoding.encode_ordinary(text) for text in texts]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._encoding.decode(list(ids))
-
-
-_LOADERS: dict[str, Callable[[str], Tokenizer]] = {
-    "fast": FastTokenizer,
-    "slow": SlowTokenizer,
-    "tiktoken": TiktokenTokenizer,
-}
-
-
-def find_tokenizer(
-    config: TokenizerConfig, source: Source | None, cache: Path, report: Callable[[str], None]
-) -> TokenizerInfo:
-    """The tokenizer that a configuration names; `bpe` is trained on ``source``, or taken from ``cache``.
-
-    Raises ConfigError or DataError, among others for a tokenizer that is not there or a hub that cannot be reached.
-    """
-    if config.name == "bpe":
-        if source is None:
-            raise ConfigError(
-                "data.tokenizer.name is bpe, which is trained on text, but data.source has none; name the tokenizer "
-                "that wrote the shards."
-            )
-        return _trained(config, source, cache / "tokenizers", report)
-    if config.name.startswith("tiktoken:"):
-        return _from_tiktoken(config)
-    return _from_transformers(config)
-
-
-def _trained(
-    config: TokenizerConfig, source: Source, cache: Path, report: Callable[[str], None]
-) -> TokenizerInfo:
-    if config.vocab_size < 257:
-        raise ConfigError(
-            f"data.tokenizer.vocab_size is {config.vocab_size}; a byte-level BPE needs 256 bytes and end-of-text, 257."
+        ids = [int(i) for i in ids]
+        return (
+            self.backend.decode(ids)
+            if self._tiktoken
+            else self.backend.decode(ids, skip_special_tokens=False)
         )
-    key = digest({"source": source.identity(), "vocab": config.vocab_size, "bytes": config.train_bytes})
-    folder = cache / f"bpe-{config.vocab_size}-{key[:16]}"
-    make_folder(folder)
-    path = folder / "tokenizer.json"
-    with folder_lock(folder):
-        if not path.exists():
-            report(f"training a byte-level BPE of {config.vocab_size:,} tokens on {source.describe()}")
-            write_atomically(path, _train_bpe(source.pieces(), config.vocab_size, config.train_bytes).encode())
-    return _from_json("bpe", path.read_text(encoding="utf-8"), config.end_of_text)
+
+    def json(self) -> str | None:
+        """The tokenizer as the JSON that `tokenizers` reads; None for tiktoken's."""
+        return None if self._tiktoken else self.backend.to_str()
 
 
-def _train_bpe(pieces: Iterable[Piece], vocab_size: int, train_bytes: int) -> str:
-    library = _import_tokenizers()
-    tokenizer = library.Tokenizer(library.models.BPE())
-    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = library.decoders.ByteLevel()
-    trainer = library.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-
-    def texts() -> Iterable[str]:
-        total = 0
-        for piece in pieces:
-            if total >= train_bytes:
-                break
-            if not piece.validation and piece.text:
-                total += piece.size
-                yield piece.text
-        if total == 0:
-            raise DataError("the corpus is empty: it holds no training text; look at data.paths.")
-
-    tokenizer.train_from_iterator(texts(), trainer)
-    return tokenizer.to_str()
+def open_tokenizer(config: TokenizerConfig, source: Source, cache: Path) -> Tokenizer:
+    """The tokenizer that a configuration names; trains and caches a BPE where it says so."""
+    if config.name == "bpe":
+        return _trained(config, source, cache)
+    return open_ready(config.name, config.end_of_text)
 
 
-def _from_transformers(config: TokenizerConfig) -> TokenizerInfo:
-    tokenizer = _auto_tokenizer(config.name)
-    end = config.end_of_text
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        backend.no_truncation()
-        backend.no_padding()
-        default = tokenizer.eos_token if end is None and END_OF_TEXT not in tokenizer.get_vocab() else end
-        return _from_json(config.name, backend.to_str(), default)
-    vocabulary = tokenizer.get_vocab()
-    default = tokenizer.eos_token if end is None and END_OF_TEXT not in vocabulary else end
-    kind = type(tokenizer).__name__
-    return TokenizerInfo(
-        config.name,
-        "slow",
-        digest({"class": kind, "vocabulary": vocabulary}),
-        max(vocabulary.values()) + 1,
-        _end_of_text(config.name, default, vocabulary),
-        config.name,
-    )
+def open_ready(name: str, end_of_text: int | str | None) -> Tokenizer:
+    """A ready-made tokenizer by tiktoken name, folder or hub name. Raises DataError when it cannot be had."""
+    if name.startswith("tiktoken:"):
+        return _tiktoken(name, end_of_text)
+    folder = Path(name).expanduser()
+    if (folder / FILE).is_file():
+        return _wrap(name, _from_file(folder / FILE), end_of_text, _declared_end(folder))
+    fast = _auto(name, str(folder) if folder.is_dir() else name)
+    return _wrap(name, fast.backend_tokenizer, end_of_text, fast.eos_token)
 
 
-def _from_json(name: str, content: str, end_of_text: int | str | None) -> TokenizerInfo:
-    vocabulary = _import_tokenizers().Tokenizer.from_str(content).get_vocab(with_added_tokens=True)
-    return TokenizerInfo(
-        name,
-        "fast",
-        hashlib.sha256(content.encode()).hexdigest(),
-        max(vocabulary.values()) + 1,
-        _end_of_text(name, end_of_text, vocabulary),
-        content,
-    )
+def _declared_end(folder: Path) -> str | None:
+    """The end-of-sequence token that a tokenizer's folder names."""
+    path = folder / "tokenizer_config.json"
+    token = read_json(path).get("eos_token") if path.exists() else None
+    return token["content"] if isinstance(token, dict) else token
 
 
-def _from_tiktoken(config: TokenizerConfig) -> TokenizerInfo:
-    name = config.name.removeprefix("tiktoken:")
-    encoding = _tiktoken(name)
-    special = {token: encoding.encode_single_token(token) for token in encoding.special_tokens_set}
-    sums = hashlib.sha256(json.dumps(sorted(special.items())).encode())
-    for token in encoding.token_byte_values():
-        sums.update(len(token).to_bytes(4) + token)
-    # Ordinary strings may name the end too; only asked for where the configuration does.
-    if isinstance(config.end_of_text, str) and config.end_of_text not in special:
-        special[config.end_of_text] = encoding.encode_single_token(config.end_of_text)
-    end = _end_of_text(config.name, config.end_of_text, special, size=encoding.n_vocab)
-    return TokenizerInfo(config.name, "tiktoken", sums.hexdigest(), encoding.n_vocab, end, name)
-
-
-def _end_of_text(name: str, wanted: int | str | None, vocabulary: dict[str, int], size: int | None = None) -> int:
-    if isinstance(wanted, int):
-        size = size or max(vocabulary.values()) + 1
-        if not 0 <= wanted < size:
-            raise ConfigError(f"data.tokenizer.end_of_text is {wanted}, but {name} has the ids 0 to {size - 1:,}.")
-        return wanted
-    token = END_OF_TEXT if wanted is None else wanted
-    if token not in vocabulary:
-        raise ConfigError(f"the tokenizer {name} has no token {token!r}; set data.tokenizer.end_of_text to one it has.")
-    return vocabulary[token]
-
-
-def _import_tokenizers() -> Any:
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise DataError(f"the tokenizer needs the package tokenizers: {_INSTALL}.") from error
-    return tokenizers
-
-
-def _auto_tokenizer(name: str) -> Any:
+def _auto(name: str, place: str) -> Any:
+    """AutoTokenizer from this machine, else from the hub, asked first whether it is there: retries take minutes."""
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
-        raise DataError(f"the tokenizer {name} needs the package transformers: {_INSTALL}.") from error
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        if folder.exists() or name.startswith((".", "/", "~")):
-            raise DataError(f"{name} is no folder; data.tokenizer.name is a folder with tokenizer files or a hub name.")
-        from data.hub import require_hub
-
-        require_hub(name, "tokenizer", "set data.tokenizer.name to a local folder with its tokenizer.json, or to bpe")
+        raise DataError(
+            f"the tokenizer {name!r} needs transformers: pip install 'polargrad-dist[train]'."
+        ) from error
     try:
-        return AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name)
-    except Exception as error:  # Transformers raises OSError, ValueError, KeyError and more for an unusable folder
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"AutoTokenizer cannot load {name}: {reason}.") from error
+        try:
+            fast = AutoTokenizer.from_pretrained(place, local_files_only=True)
+        except OSError as error:
+            local = place != name or name.startswith((".", "/", "~"))
+            reason = first_line(error) if local else unreachable(f"api/models/{name}")
+            if reason is not None:
+                raise DataError(_cannot(name, reason)) from error
+            fast = AutoTokenizer.from_pretrained(place)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(_cannot(name, f"{type(error).__name__}: {first_line(error)}")) from error
+    if not fast.is_fast:
+        raise DataError(_cannot(name, "it has no fast form, a tokenizer.json"))
+    return fast
 
 
-def _tiktoken(name: str) -> Any:
+def _cannot(name: str, reason: str) -> str:
+    return (
+        f"the tokenizer {name!r} cannot be loaded ({reason}); set data.tokenizer.name to a local folder with "
+        "tokenizer.json, to tiktoken:NAME, or to bpe to train one on the corpus."
+    )
+
+
+def _tiktoken(name: str, end_of_text: int | str | None) -> Tokenizer:
     try:
         import tiktoken
+
+        backend = tiktoken.get_encoding(name.removeprefix("tiktoken:"))
     except ImportError as error:
-        raise DataError(f"the tokenizer tiktoken:{name} needs the package tiktoken: {_INSTALL}.") from error
-    if name not in tiktoken.list_encoding_names():
-        raise ConfigError(f"tiktoken has no encoding {name!r}; it has {', '.join(tiktoken.list_encoding_names())}.")
-    try:
-        return tiktoken.get_encoding(name)
-    except Exception as error:  # requests' errors where its vocabulary cannot be downloaded
-        raise DataError(
-            f"tiktoken cannot load {name} ({type(error).__name__}): its vocabulary is downloaded once; fill the folder "
-            "TIKTOKEN_CACHE_DIR on a machine with a network, or set data.tokenizer.name to a local folder."
+        raise DataError(f"{name} needs tiktoken: pip install 'polargrad-dist[train]'.") from error
+    except ValueError as error:
+        raise ConfigError(
+            f"data.tokenizer.name is {name!r}, which tiktoken does not know: {error}".split("\n")[0]
         ) from error
+    except Exception as error:
+        raise DataError(
+            f"tiktoken could not fetch the files of {name} ({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder "
+            "that has them, or data.tokenizer.name to a local tokenizer folder."
+        ) from error
+    token = END_OF_TEXT if end_of_text is None else end_of_text
+    try:
+        marker = token if isinstance(token, int) else backend.encode_single_token(token)
+    except KeyError:
+        marker = -1
+    if not 0 <= marker < backend.n_vocab:
+        raise ConfigError(
+            f"data.tokenizer.end_of_text is {token!r}, which the tokenizer {name!r} does not have; set it to the token "
+            "that separates documents."
+        )
+    content = hashlib.sha256(f"{name} {backend.n_vocab}\n".encode())
+    for entry in backend.token_byte_values():  # sorted
+        content.update(b"%d %s\n" % (backend.encode_single_token(entry), entry))
+    return Tokenizer(backend, TokenizerInfo(name, content.hexdigest(), backend.n_vocab, marker))
+
+
+def _wrap(name: str, backend: Any, end_of_text: int | str | None, default: str | None = None) -> Tokenizer:
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = True  # "<|endoftext|>" inside a document is text
+    size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+    marker = end_of_text
+    if marker is None:
+        marker = END_OF_TEXT if backend.token_to_id(END_OF_TEXT) is not None else default
+    number = backend.token_to_id(marker) if isinstance(marker, str) else marker
+    if number is None or not 0 <= number < size:
+        raise ConfigError(
+            f"data.tokenizer.end_of_text is {marker!r}, which the tokenizer {name!r} does not have; set it to the token "
+            "that separates documents."
+        )
+    text = backend.to_str()
+    return Tokenizer(
+        backend,
+        TokenizerInfo(name, hashlib.sha256(text.encode()).hexdigest(), size, number, FILE),
+    )
+
+
+def _from_file(path: Path) -> Any:
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        backend = Backend.from_file(str(path))
+    except Exception as error:  # the Rust side raises nothing narrower
+        raise DataError(f"{path} cannot be read as a tokenizer ({first_line(error)}).") from error
+    backend.encode_special_tokens = True
+    return backend
+
+
+def _trained(config: TokenizerConfig, source: Source, cache: Path) -> Tokenizer:
+    """A byte-level BPE of the corpus's first training text, from the cache where it was trained before."""
+    if config.vocab_size < 257:
+        raise ConfigError(
+            f"data.tokenizer.vocab_size is {config.vocab_size}; a byte-level BPE has at least 257 entries."
+        )
+    key = digest([source.identity(), config.vocab_size, config.train_bytes, "bpe 1"])[:16]
+    make_folder(cache)
+    path = cache / f"bpe-{key}.json"
+    if not path.exists():
+        write_atomically(path, _train(config, source).encode())
+    marker = END_OF_TEXT if config.end_of_text is None else config.end_of_text
+    return _wrap("bpe", _from_file(path), marker)
+
+
+def _train(config: TokenizerConfig, source: Source) -> str:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_training_text(source, config.train_bytes), trainer)
+    return backend.to_str()
+
+
+def _training_text(source: Source, limit: int) -> Iterator[str]:
+    seen = 0
+    for piece in source.pieces():
+        if piece.validation:
+            continue
+        yield piece.text
+        seen += piece.size
+        if seen >= limit:
+            return

@@ -71,7 +71,7 @@ class SafetyConfig:
     """What happens on bad days.
 
     Args:
-        max_skipped: non-finite steps in a row after which the run ends, the last good checkpoint intact.
+        max_skipped: skipped steps in a row after which the run ends, the last good checkpoint intact.
         spike_sigma: also skip a step whose loss is this many standard deviations above the mean of the last
             ``spike_window`` losses; null for never.
         spike_window: losses that a spike is measured against.
@@ -131,12 +131,19 @@ class TrainerConfig:
         for name in ("steps", "global_batch", "micro_batch", "sequence_length"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"trainer.{name} is {getattr(self, name)}, expected a whole number >= 1")
-        for name, value in (
-            ("logging.every", self.logging.every),
-            ("safety.max_skipped", self.safety.max_skipped),
+        for name, value, least in (
+            ("logging.every", self.logging.every, 1),
+            ("logging.stats_every", self.logging.stats_every, 0),
+            ("evaluation.every", self.evaluation.every, 0),
+            ("safety.max_skipped", self.safety.max_skipped, 1),
+            ("safety.spike_window", self.safety.spike_window, 2),
         ):
-            if value < 1:
-                raise ConfigError(f"trainer.{name} is {value}, expected a whole number >= 1")
+            if value < least:
+                raise ConfigError(f"trainer.{name} is {value}, expected a whole number >= {least}")
+        if self.strategy.timeout_minutes <= 0:
+            raise ConfigError(
+                f"trainer.strategy.timeout_minutes is {self.strategy.timeout_minutes}, expected minutes > 0"
+            )
         if self.global_batch % (world * self.micro_batch):
             near = max(1, round(self.global_batch / (world * self.micro_batch))) * world * self.micro_batch
             raise ConfigError(
@@ -156,6 +163,11 @@ class TrainerConfig:
             raise ConfigError(
                 f"trainer.strategy.replicas is {replicas} on {world} ranks, expected a divisor of the world size with at "
                 "least 2 replicas of at least 2 shards each: set it so, or use strategy 'fsdp' or 'ddp'"
+            )
+        if self.strategy.name != "hsdp" and replicas != 1:
+            raise ConfigError(
+                f"trainer.strategy.replicas is {replicas} with strategy {self.strategy.name!r}, expected 1: replicas are "
+                "for 'hsdp'"
             )
         if self.strategy.name == "ddp" and self.strategy.cpu_offload:
             raise ConfigError(

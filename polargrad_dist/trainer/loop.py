@@ -6,6 +6,8 @@ ranks alike, at the price of one wait for the device per step. Ranks agree on le
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import json
 import logging
 import math
@@ -18,7 +20,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from polargrad_dist.errors import PolarGradError
+from polargrad_dist.errors import ConfigError, PolarGradError
 from polargrad_dist.optim import OptimizerConfig, PolarGrad
 from polargrad_dist.optim.routing import clean_name, unwrap
 from polargrad_dist.optim.schedules import lr_factor, momentum_at
@@ -109,6 +111,12 @@ class Trainer:
         configuration: dict[str, Any],
     ):
         config.check(world.size)
+        limit = getattr(model, "max_sequence_length", None)
+        if limit is not None and config.sequence_length > limit:
+            raise ConfigError(
+                f"trainer.sequence_length is {config.sequence_length}, but model.max_sequence_length is {limit}: lower the "
+                "one, or raise the other"
+            )
         self.config, self.data, self.world = config, data, world
         self.run_dir = Path(config.run_dir)
         resume = config.checkpoint.resume
@@ -129,7 +137,7 @@ class Trainer:
         self.base_beta = [group["beta"] for group in self.optimizer.param_groups]
         self.progress = Progress()
         self.phases = Phases(world.device)
-        self.peak = peak_flops(world.device)
+        self.peak = peak_flops(world.device) if config.precision != "fp32" else None  # the peaks are bf16's
         self.validated: dict[str, float] = {}
         self.store = CheckpointStore(
             self.run_dir / "checkpoints",
@@ -157,6 +165,12 @@ class Trainer:
         try:
             stop = False
             while progress.step < config.steps and not stop:
+                with contextlib.suppress(
+                    OSError, ValueError, AttributeError
+                ):  # needs a stderr that is a file
+                    faulthandler.dump_traceback_later(
+                        60 * config.strategy.timeout_minutes
+                    )  # who hangs shows where
                 record, stop = self._step(batches, leave)
                 progress.step += 1
                 progress.sample += config.global_batch
@@ -166,6 +180,7 @@ class Trainer:
                 name = leave.signal.name if leave.signal else "another rank's signal"
                 log.info("asked to leave (%s): saved at step %d of %d", name, progress.step, config.steps)
         finally:
+            faulthandler.cancel_dump_traceback_later()
             leave.close()
             metrics.close()
             if hasattr(batches, "close"):
@@ -253,9 +268,8 @@ class Trainer:
     def _skip(self, reason: str, local_loss: float) -> None:
         progress = self.progress
         progress.skipped += 1
-        spike = "spike" in reason
-        progress.skipped_in_a_row += 0 if spike else 1
-        where = "" if spike else self._culprits(local_loss)
+        progress.skipped_in_a_row += 1
+        where = "" if "spike" in reason else self._culprits(local_loss)
         log.warning("step %d is skipped: %s%s", progress.step + 1, reason, where)
         if progress.skipped_in_a_row >= self.config.safety.max_skipped:
             last = self.store.last_saved
@@ -265,7 +279,7 @@ class Trainer:
                 else "no checkpoint was saved yet"
             )
             raise TrainingError(
-                f"{progress.skipped_in_a_row} steps in a row were not finite ({reason}{where}), trainer.safety.max_skipped "
+                f"{progress.skipped_in_a_row} steps in a row were skipped ({reason}{where}), trainer.safety.max_skipped "
                 f"allows fewer; {kept}: lower the learning rates, or look at the data from sample {progress.sample} on"
             )
 

@@ -13,6 +13,7 @@ import torch
 # Dense bf16 peak in FLOP/s, from the vendors' data sheets.
 PEAKS = {
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
     "GH200": 989e12,

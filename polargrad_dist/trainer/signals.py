@@ -1,9 +1,13 @@
-"""SIGTERM, SIGUSR1 and SIGINT become "save and leave at the next step boundary"; a second one leaves at once."""
+"""SIGTERM, SIGUSR1 and SIGINT become "save and leave at the next step boundary"; a second one leaves at once.
+
+A Ctrl-C reaches the workers of a torchrun twice, from the terminal and handed on: signals within a second are one.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -15,6 +19,7 @@ class LeaveRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._first = 0.0
         self._pid = os.getpid()
         self._before = {number: signal.signal(number, self._asked) for number in SIGNALS}
 
@@ -25,9 +30,11 @@ class LeaveRequest:
     def _asked(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
             return
-        if self.signal is not None:
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self._first = signal.Signals(number), now
+        elif now - self._first > 1.0:
             os._exit(128 + number)  # no clean-up: what is on disk is whole, and nothing may hold this up
-        self.signal = signal.Signals(number)
 
     def close(self) -> None:
         """Puts the earlier handlers back."""

@@ -69,14 +69,11 @@ def launched() -> tuple[int, int, int]:
 
     Raises ``ConfigError`` when a launcher set only some of its variables.
     """
-    if (
-        "RANK" not in os.environ
-        and int(os.environ.get("SLURM_NTASKS", "1")) > 1
-        and "SLURM_PROCID" in os.environ
-    ):
-        # srun: one task per GPU. The batch script gives the address of the first node.
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        # srun: one task per GPU. The batch script gives the address of the first node. (A batch script itself has
+        # SLURM_NTASKS too, but is no task of a step.)
         os.environ["RANK"] = os.environ["SLURM_PROCID"]
-        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+        os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
         os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
         os.environ.setdefault("MASTER_ADDR", socket.gethostname())
         os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.trainer import TrainingError, World
 from polargrad_dist.trainer.checkpoint import CheckpointConfig
-from polargrad_dist.trainer.config import SafetyConfig, StrategyConfig
+from polargrad_dist.trainer.config import EvaluationConfig, SafetyConfig, StrategyConfig
 from polargrad_dist.trainer.loop import Trainer
 from tests.gloo import run_ranks
 from tests.trainer.toy import rules, settings, trainer
@@ -106,9 +106,7 @@ def test_a_non_finite_step_is_skipped_named_and_leaves_the_weights_alone(tmp_pat
 
 def test_too_many_non_finite_steps_end_the_run_with_the_last_checkpoint_intact(tmp_path):
     t = trainer(settings(tmp_path, safety=SafetyConfig(max_skipped=2)), poison=set(range(60, 200)))
-    with pytest.raises(
-        TrainingError, match=r"2 steps in a row were not finite.*checkpoint of step 4 is intact"
-    ):
+    with pytest.raises(TrainingError, match=r"2 steps in a row were skipped.*checkpoint of step 4 is intact"):
         t.fit()
     assert t.store.newest_valid().name.endswith("4")
 
@@ -149,6 +147,8 @@ def test_a_run_that_was_not_to_be_resumed_does_not_overwrite_one(tmp_path):
     [
         ({"global_batch": 10, "micro_batch": 4}, "global_batch is 10, expected a multiple of .* = 1 x 4"),
         ({"steps": 0}, "trainer.steps is 0"),
+        ({"evaluation": EvaluationConfig(every=-3)}, "evaluation.every is -3"),
+        ({"strategy": StrategyConfig("ddp", replicas=3)}, "replicas are for .hsdp."),
         ({"clip_norm": -1.0}, "clip_norm"),
         ({"strategy": StrategyConfig("hsdp", replicas=2)}, "replicas is 2 on 1 ranks"),
         ({"strategy": StrategyConfig("ddp", cpu_offload=True)}, "cpu_offload"),

@@ -1,32 +1,12 @@
 """The command line: one sentence for a user's mistake, the merged configuration on request, dry runs with exact counts."""
 
-import contextlib
-import io
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
+from tests.commandline import train
+
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def train(*args: str) -> SimpleNamespace:
-    """`python train.py ARGS` in this process: the import of torch, once per case, would be most of the time."""
-    from polargrad_dist.trainer.cli import run
-    from train import main
-
-    out, err = io.StringIO(), io.StringIO()
-    before = sys.argv
-    sys.argv = ["train.py", *args]
-    try:
-        with contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            run(main)
-    except SystemExit as left:
-        code = left.code or 0
-    finally:
-        sys.argv = before
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,108 @@
+"""Figures reach every sink that was asked for, and no sink can stop a run."""
+
+import json
+import math
+
+import pytest
+
+from polargrad_dist.errors import ConfigError
+from polargrad_dist.optim.schedules import ScheduleConfig, lr_factor, momentum_at
+from polargrad_dist.trainer.config import LoggingConfig
+from polargrad_dist.trainer.metrics import JsonLines, Metrics, line, require
+from polargrad_dist.trainer.signals import LeaveRequest
+
+
+def metrics(folder, **changes) -> Metrics:
+    config = LoggingConfig(progress="off", **changes)
+    return Metrics(config, folder, steps=10, first=0, run_id="abc123", configuration={"a": 1}, active=True)
+
+
+RECORD = {"step": 1, "loss": 2.5, "lr": {"hidden": 0.1}, "polar": {"embed": {"condition": math.nan}}}
+
+
+def test_json_lines_hold_null_for_what_is_not_a_number(tmp_path):
+    sinks = metrics(tmp_path)
+    sinks.write(RECORD)
+    sinks.close()
+    (record,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert record["polar"]["embed"]["condition"] is None
+    assert record["loss"] == 2.5
+
+
+def test_a_resume_drops_what_was_logged_after_its_checkpoint_and_a_torn_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    JsonLines(path, 2).close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_tensorboard_gets_nested_figures_under_their_path(tmp_path):
+    pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sinks = metrics(tmp_path, tensorboard=True)
+    sinks.write(RECORD)
+    sinks.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Scalars("lr/hidden")[0].value == pytest.approx(0.1)
+
+
+def test_a_sink_that_fails_is_named_once_and_dropped(tmp_path, caplog, monkeypatch):
+    import logging
+
+    monkeypatch.setattr(logging.getLogger("polargrad_dist"), "propagate", True)
+    sinks = metrics(tmp_path)
+
+    class Broken:
+        def write(self, record):
+            raise OSError("no route to host")
+
+        def close(self):
+            raise AssertionError("a dropped sink is not closed")
+
+    sinks.sinks.append(Broken())
+    for step in (1, 2, 3):
+        sinks.write(RECORD | {"step": step})
+    sinks.close()
+    assert caplog.text.count("Broken failed") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_missing_package_names_the_extra_to_install():
+    with pytest.raises(ConfigError, match=r"pip install 'polargrad-dist\[wandb\]'"):
+        require("no_such_package", "trainer.logging.wandb is 'online'", "wandb")
+
+
+def test_the_console_line_holds_what_is_known():
+    text = line(RECORD | {"grad_norm": 0.5, "tokens_per_second": 1234.5, "share": {"data": 0.01}}, 10)
+    assert text == "step  1/10  loss 2.5000  grad_norm 0.5  lr hidden:1.00e-01  1,234 tok/s  data:1%"
+
+
+def test_schedules_are_what_they_are_called():
+    def at(kind, step, **more):
+        return lr_factor(ScheduleConfig(kind, **more), step, 100)
+
+    assert [at("cosine", s, warmup_steps=10) for s in (0, 4, 9)] == [0.1, 0.5, 1.0]
+    assert at("cosine", 55, warmup_steps=10) == pytest.approx(0.5)
+    assert at("cosine", 100, warmup_steps=10) == pytest.approx(0.0)
+    assert [at("linear", s, decay_fraction=0.4) for s in (0, 60, 80, 100)] == pytest.approx([1, 1, 0.5, 0])
+    assert [at("wsd", s, decay_fraction=0.4) for s in (60, 90, 100)] == pytest.approx(
+        [1, 1 - math.sqrt(0.75), 0]
+    )
+    assert at("constant", 1000) == 1.0
+    warm = ScheduleConfig(momentum_warmup_steps=300, momentum_warmup_start=0.85)
+    assert [momentum_at(warm, s, 0.95) for s in (0, 150, 300, 999)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
+
+
+def test_signals_within_a_second_are_one_request_to_leave():
+    import os
+    import signal
+
+    leave = LeaveRequest()
+    try:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert leave.asked
+        assert leave.signal is signal.SIGINT
+    finally:
+        leave.close()

@@ -78,6 +78,9 @@ class ModelConfig:
 
         ``vocab_size`` and ``end_of_text`` are the tokenizer's, used where the configuration says nothing.
         """
+        if self.architecture not in FULL_SIZE:
+            known = ", ".join(FULL_SIZE)
+            raise ConfigError(f"model.architecture is {self.architecture!r}, expected one of: {known}")
         full = FULL_SIZE[self.architecture]
         values = {
             name: getattr(self, name) if getattr(self, name) is not None else full[name] for name in full
@@ -101,9 +104,9 @@ class ModelConfig:
         sizes = Sizes(
             architecture=self.architecture,
             **values,
-            head_width=self.head_width or width // max(1, heads),
-            mlp_width=self.mlp_width or (width * 19 // 4 if qwen else 4 * width),
-            kv_heads=self.kv_heads or heads,
+            head_width=width // max(1, heads) if self.head_width is None else self.head_width,
+            mlp_width=(width * 19 // 4 if qwen else 4 * width) if self.mlp_width is None else self.mlp_width,
+            kv_heads=heads if self.kv_heads is None else self.kv_heads,
             attention=self.attention,
             attention_dropout=self.attention_dropout,
         )

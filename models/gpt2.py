@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,19 +26,26 @@ def norm(x: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, (x.shape[-1],)).to(x.dtype)
 
 
-def rotary(length: int, head_width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin (T, head_width/2): half of the pairs turn with frequencies 1 to 1/1024, the others do not."""
+@dataclass(frozen=True)
+class Turn:
+    """cos and sin (T, head_width/2) of the rotary angles, fp32; an object, since FSDP2 casts bare tensors on their way."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Turns dimension i with i + head_width/2 of x (B, heads, T, head_width)."""
+        a, b = x.float().chunk(2, -1)
+        return torch.cat([a * self.cos + b * self.sin, b * self.cos - a * self.sin], -1).to(x.dtype)
+
+
+def rotary(length: int, head_width: int, device: torch.device) -> Turn:
+    """Half of the pairs turn with frequencies 1 to 1/1024, the others do not."""
     turning = head_width // 4
     frequencies = (1 / 1024) ** torch.linspace(0, 1, turning, device=device)
     frequencies = torch.cat([frequencies, frequencies.new_zeros(head_width // 2 - turning)])
     angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequencies
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns dimension i with i + head_width/2 of x (B, heads, T, head_width)."""
-    a, b = x.float().chunk(2, -1)
-    return torch.cat([a * cos + b * sin, b * cos - a * sin], -1).to(x.dtype)
+    return Turn(angles.cos(), angles.sin())
 
 
 def value_layers(layers: int) -> dict[int, int]:
@@ -77,11 +85,11 @@ class SmallAttention(nn.Module):
         self.mix = nn.Parameter(torch.tensor([0.5, 0.5]))
         self.scale = 1 / math.sqrt(c.head_width)
 
-    def forward(self, x: torch.Tensor, ve: torch.Tensor | None, mask: Mask, turn: tuple) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, ve: torch.Tensor | None, mask: Mask, turn: Turn) -> torch.Tensor:
         q, k, v = (split(linear(x), self.heads) for linear in (self.q, self.k, self.v))
         # Without a value embedding its weight still takes part, times zero, so that its gradient exists on every rank.
         v = self.mix[0] * v + (self.mix[1] * split(ve, self.heads) if ve is not None else 0 * self.mix[1])
-        y = attend(rotate(norm(q), *turn), rotate(norm(k), *turn), v.to(q.dtype), mask, self.scale)
+        y = attend(turn(norm(q)), turn(norm(k)), v.to(q.dtype), mask, self.scale)
         return self.o(y.transpose(1, 2).flatten(2))
 
 
@@ -99,11 +107,11 @@ class MediumAttention(nn.Module):
             self.qkvo[3].zero_()
 
     def forward(
-        self, x: torch.Tensor, ve: torch.Tensor | None, mask: Mask, turn: tuple, mix: torch.Tensor
+        self, x: torch.Tensor, ve: torch.Tensor | None, mask: Mask, turn: Turn, mix: torch.Tensor
     ) -> torch.Tensor:
         q, k, v = (split(F.linear(x, weight), self.heads) for weight in self.qkvo[:3].unbind())
         v = mix[0] * norm(v) + (mix[1] * split(ve, self.heads) if ve is not None else 0 * mix[1])
-        y = attend(rotate(norm(q), *turn), rotate(norm(k), *turn), v.to(q.dtype), mask, 0.12)
+        y = attend(turn(norm(q)), turn(norm(k)), v.to(q.dtype), mask, 0.12)
         return F.linear(y.transpose(1, 2).flatten(2), self.qkvo[3].T)
 
 
@@ -122,7 +130,7 @@ class SmallBlock(nn.Module):
         self.mix = nn.Parameter(torch.tensor([1.0, 0.0]))
 
     def forward(
-        self, x: torch.Tensor, x0: torch.Tensor, ve: torch.Tensor | None, mask: Mask, turn: tuple
+        self, x: torch.Tensor, x0: torch.Tensor, ve: torch.Tensor | None, mask: Mask, turn: Turn
     ) -> torch.Tensor:
         x = (self.mix[0] * x + self.mix[1] * x0).to(x.dtype)
         if self.attention is not None:
@@ -144,7 +152,7 @@ class MediumBlock(nn.Module):
         x0: torch.Tensor,
         ve: torch.Tensor | None,
         mask: Mask,
-        turn: tuple,
+        turn: Turn,
         mix: torch.Tensor,
         value_mix: torch.Tensor,
     ) -> torch.Tensor:
@@ -211,7 +219,7 @@ class GPT2(LanguageModel):
             self.config.attention == "auto" and gpu and self.config.head_width >= 16
         )
 
-    def _start(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], tuple]:
+    def _start(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], Turn]:
         """x0 (B, T, width), the value embeddings (B, T, inner), and the rotary angles' cos and sin."""
         turn = rotary(tokens.shape[1], self.config.head_width, tokens.device)
         kind = tokens.device.type  # blocks compute in the matrices' type, whatever that of the tables

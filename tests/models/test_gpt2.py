@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from models import ModelConfig, build_model
 from models.attention import attend, block_mask, documents, make_mask
-from models.gpt2 import rotary, rotate
+from models.gpt2 import rotary
 from polargrad_dist.errors import ConfigError
 from tests.models.tiny import awake, tiny
 
@@ -174,11 +174,12 @@ def test_a_growing_window_compiles_nothing_again(attention):
 
 
 def test_half_of_the_rotary_pairs_turn_and_distances_are_all_that_counts():
-    cos, sin = rotary(10, 16, torch.device("cpu"))
+    turn = rotary(10, 16, torch.device("cpu"))
+    cos, sin = turn.cos, turn.sin
     assert torch.equal(cos[:, 4:], torch.ones(10, 4))
     assert float(sin[1, 0]) == pytest.approx(torch.tensor(1.0).sin().item())
     q, k = torch.randn(16), torch.randn(16)
-    turned_q, turned_k = (rotate(x.expand(1, 1, 10, 16), cos, sin)[0, 0] for x in (q, k))
+    turned_q, turned_k = (turn(x.expand(1, 1, 10, 16))[0, 0] for x in (q, k))
     scores = turned_q @ turned_k.T
     torch.testing.assert_close(scores.diagonal(2), scores.diagonal(2)[:1].expand(8), rtol=1e-4, atol=1e-4)
 

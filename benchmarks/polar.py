@@ -36,10 +36,11 @@ GPU_CASES = [
     (48, 1024, 1024),
 ]
 SPARSE_ROWS = 4000
+FEW_ENTRIES = 5_000_000  # up to here all methods are measured; beyond, those that `auto` competes with
 MANY_ENTRIES = 100_000_000  # from here one timed round on a CPU: the slowest baseline takes minutes
 # Direction and orthogonality are judged on directions with σ/σ_max above this; below `lower` methods differ by design.
 JUDGED = 1e-3
-M_MMAP_THRESHOLD = -3  # of mallopt(3)
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of mallopt(3)
 
 
 @dataclass
@@ -149,6 +150,8 @@ def with_memory(run: Method, a: Tensor) -> tuple[Result, float | None]:
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not reset.exists():
         return run(a), None
+    if a.numel() < FEW_ENTRIES:
+        run(a)  # buffers that libraries keep from their first use are not the method's
     libc = ctypes.CDLL("libc.so.6")
 
     def field(name: str) -> int:
@@ -163,7 +166,8 @@ def with_memory(run: Method, a: Tensor) -> tuple[Result, float | None]:
     before = field("VmRSS")
     result = run(a)
     peak = field("VmHWM")
-    libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)
+    libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)  # and from here as malloc would come to do it by itself
+    libc.mallopt(M_TRIM_THRESHOLD, 1 << 26)
     return result, (peak - before) / (a.numel() * a.element_size())
 
 
@@ -219,7 +223,7 @@ def cpu_rows(shapes: list[tuple[int, int]], rounds: int) -> list[Row]:
     rows: list[Row] = []
     for m, n in shapes:
         a = torch.randn(m, n, generator=torch.Generator().manual_seed(m + n))
-        methods = cpu_methods(a, everything=a.numel() <= 5_000_000)
+        methods = cpu_methods(a, everything=a.numel() < FEW_ENTRIES)
         rows += cpu_case(f"{m}×{n}", a, methods, 1 if a.numel() >= MANY_ENTRIES else rounds)
         if (m, n) == (50304, 768):
             keep = torch.randperm(m, generator=torch.Generator().manual_seed(1))[:SPARSE_ROWS]

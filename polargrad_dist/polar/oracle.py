@@ -66,10 +66,12 @@ def working_copy(A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def inner_product(A: Tensor, U: Tensor) -> Tensor:
-    """⟨A, U⟩ (B,) of two (B, m, n), summed in fp64 over row chunks."""
+    """⟨A, U⟩ (B,) of two (B, m, n), summed in fp64 over row chunks; products are at least fp32."""
+    work = torch.promote_types(torch.promote_types(A.dtype, U.dtype), torch.float32)
     total = torch.zeros(A.shape[:-2], dtype=torch.float64, device=A.device)
     for chunk in row_chunks(*A.shape[-2:]):
-        total = total + (A[..., chunk, :].double() * U[..., chunk, :]).sum((-2, -1))
+        products = A[..., chunk, :].to(work) * U[..., chunk, :]
+        total = total + products.sum((-2, -1), dtype=torch.float64)
     return total
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 
 from .gram import apply_rows, gram_matrix, inverse_sqrt, needs_fp64
 from .oracle import Options, Oracle, inner_product, inverse_scale, largest_entry, missing_share, working_copy
@@ -23,7 +22,7 @@ def svd(A: Tensor, options: Options) -> Oracle:
     sigma = sigma.double()
     # LAPACK's fp32 singular values are off by 1e-7 together. ⟨A, U⟩ is not, to first order, but for the lengths
     # of the computed singular vectors, and these are cheap to know.
-    lengths = vector_norm(P, dim=-2, dtype=torch.float64) * vector_norm(Vh, dim=-1, dtype=torch.float64)
+    lengths = ((P * P).sum(-2, dtype=torch.float64) * (Vh * Vh).sum(-1, dtype=torch.float64)).sqrt()
     # Under a few eps·σ_max a singular value is rounding, and there may be many of those.
     left_out = sigma * (sigma > 4 * torch.finfo(X.dtype).eps * sigma[:, :1])
     nuclear_norm = inner_product(X, U) + torch.where(kept, sigma * (1 - lengths), left_out).sum(-1)

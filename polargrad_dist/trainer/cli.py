@@ -47,11 +47,13 @@ def parse(
     dry_run = parsed.dry_run
     if dry_run is not None and dry_run < 1:
         raise ConfigError(f"--dry_run is {dry_run}, expected the number of ranks to plan for, at least 1")
-    plain = json.loads(parser.dump(parsed, format="json", skip_none=False))
-    for name in ("config", "dry_run"):
-        plain.pop(name, None)
-    built = parser.instantiate_classes(parsed)
     fields = kind.__dataclass_fields__  # type: ignore[attr-defined]
+    plain = {
+        name: value
+        for name, value in json.loads(json.dumps(parsed.as_dict(), default=str)).items()
+        if name in fields
+    }
+    built = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(parsed)  # 4.49 renamed it
     return kind(**{name: built[name] for name in fields}), plain, dry_run
 
 

@@ -8,12 +8,11 @@ stand beside each speed. On a GPU, if there is one: CUDA events, batches of matr
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import math
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity
 
 from polargrad_dist.polar import apply_rows, gram_matrix, inverse_sqrt, polar
 
@@ -40,7 +40,6 @@ FEW_ENTRIES = 5_000_000  # up to here all methods are measured; beyond, those th
 MANY_ENTRIES = 100_000_000  # from here one timed round on a CPU: the slowest baseline takes minutes
 # Direction and orthogonality are judged on directions with σ/σ_max above this; below `lower` methods differ by design.
 JUDGED = 1e-3
-M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of mallopt(3)
 
 
 @dataclass
@@ -145,30 +144,22 @@ def interleaved(methods: dict[str, Method], a: Tensor, rounds: int) -> dict[str,
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def with_memory(run: Method, a: Tensor) -> tuple[Result, float | None]:
-    """The result, and the peak of resident memory beyond the input while it was made, in multiples of the input (Linux)."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not reset.exists():
-        return run(a), None
-    if a.numel() < FEW_ENTRIES:
-        run(a)  # buffers that libraries keep from their first use are not the method's
-    libc = ctypes.CDLL("libc.so.6")
+def with_memory(run: Method, a: Tensor) -> tuple[Result, float]:
+    """The result, and the peak of tensors beyond the input while it was made, in multiples of the input.
 
-    def field(name: str) -> int:
-        line = next(x for x in status.read_text().splitlines() if x.startswith(name))
-        return 1024 * int(line.split()[1])
-
-    gc.collect()
-    # Blocks of 256 KiB and more come from the system and go back to it at once, so that what is resident is what is live.
-    libc.mallopt(M_MMAP_THRESHOLD, 1 << 18)
-    libc.malloc_trim(0)
-    reset.write_text("5")  # the peak restarts from what is resident now
-    before = field("VmRSS")
-    result = run(a)
-    peak = field("VmHWM")
-    libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)  # and from here as malloc would come to do it by itself
-    libc.mallopt(M_TRIM_THRESHOLD, 1 << 26)
-    return result, (peak - before) / (a.numel() * a.element_size())
+    Counts what torch allocates, the result and LAPACK's workspaces included, not the packing buffers of a BLAS.
+    """
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = run(a)
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    live = peak = 0
+    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
+        live += event["args"]["Bytes"]
+        peak = max(peak, live)
+    return result, peak / (a.numel() * a.element_size())
 
 
 class Exact(NamedTuple):
@@ -328,7 +319,7 @@ def main() -> None:
     torch.set_num_threads(1)
     shapes = QUICK_SHAPES if arguments.quick else CPU_SHAPES
     if arguments.shape:
-        shapes = [tuple(int(x) for x in text.split("x")) for text in arguments.shape]
+        shapes = [(int(m), int(n)) for m, n in (text.split("x") for text in arguments.shape)]
     rows = cpu_rows(shapes, arguments.rounds)
     device = "none"
     if torch.cuda.is_available():

@@ -21,7 +21,9 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 if [ "$NODES" -gt 1 ]; then
   : "${MASTER_ADDR:?set MASTER_ADDR to the host name of the first node}"
   : "${NODE_RANK:?set NODE_RANK to the number of this node, 0 for the first}"
-  rendezvous=(--nnodes "$NODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
+  # Not torchrun's static rendezvous: there the machines do not find each other again after a restart.
+  rendezvous=(--nnodes "$NODES" --rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}" --rdzv_id polargrad
+    --rdzv_conf "is_host=$([ "$NODE_RANK" = 0 ] && echo 1 || echo 0)")
 else
   rendezvous=(--standalone)
 fi

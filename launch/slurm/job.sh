@@ -10,14 +10,20 @@ export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
 # Each task gets Slurm's signals itself: torchrun in between would die of SIGUSR1 and leave its workers behind.
-srun "$PYTHON" train.py "$@"
+# Since Slurm 22.05 srun no longer takes the job's CPUs per task by itself and would bind each task to one core.
+srun ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "$PYTHON" train.py "$@"
 code=$?
+
+# One task of an array bears the array's own job id, with which Slurm would requeue, and so kill, all the others.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
 
 case $code in
   0) echo "finished" ;;
-  75)
-    echo "saved and preempted: back into the queue"
-    scontrol requeue "$SLURM_JOB_ID"
+  75 | 138 | 143)
+    # 138 and 143: SIGUSR1 or SIGTERM came before the first step, or a second time; what is on disk is whole.
+    echo "preempted (exit code $code): back into the queue"
+    scontrol requeue "$job" || echo "Slurm did not requeue job $job: submit it again, it will resume"
     ;;
   *) echo "ended with exit code $code" ;;
 esac

@@ -1,4 +1,7 @@
-"""A real Slurm of one node in a temporary folder: munged, slurmctld and slurmd on this machine's loopback."""
+"""A real Slurm in a temporary folder: munged, slurmctld and two slurmd, all on this machine's loopback.
+
+Two nodes that are one machine: the first has the machine's own name, since at that address the ranks meet.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,12 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo", "squeue")
+NODES = (socket.gethostname().split(".")[0], "z-second")
 
 
 def missing() -> str | None:
@@ -22,7 +28,7 @@ def missing() -> str | None:
 
 
 class Cluster:
-    """Started on entering, ended on leaving; commands run with `call`."""
+    """Started on entering, ended on leaving; commands run with `call`, in the repository's root."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -33,27 +39,34 @@ class Cluster:
         self.daemons: list[subprocess.Popen] = []
 
     def __enter__(self) -> Cluster:
-        folder, host = self.folder, socket.gethostname().split(".")[0]
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _start(self) -> None:
+        folder, host = self.folder, NODES[0]
         for name in ("state", "spool", "run"):
             (folder / name).mkdir(mode=0o755)
         (folder / "munge.key").write_bytes(os.urandom(1024))
         (folder / "munge.key").chmod(0o400)
-        controller, node = _free_ports(2)
+        controller, first, second = free_ports(3)
         (folder / "gres.conf").write_text("Name=gpu File=/dev/tty[0-7]\n")
         (folder / "slurm.conf").write_text(f"""
 ClusterName=one
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller}
-SlurmdPort={node}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
 CredType=cred/munge
 SlurmUser=root
 SlurmdUser=root
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool/%n
 SlurmctldPidFile={folder}/run/slurmctld.pid
-SlurmdPidFile={folder}/run/slurmd.pid
+SlurmdPidFile={folder}/run/slurmd-%n.pid
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SlurmdParameters=config_overrides
@@ -62,9 +75,12 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 ReturnToService=2
 JobRequeue=1
+SchedulerParameters=sched_interval=1,bf_interval=1
 GresTypes=gpu
-NodeName={host} NodeAddr=127.0.0.1 CPUs=16 Gres=gpu:8 State=UNKNOWN
-PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
+NodeName=DEFAULT CPUs=16 Gres=gpu:8 State=UNKNOWN
+NodeName={host} NodeAddr=127.0.0.1 Port={first}
+NodeName=z-second NodeAddr=127.0.0.2 Port={second}
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
 """)
         self._daemon(
             "munged",
@@ -76,11 +92,11 @@ PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP OverSubscri
             f"--log-file={folder}/munged.log",
             f"--seed-file={folder}/munge.seed",
         )
-        self._until(lambda: (folder / "munge.socket").exists(), "munged", 15)
+        self.until(lambda: (folder / "munge.socket").exists(), "munged", 15)
         self._daemon("slurmctld", "-D")
-        self._daemon("slurmd", "-D", "-N", host)
-        self._until(lambda: "idle" in self.call("sinfo", "-h", "-o", "%T", check=False), "an idle node", 40)
-        return self
+        for name in NODES:
+            self._daemon("slurmd", "-D", "-N", name)
+        self.until(lambda: self._idle() == len(NODES), "idle nodes", 20)
 
     def __exit__(self, *_: object) -> None:
         self.call("scancel", "--full", "--user=root", check=False)
@@ -93,10 +109,13 @@ PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP OverSubscri
                 daemon.kill()
 
     def _daemon(self, *command: str) -> None:
-        log = (self.folder / f"{command[0]}.out").open("w")
-        self.daemons.append(subprocess.Popen(command, env=self.env, stdout=log, stderr=log))
+        with (self.folder / f"{command[0]}.out").open("a") as log:
+            self.daemons.append(subprocess.Popen(command, env=self.env, stdout=log, stderr=log))
 
-    def _until(self, true, what: str, seconds: float) -> None:
+    def _idle(self) -> int:
+        return self.call("sinfo", "-h", "-N", "-o", "%T", check=False).split().count("idle")
+
+    def until(self, true: Callable[[], bool], what: str, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while not true():
             if time.monotonic() > deadline:
@@ -105,7 +124,9 @@ PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP OverSubscri
             time.sleep(0.2)
 
     def call(self, *command: str, check: bool = True) -> str:
-        done = subprocess.run(command, env=self.env, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(
+            command, cwd=ROOT, env=self.env, capture_output=True, text=True, check=False, timeout=60
+        )
         if check and done.returncode:
             raise AssertionError(f"{' '.join(command)}: {done.stderr}")
         return done.stdout
@@ -116,11 +137,11 @@ PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP OverSubscri
         return next((word.split("=")[1] for word in out.split() if word.startswith("JobState=")), "GONE")
 
     def wait_for(self, job: str, states: set[str], seconds: float) -> str:
-        self._until(lambda: self.state(job) in states, f"{'/'.join(sorted(states))} of job {job}", seconds)
+        self.until(lambda: self.state(job) in states, f"{'/'.join(sorted(states))} of job {job}", seconds)
         return self.state(job)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     holders = [socket.socket() for _ in range(count)]
     for holder in holders:
         holder.bind(("127.0.0.1", 0))

@@ -1,19 +1,17 @@
 """The batch scripts that people submit, on a real Slurm: preempted, requeued, resumed, and the same weights at the end."""
 
-import json
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
+import yaml
 
+from tests.chaos.harness import assert_same_end, final_state
 from tests.launch.cluster import Cluster, missing
+from tests.launch.tiny import STEPS, options, wait_for_step
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
-TEXT = "the quick brown fox jumps over the lazy dog and runs away from it into the wood\n" * 400
-STEPS = 40
+ENDS = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL"}
 
 
 @pytest.fixture(scope="module")
@@ -22,96 +20,63 @@ def cluster(tmp_path_factory):
         yield started
 
 
-def arguments(folder: Path, run: str) -> list[str]:
-    text = folder / "text.txt"
-    text.write_text(TEXT)
-    return [
-        *("--model.width", "32", "--model.layers", "2", "--model.heads", "2"),
-        *(
-            "--data.source",
-            "files",
-            "--data.paths",
-            json.dumps([str(text)]),
-            "--data.cache",
-            str(folder / "cache"),
-        ),
-        *("--data.tokenizer.vocab_size", "300", "--data.validation_fraction", "0.1"),
-        *(
-            "--trainer.run_dir",
-            str(folder / run),
-            "--trainer.steps",
-            str(STEPS),
-            "--trainer.global_batch",
-            "4",
-        ),
-        *("--trainer.micro_batch", "2", "--trainer.sequence_length", "32", "--trainer.device", "cpu"),
-        *(
-            "--trainer.checkpoint.every",
-            "1000",
-            "--trainer.logging.every",
-            "1",
-            "--trainer.evaluation.every",
-            "0",
-        ),
-    ]
+def submit(cluster: Cluster, script: str, arguments: list[str], log: Path, *overrides: str) -> str:
+    return cluster.call(
+        "sbatch", "--parsable", "--cpus-per-task=1", f"--output={log}", *overrides,
+        f"launch/slurm/{script}.sbatch", *arguments,
+    ).strip()  # fmt: skip
 
 
-def submit(cluster: Cluster, folder: Path, script: str, args: list[str], *options: str) -> str:
-    out = cluster.call(
-        "sbatch", "--parsable", "--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1", "--gpus-per-node=2",
-        f"--chdir={ROOT}", f"--output={folder}/job.log", *options, f"launch/slurm/{script}.sbatch", *args,
-    )  # fmt: skip
-    return out.strip()
-
-
-def steps_done(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
-
-
-def final_tensors(run: Path) -> dict[str, str]:
-    """The checksum of every tensor of the last checkpoint."""
-    last = max((run / "checkpoints").glob("step-*"))
-    shown = json.loads((last / "manifest.json").read_text())
-    return {
-        name: json.dumps(entry, sort_keys=True)
-        for name, entry in shown["tensors"].items()
-        if name.startswith(("model/", "optim/"))
-    }
-
-
-def test_a_preempted_job_is_requeued_and_ends_with_the_weights_of_an_undisturbed_one(
-    cluster, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(ROOT)
-    job = submit(cluster, tmp_path, "single_node", arguments(tmp_path, "preempted"))
-    cluster.wait_for(job, {"RUNNING"}, 30)
-    deadline = time.monotonic() + 90
-    while steps_done(tmp_path / "preempted") < 5:
-        assert time.monotonic() < deadline, (tmp_path / "job.log").read_text()[-2000:]
-        time.sleep(0.1)
+def preempt(cluster: Cluster, job: str) -> None:
+    """What Slurm does before the time limit; returns when the job is back in the queue, and lets it start at once."""
     cluster.call("scancel", "--signal=USR1", job)
     cluster.wait_for(job, {"PENDING"}, 60)
-    assert steps_done(tmp_path / "preempted") < STEPS
-    cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm itself waits two minutes
-    assert cluster.wait_for(job, {"COMPLETED", "FAILED"}, 120) == "COMPLETED", (
-        tmp_path / "job.log"
-    ).read_text()[-2000:]
-    assert "saved and preempted: back into the queue" in (tmp_path / "job.log").read_text()
-
-    straight = submit(cluster, tmp_path, "single_node", arguments(tmp_path, "straight"))
-    assert cluster.wait_for(straight, {"COMPLETED", "FAILED"}, 120) == "COMPLETED"
-    assert final_tensors(tmp_path / "preempted") == final_tensors(tmp_path / "straight")
-
-    def losses(run: str) -> list:
-        records = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
-        return [(r["step"], r["loss"]) for r in records if "loss" in r]
-
-    assert losses("preempted") == losses("straight")
+    cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now+4")  # by itself Slurm waits two minutes
 
 
-@pytest.mark.parametrize(
-    "script", sorted((ROOT / "launch").rglob("*sh")) + sorted((ROOT / "launch").rglob("*.sbatch"))
-)
-def test_scripts_are_well_formed(script):
-    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
+def finish(cluster: Cluster, job: str, log: Path) -> None:
+    assert cluster.wait_for(job, ENDS, 90) == "COMPLETED", log.read_text()[-2000:]
+
+
+def test_a_preempted_job_is_requeued_and_ends_with_the_weights_of_an_undisturbed_run(
+    cluster, folder, straight
+):
+    run_dir, log = folder / "preempted", folder / "preempted.log"
+    shape = ("--ntasks-per-node=2", "--gpus-per-node=2")
+    job = submit(cluster, "single_node", options(folder, "preempted"), log, *shape)
+    wait_for_step(run_dir, 5, log.read_text)
+    preempt(cluster, job)
+    assert 5 <= final_state(run_dir)[0] < STEPS
+    finish(cluster, job, log)
+    assert log.read_text().count("preempted (exit code 75): back into the queue") == 1
+    assert_same_end(run_dir, straight)
+
+
+def test_two_nodes_with_a_task_each_find_each_other_and_end_with_the_same_weights(cluster, folder, straight):
+    log = folder / "two_nodes.log"
+    shape = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1")
+    job = submit(cluster, "multi_node", options(folder, "two_nodes"), log, *shape)
+    finish(cluster, job, log)
+    assert "NumNodes=2" in cluster.call("scontrol", "show", "job", job)
+    assert_same_end(folder / "two_nodes", straight)
+
+
+def test_an_array_task_preempted_before_its_first_step_is_requeued_and_the_others_are_not(cluster, folder):
+    logs = [folder / f"array_{task}.log" for task in (0, 1)]
+    shape = (
+        "--array=0-1",
+        f"--export=ALL,RUNS={folder / 'array'}",
+        "--ntasks-per-node=1",
+        "--gpus-per-node=1",
+    )
+    job = submit(cluster, "array", options(folder, "unused"), folder / "array_%a.log", *shape)
+    cluster.until(lambda: f"{job}_1.0" in cluster.call("squeue", "--steps", "-h", "-o", "%i"), "task 1", 30)
+    # The last task bears the number of the whole array, which must not make Slurm requeue the others.
+    preempt(cluster, f"{job}_1")
+    for task in (0, 1):
+        finish(cluster, f"{job}_{task}", logs[task])
+    assert [log.read_text().count("back into the queue") for log in logs] == [0, 1]
+    assert "REQUEUE" not in logs[0].read_text()
+    runs = [folder / "array" / f"seed-{task}" for task in (0, 1)]
+    assert [final_state(run)[0] for run in runs] == [STEPS, STEPS]
+    assert [yaml.safe_load((run / "config.yaml").read_text())["trainer"]["seed"] for run in runs] == [0, 1]

@@ -1,0 +1,49 @@
+"""launch/torchrun.sh with the real trainer: a SIGTERM, then two "machines" of which one loses its process."""
+
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.chaos.harness import assert_same_end, final_state, kill, last_logged, workers
+from tests.launch.cluster import free_ports
+from tests.launch.tiny import ROOT, STEPS, options, wait_for_step
+
+SCRIPTS = sorted((ROOT / "launch").rglob("*.sh")) + sorted((ROOT / "launch").rglob("*.sbatch"))
+
+
+def test_a_run_stopped_by_sigterm_and_moved_to_two_machines_where_a_rank_dies_ends_as_the_undisturbed_one(
+    folder, straight, torchrun
+):
+    run_dir, out = folder / "disturbed", folder / "disturbed.out"
+    run = torchrun(out, options(folder, "disturbed"), PROCESSES=2)
+    wait_for_step(run_dir, 25, out.read_text)
+    asked = time.monotonic()
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=60) != 0
+    assert time.monotonic() - asked < 25, "torchrun would have killed the ranks after 30 s"
+    stopped_at, _ = final_state(run_dir)
+    assert 25 <= stopped_at < STEPS
+    assert f"asked to leave (SIGTERM): saved at step {stopped_at}" in out.read_text()
+
+    places = {
+        "NODES": 2,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_ports(1)[0],
+        "PROCESSES": 1,
+        "RESTARTS": 1,
+    }
+    machines = [torchrun(out, options(folder, "disturbed"), NODE_RANK=n, **places) for n in range(2)]
+    wait_for_step(run_dir, 65, out.read_text)
+    kill(workers(machines[1]))
+    assert last_logged(run_dir) < STEPS
+    assert [machine.wait(timeout=90) for machine in machines] == [0, 0], out.read_text()[-3000:]
+    log = (run_dir / "log.txt").read_text()
+    assert log.count("resumed from") == 2 * 2, "two resumptions on two ranks"
+    assert_same_end(run_dir, straight)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_well_formed(script):
+    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0

@@ -112,11 +112,14 @@ def polar(
     sparse = _nonzero_rows(tall) if method == "auto" else None
     if method == "auto":
         method = choose_method(tall.shape if sparse is None else sparse.rows.shape, a.device, lower=lower)
+    if sparse is not None and not check:
+        sparse = sparse._replace(rows=torch.where(finite[0], sparse.rows, 0.0))
     whole = tall if check or method == "gram" else torch.where(finite, tall, 0.0)  # gram needs no such copy
     with nullcontext() if method in POLYNOMIALS else without_tf32(a.device):
-        found = (
-            ORACLES[method](whole, options) if sparse is None else _on_nonzero_rows(sparse, method, options)
-        )
+        if sparse is None:
+            found = ORACLES[method](whole, options)
+        else:
+            found = _on_nonzero_rows(sparse, method, options)
     if not check:
         found.U.masked_fill_(~finite, torch.nan)
         found.nuclear_norm.masked_fill_(~finite[:, 0, 0], torch.nan)

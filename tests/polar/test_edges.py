@@ -146,3 +146,13 @@ def test_integers_and_vectors_are_refused():
     for a in (torch.ones(4, 4, dtype=torch.int64), torch.ones(4), torch.ones(2, 2, dtype=torch.complex64)):
         with pytest.raises(PolarError, match="real floating"):
             polar(a)
+
+
+@pytest.mark.parametrize("rows", [10, 100])
+def test_a_row_sparse_matrix_with_nan_passes_through_when_asked(rows):
+    a = torch.zeros(400, 8)
+    a[:rows] = torch.randn(rows, 8)
+    a[3, 3] = float("nan")
+    found = polar(a, check=False)
+    assert found.U.isnan().all()
+    assert found.nuclear_norm.isnan()

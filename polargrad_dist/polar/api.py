@@ -116,10 +116,9 @@ def polar(
         sparse = sparse._replace(rows=torch.where(finite[0], sparse.rows, 0.0))
     whole = tall if check or method == "gram" else torch.where(finite, tall, 0.0)  # gram needs no such copy
     with nullcontext() if method in POLYNOMIALS else without_tf32(a.device):
-        if sparse is None:
-            found = ORACLES[method](whole, options)
-        else:
-            found = _on_nonzero_rows(sparse, method, options)
+        found = (
+            ORACLES[method](whole, options) if sparse is None else _on_nonzero_rows(sparse, method, options)
+        )
     if not check:
         found.U.masked_fill_(~finite, torch.nan)
         found.nuclear_norm.masked_fill_(~finite[:, 0, 0], torch.nan)

@@ -227,9 +227,10 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for grid, mine in parts.items():
             mine = [x.float() if x.element_size() < 4 else x for x in mine if x.numel()]
-            square = sum(
-                (norm.double().square() for norm in torch._foreach_norm(mine)), torch.zeros_like(total)
-            )
+            norms = (
+                torch._foreach_norm(mine) if mine else []
+            )  # nothing here still takes part in the sum below
+            square = sum((norm.double().square() for norm in norms), torch.zeros_like(total))
             for group in grid.groups if self._reducer else [grid.sharding]:
                 if group is not None:
                     self.traffic.all_reduce(square, group).wait()

@@ -186,6 +186,17 @@ class Trainer:
             if hasattr(batches, "close"):
                 batches.close()
             saved = self.store.close()
+        if progress.step < config.steps and self._due:
+            log.warning(
+                "the last steps were skipped, so nothing new is saved: %s is on disk", self.store.last_saved
+            )
+            return Outcome(PREEMPTED, progress.step, self.validated)
+        if self._due:
+            log.error(
+                "the run ended in skipped steps, its weights are not kept: %s is on disk",
+                self.store.last_saved,
+            )
+            return Outcome(1, progress.step, self.validated)
         if not saved or self.store.last_saved != progress.step:
             log.error("the last checkpoint could not be written: %s is on disk", self.store.last_saved)
             return Outcome(1, progress.step, self.validated)
@@ -326,6 +337,7 @@ class Trainer:
         metrics.write(record)
 
     _reported = 0
+    _due = False
 
     def _validate_and_save(self, metrics: Metrics, stop: bool) -> None:
         config, step = self.config, self.progress.step
@@ -338,8 +350,15 @@ class Trainer:
             self.validated = self.evaluate()
             loss = self.validated["validation_loss"]
             metrics.write({"step": step, **self.validated})
-        if stop or last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+        self._due |= stop or last or bool(config.checkpoint.every and step % config.checkpoint.every == 0)
+        if self._due and self._proved(loss if last else None):
             self.save(loss)
+            self._due = False
+
+    def _proved(self, final_loss: float | None) -> bool:
+        """Whether the weights are fit to be kept. After a skipped step they may be what broke it, and saving them would
+        push good checkpoints out: the save waits for a step that works, at the very end for a finite validation."""
+        return self.progress.skipped_in_a_row == 0 or (final_loss is not None and math.isfinite(final_loss))
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

@@ -301,6 +301,26 @@ def test_a_language_model_with_its_roles_gets_the_weights_of_one_process(mode, t
             assert distance(one, many) <= 1e-8
 
 
+def _clip_with_nothing(rank: int, world: int) -> list[float]:
+    """A shard without rows, and gradients that only rank 0 has."""
+    torch.manual_seed(0)
+    sharded = nn.Linear(8, 1, bias=False)
+    fully_shard(sharded)
+    one = PolarGrad(sharded.parameters(), lr=0.1)
+    sharded(torch.ones(4, 8)).sum().backward()
+    p = nn.Parameter(torch.ones(3, 3))
+    two = PolarGrad([p], lr=0.1, gradients="to_owner")
+    if rank == 0:
+        p.sum().backward()
+    return [float(one.clip_grad_norm_(1.0)), float(two.clip_grad_norm_(1.0))]
+
+
+def test_clipping_where_a_rank_holds_no_gradient_neither_hangs_nor_fails():
+    norms = run_ranks(_clip_with_nothing, 2, timeout=40)
+    assert norms[0] == norms[1] == pytest.approx([4 * 8**0.5, 1.5])
+    assert float(PolarGrad([nn.Parameter(torch.ones(3, 3))], lr=0.1).clip_grad_norm_(1.0)) == 0
+
+
 def _dies(rank: int, world: int) -> str:
     import os
     import signal

@@ -111,6 +111,31 @@ def test_too_many_non_finite_steps_end_the_run_with_the_last_checkpoint_intact(t
     assert t.store.newest_valid().name.endswith("4")
 
 
+def test_checkpoints_of_a_run_that_broke_do_not_push_out_the_good_ones(tmp_path):
+    config = settings(
+        tmp_path,
+        steps=12,
+        checkpoint=CheckpointConfig(every=1, keep_last=2),
+        safety=SafetyConfig(max_skipped=50),
+    )
+    t = trainer(config, poison=set(range(60, 200)))  # every step from the sixth on
+    t.data.validation = None
+    assert t.fit().exit_code == 1
+    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*")) == [
+        "step-00000004",
+        "step-00000005",
+    ]
+
+
+def test_a_save_that_fell_on_a_skipped_step_is_made_up_for_at_the_next_good_one(tmp_path):
+    t = trainer(
+        settings(tmp_path, steps=6), poison=set(range(36, 48))
+    )  # the fourth step, where a save was due
+    assert t.fit().exit_code == 0
+    names = sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*"))
+    assert names == ["step-00000005", "step-00000006"]
+
+
 def test_a_loss_spike_is_skipped_where_that_is_asked_for(tmp_path):
     t = trainer(settings(tmp_path, safety=SafetyConfig(spike_sigma=3.0, spike_window=6)))
     t.progress.recent = [3.0, 2.9, 3.1, 3.0, 2.9, 3.1]

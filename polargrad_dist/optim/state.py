@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from polargrad_dist.distributed.plan import chunk
+from polargrad_dist.distributed.transport import Agreement
 from polargrad_dist.errors import CheckpointError
 from polargrad_dist.optim.update import Work, local
 
@@ -22,6 +23,7 @@ class NamedState:
     """The part of `PolarGrad` that saves and loads; expects ``_works``, ``param_groups`` and ``state``."""
 
     _works: list[Work]
+    _agreement: Agreement | None
     param_groups: list[dict[str, Any]]
 
     def named_state(self) -> dict[str, torch.Tensor]:
@@ -56,24 +58,68 @@ class NamedState:
 
     def full_state_dict(self) -> dict[str, Any]:
         """Torch's form of state dict with whole tensors, on the CPU of every rank; loads anywhere. A collective."""
-        out: dict[str, Any] = {"state": {}, "param_groups": self.state_dict()["param_groups"]}  # type: ignore[attr-defined]
+        out: dict[str, Any] = {"state": {}, "param_groups": self.state_dict()["param_groups"]}
         ids = {n: i for g in out["param_groups"] for n, i in zip(g["param_names"], g["params"], strict=True)}
         for work, key, value in self._states():
             out["state"].setdefault(ids[work.entry.name], {})[key] = _gather(work, key, value)
         return out
 
+    def state_dict(self) -> dict[str, Any]:
+        """Torch's form, of what this rank holds; it says whose it is, and loads only there (see `full_state_dict`)."""
+        return super().state_dict() | {"place": self._place()}  # type: ignore[misc]
+
+    def _place(self) -> list[list[Any]]:
+        """Where this rank stands, and what it owns: what its own part of the state depends on."""
+        grids = {w.grid: None for w in self._works}
+        stands = [[g.replicas, g.shards, g.replica, g.shard] for g in grids]
+        return [*stands, [w.entry.owner for w in self._works]]
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads a `full_state_dict` of any world size, or the ``state_dict`` of the same rank of the same world.
 
-        Parameters are matched by name. Raises ``CheckpointError`` when they differ, or when the state of a matrix that
-        this rank owns was saved by a rank that did not.
+        Parameters are matched by name. On several ranks all must call it. Raises ``CheckpointError``, on all of them and
+        before anything is changed, when parameters or shapes differ, or when the state is another rank's.
         """
-        names = {
-            i: n
-            for g in state_dict["param_groups"]
-            for i, n in zip(g["params"], g["param_names"], strict=True)
-        }
-        saved = {names[i]: state for i, state in state_dict["state"].items()}
+        try:
+            found, problem = self._matched(state_dict), None
+        except CheckpointError as error:
+            found, problem = None, error
+        if self._agreement is not None:
+            someone = int(self._agreement.largest(torch.tensor([int(problem is not None)])))
+            if someone and problem is None:
+                problem = CheckpointError(
+                    "another rank could not load its optimizer state, so no rank loads: see its error"
+                )
+        if problem is not None:
+            raise problem
+        assert found is not None
+        parts, groups = found
+        for mine, theirs in parts:
+            mine.copy_(theirs)
+        for group in self.param_groups:
+            saved = groups[tuple(group["param_names"])]
+            group.update({k: v for k, v in saved.items() if k not in ("params", "param_names")})
+
+    def _matched(
+        self, state_dict: Mapping[str, Any]
+    ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], dict[tuple, dict[str, Any]]]:
+        """(state here, what it becomes) for every state, and the saved groups by their names."""
+        try:
+            pairs = [
+                p for g in state_dict["param_groups"] for p in zip(g["params"], g["param_names"], strict=True)
+            ]
+            names = dict(pairs)
+            saved = {names[i]: state for i, state in state_dict["state"].items()}
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"this is no state of a PolarGrad (it lacks {error}), expected one of state_dict() or full_state_dict()"
+            ) from error
+        place = state_dict.get("place")
+        if place is not None and place != self._place():
+            raise CheckpointError(
+                "this optimizer state holds one rank's part, and another rank's or another placement's: save with "
+                "full_state_dict() or named_state(), which do not depend on the rank"
+            )
         parts = []
         for work, key, value in self._states():
             name = work.entry.name
@@ -81,18 +127,16 @@ class NamedState:
                 raise CheckpointError(
                     f"the saved optimizer state has no {key!r} of {name!r}, expected the same model and rules"
                 )
-            parts.append((local(value), _part(work, key, saved[name][key], local(value))))
+            parts.append(
+                (local(value), _part(work, key, saved[name][key], local(value), whole=place is None))
+            )
         groups = {tuple(g["param_names"]): g for g in state_dict["param_groups"]}
         for group in self.param_groups:
             if tuple(group["param_names"]) not in groups:
                 raise CheckpointError(
                     f"the saved optimizer has no group that starts with {group['param_names'][0]!r}, expected the same groups"
                 )
-        for mine, theirs in parts:
-            mine.copy_(theirs)
-        for group in self.param_groups:
-            theirs = groups[tuple(group["param_names"])]
-            group.update({k: v for k, v in theirs.items() if k not in ("params", "param_names")})
+        return parts, groups
 
     def _states(self) -> Iterator[tuple[Work, str, torch.Tensor]]:
         for work in self._works:
@@ -112,19 +156,24 @@ def _rows(work: Work, key: str) -> tuple[int, int]:
     return first, last
 
 
-def _part(work: Work, key: str, saved: torch.Tensor, mine: torch.Tensor) -> torch.Tensor:
-    """What belongs to this rank of a saved state, whole or already cut."""
-    if isinstance(saved, DTensor) or saved.shape == mine.shape != work.entry.shape:
-        return local(saved)
-    if tuple(saved.shape) == work.entry.shape and mine.ndim:
+def _part(work: Work, key: str, saved: torch.Tensor, mine: torch.Tensor, whole: bool) -> torch.Tensor:
+    """What belongs to this rank of a saved state: a stretch of a whole one, or this rank's own part as it is.
+
+    A DTensor is the rank's own part also where nothing says so: `torch.distributed.checkpoint` hands such states over.
+    """
+    if isinstance(saved, DTensor) or not whole:
+        part = local(saved)
+    elif mine.ndim and tuple(saved.shape) == work.entry.shape:
         first, last = _rows(work, key)
-        return saved[first:last].reshape(mine.shape)
-    if saved.shape == mine.shape:
-        return saved
-    raise CheckpointError(
-        f"the saved {key!r} of {work.entry.name!r} has shape {tuple(saved.shape)}, expected {work.entry.shape} or this "
-        f"rank's part {tuple(mine.shape)}: save with full_state_dict() or named_state(), which do not depend on the rank"
-    )
+        part = saved[first:last].reshape(mine.shape)
+    else:
+        part = saved
+    if part.shape != mine.shape:
+        raise CheckpointError(
+            f"the saved {key!r} of {work.entry.name!r} has shape {tuple(saved.shape)}, expected {work.entry.shape}: save "
+            "with full_state_dict() or named_state(), which do not depend on the rank"
+        )
+    return part
 
 
 def _gather(work: Work, key: str, value: torch.Tensor) -> torch.Tensor:

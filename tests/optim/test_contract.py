@@ -301,6 +301,42 @@ def test_a_language_model_with_its_roles_gets_the_weights_of_one_process(mode, t
             assert distance(one, many) <= 1e-8
 
 
+def _rank_zeros_state(rank: int, world: int, mode: str) -> list[str]:
+    """What each rank says to rank 0's own state dict, to its own, and to the whole one."""
+    from polargrad_dist.errors import CheckpointError
+    from tests.optim.training import backward
+
+    model, optimizer = build(
+        mode, {"shapes": {"square": (8, 8), "tall": (50, 4), "bias": (7,)}}, RULES["polargradm"]
+    )
+    backward(mode, model, optimizer, rank, world, 0)
+    optimizer.step()
+    before = optimizer.full_state_dict()
+    mine = optimizer.state_dict()
+    foreign = dict(mine)
+    places = [None] * world
+    dist.all_gather_object(places, mine["place"])
+    foreign["place"] = places[0]
+    said = []
+    for state in (foreign, mine, before):
+        try:
+            optimizer.load_state_dict(state)
+            said.append("loaded")
+        except CheckpointError as error:
+            said.append(str(error))
+    after = optimizer.full_state_dict()
+    same = all(torch.equal(v, after["state"][i][k]) for i, s in before["state"].items() for k, v in s.items())
+    return [*said, str(same)]
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_another_ranks_state_is_refused_by_all_ranks_and_changes_nothing(mode):
+    for said in run_ranks(_rank_zeros_state, 2, mode, timeout=60):
+        assert "rank" in said[0]
+        assert said[0] != "loaded"
+        assert said[1:] == ["loaded", "loaded", "True"]
+
+
 def _clip_with_nothing(rank: int, world: int) -> list[float]:
     """A shard without rows, and gradients that only rank 0 has."""
     torch.manual_seed(0)

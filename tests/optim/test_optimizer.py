@@ -219,6 +219,14 @@ def test_the_state_of_another_model_is_refused_before_anything_changes():
             a.load_named_state(other.named_state())
 
 
+@pytest.mark.parametrize(
+    "state", [{}, {"state": {}}, torch.optim.AdamW([nn.Parameter(torch.zeros(3, 3))]).state_dict()]
+)
+def test_what_is_no_state_of_this_optimizer_is_refused_in_a_sentence(state):
+    with pytest.raises(CheckpointError, match="no state of a PolarGrad"):
+        PolarGradM([nn.Parameter(torch.zeros(3, 3))], lr=0.1).load_state_dict(state)
+
+
 def test_stats_tell_the_nuclear_norm_and_condition_of_what_was_stepped():
     p, q = nn.Parameter(torch.zeros(40, 4)), nn.Parameter(torch.zeros(6, 6))
     optimizer = PolarGrad([{"params": [p], "role": "embed"}, {"params": [q], "oracle": "svd"}], lr=0.1)

@@ -61,7 +61,8 @@ class OwnerReducer:
         if self._here[index] or self.done:
             raise PolarGradError(
                 f"a second backward reached {self.order[index][1].name} after its gradient had been sent to its owner, "
-                "expected one per step: run all but the last under optimizer.no_sync()"
+                "expected one per step: run all but the last under optimizer.no_sync(), and begin a step with "
+                "optimizer.zero_grad(), not with the model's"
             )
         self._here[index] = True
         while self._next < len(self.order) and self._here[self._next]:

@@ -1,7 +1,7 @@
 """Who computes which matrix, and what that costs: pure functions of names, shapes, rules and the world's size.
 
 A plan knows no process group and no tensor's values, so that it can be made for 128 ranks on a laptop, on meta tensors.
-Matrices are dealt longest first over all shapes together (Graham's LPT rule, max/mean load <= 4/3 and close to 1 here).
+Matrices are dealt longest first over all shapes together (Graham's LPT rule, at most 4/3 of the best possible largest load).
 """
 
 from __future__ import annotations
@@ -300,6 +300,9 @@ class Plan:
             share = [sum(e.held_state(rank, self.world) for e in copied) for rank in ranks]
             out["all_gather"] = itemsize * max(share) * max(self.world // e.shards for e in copied)
         return dict(out)
+
+    def __str__(self) -> str:
+        return self.table()
 
     def table(self) -> str:
         """One line per parameter (name, shape, role, rule, learning rate, owner, flops), then the balance."""

@@ -15,20 +15,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from polargrad_dist.distributed.gradients import OwnerReducer
 from polargrad_dist.distributed.grid import Grid, Grids
 from polargrad_dist.distributed.plan import Plan, entry
 from polargrad_dist.distributed.transport import Agreement, Traffic
 from polargrad_dist.errors import ConfigError, PolarError
+from polargrad_dist.optim.checks import (
+    check_keys,
+    check_parameter,
+    check_travel,
+    check_values,
+    complaint,
+    fixed_part,
+)
 from polargrad_dist.optim.pipeline import Travel, solve_tall, start_tall, step_grid
-from polargrad_dist.optim.routing import refuse_flat, route
-from polargrad_dist.optim.rules import OptimizerConfig, Rule
+from polargrad_dist.optim.routing import route
+from polargrad_dist.optim.rules import OptimizerConfig
 from polargrad_dist.optim.state import NamedState
 from polargrad_dist.optim.update import NAN, Facts, Work, local, make_state, step_adamw
 
-KEYS = tuple(Rule.__dataclass_fields__)
+COPIES_CHECKED = 1000  # steps between looks at whether copies are still equal
 
 
 class PolarGrad(NamedState, torch.optim.Optimizer):
@@ -38,7 +45,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         params: a model (routed by `route` with the default rules), an iterable of parameters or of (name, parameter)
             pairs, or parameter groups; a group may set every field of `Rule` and the three keywords after it.
         lr, algorithm, momentum, beta, nesterov, scale, oracle, steps, oracle_dtype, lower, weight_decay, cautious,
-            betas, eps, row_sharded: see `Rule`; read from the group at every step.
+            betas, eps, row_sharded: see `Rule`; numbers are read from the group at every step.
         split_sizes: rows of the matrices that a fused parameter holds one below the other, each stepped on its own.
         num_heads: likewise, for equal blocks.
         flatten: treat a 3-D parameter as a convolution (first dimension against the rest), not as a stack of matrices.
@@ -57,7 +64,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
     def __init__(
         self,
         params: Any,
-        lr: float = 0.02,
+        lr: float = 1e-3,
         *,
         algorithm: str = "polar",
         momentum: str = "none",
@@ -90,16 +97,22 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             flatten=flatten, role=None,
         )  # fmt: skip
         self.traffic = Traffic()
-        dtype = getattr(torch, comm_dtype) if isinstance(comm_dtype, str) else comm_dtype
-        self._travel = Travel(self.traffic, dtype, int(bucket_mb * 2**20))
+        dtype = check_travel(comm_dtype, bucket_mb)
+        self._travel = Travel(self.traffic, dtype, max(1, int(bucket_mb * 2**20)))
         self._gradients = gradients
         self._grids = Grids(process_group)
         self._works: list[Work] = []
         self._plan: Plan | None = None
         self._agreement: Agreement | None = None
         self._reducer: OwnerReducer | None = None
-        self._copies_checked = False
+        self._fixed: list[tuple[Any, ...]] = []
+        self._steps = 0
         self._facts = Facts()
+        if gradients == "to_owner" and isinstance(params, nn.parallel.DistributedDataParallel):
+            raise ConfigError(
+                "gradients='to_owner' was given a model in DistributedDataParallel, which reduces gradients itself: give "
+                "the bare model, or use gradients='all_reduced'"
+            )
         groups = route(params) if isinstance(params, nn.Module) else params
         super().__init__(groups, defaults)
         self._place_and_deal()
@@ -120,6 +133,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; on several ranks all of them must. Owners of earlier parameters stay as they are."""
         others = list(self.param_groups)
+        check_keys(param_group, f"parameter group {len(others)}")
         given = param_group["params"]
         params = [given] if isinstance(given, torch.Tensor) else list(given)
         if not params:
@@ -127,6 +141,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         if "param_names" not in param_group and isinstance(params[0], torch.Tensor):
             count = sum(len(other["params"]) for other in others)
             param_group["param_names"] = [f"param.{count + i}" for i in range(len(params))]
+        if len({id(p[1] if isinstance(p, tuple) else p) for p in params}) < len(params):
+            raise ConfigError(f"parameter group {len(others)} holds a parameter twice, expected each once")
         super().add_param_group(param_group | {"params": params})
         group = self.param_groups[-1]
         group.setdefault("initial_lr", group["lr"])
@@ -134,7 +150,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         names = [name for other in self.param_groups for name in other["param_names"]]
         if again := {name for name in names if names.count(name) > 1}:
             raise ConfigError(f"{min(again)!r} names two parameters, expected each name once")
-        Rule(**{key: group[key] for key in KEYS}).check(f"parameter group {len(others)}")
+        check_values(group, f"parameter group {len(others)}")
+        self._fixed.append(fixed_part(group))
         if self._plan is not None:
             self._place_and_deal()
 
@@ -145,11 +162,15 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         for group in self.param_groups:
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 if name not in known:
-                    self._refuse(name, p)
+                    check_parameter(name, p, self._gradients)
                     e, grid = entry(group, name, p), self._grids.of(name, p)
                     e.shards = grid.shards
                     new.append(Work(e, p, group, grid, self.state[p], len(self._works) + len(new)))
         self._works += new
+        if len(kinds := {local(work.p).device.type for work in self._works}) > 1:
+            raise ConfigError(
+                f"parameters are on {' and '.join(sorted(kinds))}, expected all on one kind of device"
+            )
         world = max(work.grid.world for work in self._works)
         if world > 1:
             self._agreement = self._agreement or Agreement([w.grid for w in self._works], self._device)
@@ -166,16 +187,6 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             entries = [w.entry for w in self._works]
             self._reducer = OwnerReducer(
                 [w.p for w in self._works], entries, self._works[0].grid, self.traffic
-            )
-
-    def _refuse(self, name: str, p: torch.Tensor) -> None:
-        refuse_flat(name, p)
-        if not local(p).is_contiguous():
-            raise ConfigError(f"{name} is not contiguous in memory, expected it to be: use .contiguous()")
-        if self._gradients == "to_owner" and (isinstance(p, DTensor) or not p.requires_grad):
-            raise ConfigError(
-                f"{name} is {'sharded' if isinstance(p, DTensor) else 'frozen'}, which gradients='to_owner' does not "
-                "support: use gradients='all_reduced', or leave frozen parameters out"
             )
 
     def _agree_on_construction(self) -> None:
@@ -215,6 +226,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         The norm is over all parameters and ranks, each element counted once, and has the same bits on every rank. With
         an infinite ``max_norm`` it only measures.
         """
+        if problem := complaint(self.param_groups, self._fixed):
+            raise problem
         if self._reducer:
             self._reducer.finish()
         parts: dict[Grid, list[torch.Tensor]] = defaultdict(list)
@@ -281,10 +294,13 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             self._reducer.finish()
         here = [self._reducer.present[w.p] if self._reducer else w.p.grad is not None for w in self._works]
         late = self._failure() if self._device.type != "cpu" else 0
-        somewhere = torch.tensor([*here, late], dtype=torch.int32)
+        problem = complaint(self.param_groups, self._fixed)
+        somewhere = torch.tensor([*here, late, problem is not None], dtype=torch.int32)
         if self._agreement is not None:
             self._agreement.largest(somewhere)
-        *present, failed = somewhere.tolist()
+        *present, failed, refused = somewhere.tolist()
+        if refused:
+            raise problem or ConfigError("another rank cannot step, so no rank does: see its error")
         if failed:
             self._facts = Facts()
             raise self._not_finite(failed)
@@ -308,19 +324,33 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         )
 
     def _check_copies(self) -> None:
-        """Once: copies of a parameter that were never made equal would drift apart in silence."""
-        if self._agreement is None or self._copies_checked:
+        """At the first two steps and every thousand: copies that differ, in weights or gradients, would drift in silence."""
+        self._steps += 1
+        if self._agreement is None or (self._steps > 2 and self._steps % COPIES_CHECKED):
             return
-        self._copies_checked = True
-        nothing = torch.zeros((), dtype=torch.float64)
-        sums = [w.flat.double().sum().cpu() if w.grid.shards == 1 else nothing for w in self._works]
-        same = self._agreement.same(torch.stack(sums).nan_to_num())
-        if not same.all():
-            name = self._works[int((~same).nonzero()[0])].entry.name
+        works = [w for w in self._works if w.grid.shards == 1]
+        weights = [_digest(w.flat) for w in works]
+        grads = [0 if self._reducer or w.p.grad is None else _digest(w.grad) for w in works]
+        same = self._agreement.same(torch.tensor([*weights, *grads]))
+        if same.all():
+            return
+        number = int((~same).nonzero()[0])
+        name = works[number % len(works)].entry.name
+        if number < len(works):
             raise ConfigError(
                 f"{name} differs between ranks that should hold copies of it: broadcast the parameters before the first "
-                "step (DistributedDataParallel does so when it wraps the model)"
+                "step (DistributedDataParallel does so when it wraps the model), and give all ranks the same learning rates"
             )
+        raise ConfigError(
+            f"the gradient of {name} differs between ranks that hold copies of it: wrap the model in "
+            "DistributedDataParallel, average the gradients before step(), or use gradients='to_owner'"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ConfigError(
+            "a PolarGrad cannot be pickled or deep-copied, since it holds process groups: save full_state_dict(), and load "
+            "it into a new optimizer"
+        )
 
     def plan(self) -> Plan:
         """Owner, kind and cost of every parameter, the balance over ranks, memory and expected traffic."""
@@ -376,3 +406,9 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
                     "bytes": float(self._facts.bytes[role]),
                 }
         return out
+
+
+def _digest(x: torch.Tensor) -> int:
+    """A sum over the bits of a tensor, the same in whatever order it is taken."""
+    words = {8: torch.int64, 4: torch.int32, 2: torch.int16}[x.element_size()]
+    return int(x.view(words).sum(dtype=torch.int64)) % (1 << 62)

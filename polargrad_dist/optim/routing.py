@@ -15,6 +15,7 @@ from torch import nn
 
 from polargrad_dist.distributed.plan import describe
 from polargrad_dist.errors import ConfigError
+from polargrad_dist.optim.checks import refuse_flat
 from polargrad_dist.optim.rules import ROLES, OptimizerConfig
 
 _WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod|_checkpoint_wrapped_module)\.")
@@ -56,28 +57,22 @@ def route(model: nn.Module, config: OptimizerConfig | None = None) -> list[dict[
         )
 
     grouped: dict[tuple, dict[str, torch.Tensor]] = defaultdict(dict)
-    for path, module in model.named_modules():
-        for leaf, p in module.named_parameters(recurse=False):
-            name = clean_name(f"{path}.{leaf}" if path else leaf)
-            if name not in named or not p.requires_grad:
-                continue  # a tied weight is stepped once, under its first name
-            refuse_flat(name, p)
-            hint = hints.get(name, {})
-            role = hint.get("role") or _role(module, p, head)
-            if role not in ROLES:
-                raise ConfigError(
-                    f"parameter_hints() gives {name!r} the role {role!r}, expected one of: {', '.join(ROLES)}"
-                )
-            split_sizes = tuple(hint["split_sizes"]) if hint.get("split_sizes") else None
-            flatten = isinstance(module, _CONVOLUTIONS)
-            key = (
-                role,
-                split_sizes,
-                hint.get("num_heads"),
-                flatten,
-                float(hint.get("weight_decay_scale", 1.0)),
+    for name, p, modules in _homes(model):
+        if name not in named or not p.requires_grad:
+            continue
+        refuse_flat(name, p)
+        hint = hints.get(name, {})
+        # A tied weight is an embedding wherever it was declared first.
+        roles = [_role(module, p, head) for module in modules]
+        role = hint.get("role") or ("embed" if "embed" in roles else roles[0])
+        if role not in ROLES:
+            raise ConfigError(
+                f"parameter_hints() gives {name!r} the role {role!r}, expected one of: {', '.join(ROLES)}"
             )
-            grouped[key][name] = p
+        split_sizes = tuple(hint["split_sizes"]) if hint.get("split_sizes") else None
+        flatten = isinstance(modules[0], _CONVOLUTIONS)
+        decay = float(hint.get("weight_decay_scale", 1.0))
+        grouped[role, split_sizes, hint.get("num_heads"), flatten, decay][name] = p
     found = {key[0] for key in grouped}
     for role in ("head", "value_embed"):
         if getattr(config, role) is not None and role not in found:
@@ -86,6 +81,15 @@ def route(model: nn.Module, config: OptimizerConfig | None = None) -> list[dict[
                 f"embed): set optimizer.{role} to null"
             )
     return [_group(config, key, parameters) for key, parameters in sorted(grouped.items(), key=_order)]
+
+
+def _homes(model: nn.Module) -> list[tuple[str, torch.Tensor, list[nn.Module]]]:
+    """Each parameter once, under its first name, with the modules that hold it: several where it is tied."""
+    homes: dict[torch.Tensor, tuple[str, list[nn.Module]]] = {}
+    for path, module in model.named_modules():
+        for leaf, p in module.named_parameters(recurse=False):
+            homes.setdefault(p, (clean_name(f"{path}.{leaf}" if path else leaf), []))[1].append(module)
+    return [(name, p, modules) for p, (name, modules) in homes.items()]
 
 
 def _call(model: nn.Module, method: str) -> Any:
@@ -116,7 +120,12 @@ def _group(config: OptimizerConfig, key: tuple, parameters: dict[str, torch.Tens
 
 def _role(module: nn.Module, p: torch.Tensor, head: nn.Module | None) -> str:
     """A module's parameter is what the module is: an embedding, the head, a weight matrix, or else a scalar."""
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        if module.sparse:
+            raise ConfigError(
+                f"an {type(module).__name__} of {module.num_embeddings} rows has sparse=True, expected sparse=False: the "
+                "optimizer takes dense gradients"
+            )
         return "embed"
     if module is head and p.ndim == 2:
         return "head"
@@ -127,21 +136,11 @@ def _head(model: nn.Module) -> nn.Module | None:
     """The output embedding: what the model says it is, else the last linear layer as long as an embedding table."""
     if hasattr(model, "get_output_embeddings"):
         return _call(model, "get_output_embeddings")
-    vocabularies = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
+    vocabularies = {
+        m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)
+    }
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     return linears[-1] if linears and linears[-1].out_features in vocabularies else None
-
-
-def refuse_flat(name: str, p: torch.Tensor) -> None:
-    """Raises ``ConfigError`` for a parameter whose matrix has been flattened away by FSDP1 or DeepSpeed ZeRO."""
-    if type(p).__name__ == "FlatParameter" or getattr(p, "_is_flat_param", False):
-        raise ConfigError(
-            f"{name} is an FSDP1 FlatParameter, its matrices are gone: shard with FSDP2's fully_shard instead"
-        )
-    if hasattr(p, "ds_id"):
-        raise ConfigError(
-            f"{name} is partitioned by DeepSpeed ZeRO 3, its matrix is gone: use ZeRO stage 0, or FSDP2's fully_shard"
-        )
 
 
 def routing_table(groups: list[dict[str, Any]]) -> str:

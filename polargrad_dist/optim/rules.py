@@ -68,13 +68,14 @@ class Rule:
                 known = ", ".join(literal.__args__)  # type: ignore[attr-defined]
                 raise ConfigError(f"{where}.{name} is {getattr(self, name)!r}, expected one of: {known}")
         ranges = {
-            "lr": (self.lr >= 0, "a number >= 0"),
+            "lr": (0 <= self.lr < math.inf, "a finite number >= 0"),
             "beta": (0 <= self.beta < 1, "a number in [0, 1)"),
-            "betas": (all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)"),
+            "betas": (len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)"),
             "eps": (self.eps > 0, "a number > 0"),
             "lower": (0 < self.lower < 1, "a number in (0, 1)"),
-            "weight_decay": (self.weight_decay >= 0, "a number >= 0"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "a finite number >= 0"),
             "steps": (self.steps is None or self.steps >= 1, "null or a whole number >= 1"),
+            "oracle_dtype": (self.oracle_dtype in (None, "float32", "bfloat16"), "null, float32 or bfloat16"),
         }
         for name, (good, expected) in ranges.items():
             if not good:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from polargrad_dist.distributed.plan import chunk
 from polargrad_dist.distributed.transport import Agreement
 from polargrad_dist.errors import CheckpointError
+from polargrad_dist.optim.checks import FIXED, fixed_part
 from polargrad_dist.optim.update import Work, local
 
 
@@ -136,6 +137,13 @@ class NamedState:
                 raise CheckpointError(
                     f"the saved optimizer has no group that starts with {group['param_names'][0]!r}, expected the same groups"
                 )
+            theirs = groups[tuple(group["param_names"])]
+            for key, here, there in zip(FIXED, fixed_part(group), fixed_part(group | theirs), strict=True):
+                if here != there:
+                    raise CheckpointError(
+                        f"the saved optimizer has {key} {there!r} for the group of {group['param_names'][0]!r}, expected "
+                        f"{here!r}: build this one with the same rules"
+                    )
         return parts, groups
 
     def _states(self) -> Iterator[tuple[Work, str, torch.Tensor]]:

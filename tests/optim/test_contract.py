@@ -337,6 +337,35 @@ def test_another_ranks_state_is_refused_by_all_ranks_and_changes_nothing(mode):
         assert said[1:] == ["loaded", "loaded", "True"]
 
 
+def _without_ddp(rank: int, world: int, what: str) -> str:
+    """Copies that nobody keeps equal: their gradients differ, or from the second step on the learning rate of AdamW."""
+    from polargrad_dist.errors import ConfigError
+
+    torch.manual_seed(0)
+    matrix, vector = torch.nn.Parameter(torch.randn(6, 6)), torch.nn.Parameter(torch.randn(6))
+    optimizer = PolarGrad([{"params": [matrix]}, {"params": [vector], "algorithm": "adamw"}], lr=0.1)
+    for step in range(3):
+        for p in (matrix, vector):
+            p.grad = torch.full_like(p, 1.0 + (rank if what == "gradients" else 0))
+        if what == "rates":
+            optimizer.param_groups[1]["lr"] = 0.1 * (1 + rank)
+        try:
+            optimizer.step()
+        except ConfigError as error:
+            return f"step {step}: {error}"
+    return "nothing was said"
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [("gradients", "step 0: the gradient of param.0 differs"), ("rates", "step 1: param.1 differs")],
+)
+def test_copies_that_drift_apart_are_named_on_all_ranks(what, expected):
+    for said in run_ranks(_without_ddp, 2, what, timeout=60):
+        assert said.startswith(expected), said
+        assert "DistributedDataParallel" in said
+
+
 def _clip_with_nothing(rank: int, world: int) -> list[float]:
     """A shard without rows, and gradients that only rank 0 has."""
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from polargrad_dist import Muon, PolarGrad, PolarGradM, PolarHB, PolarMuon, Pola
 from polargrad_dist.errors import CheckpointError, ConfigError, PolarError
 from polargrad_dist.optim.update import join_bf16, split_bf16
 from tests.optim.bag import Bag, groups, spectrum
+
+SQUARE = nn.Parameter(torch.zeros(3, 3))
 
 
 def quadratic(p: torch.Tensor) -> torch.Tensor:
@@ -75,6 +78,20 @@ def test_groups_may_be_added_later_and_keep_what_was_there():
             {"params": [("w", nn.Parameter(torch.zeros(3, 3))), ("w", nn.Parameter(torch.zeros(3, 3)))]},
             "names two parameters",
         ),
+        ({"params": [{"params": [SQUARE], "wieght_decay": 0.1}]}, "did you mean 'weight_decay'"),
+        ({"params": [SQUARE, SQUARE]}, "twice"),
+        ({"params": [SQUARE], "lr": math.inf}, "finite"),
+        ({"params": [SQUARE], "lr": "0.1"}, "wrong type"),
+        ({"params": [SQUARE], "betas": (0.9,)}, "two numbers"),
+        ({"params": [SQUARE], "oracle_dtype": "float61"}, "oracle_dtype is float61"),
+        ({"params": [SQUARE], "comm_dtype": "int8"}, "comm_dtype is 'int8'"),
+        ({"params": [SQUARE], "comm_dtype": "float61"}, "comm_dtype is 'float61'"),
+        ({"params": [SQUARE], "bucket_mb": 0}, "bucket_mb is 0"),
+        ({"params": [SQUARE], "num_heads": 0}, "num_heads is 0"),
+        ({"params": [SQUARE], "split_sizes": (3, 0)}, "split_sizes is"),
+        ({"params": [nn.Parameter(torch.zeros(3, 3, dtype=torch.complex64))]}, "complex64"),
+        ({"params": [torch.zeros(3, 3, dtype=torch.int64)]}, "int64"),
+        ({"params": [nn.Parameter(torch.zeros(3, 3, device="meta"))]}, "meta device"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_a_sentence(arguments, expected):
@@ -225,6 +242,48 @@ def test_the_state_of_another_model_is_refused_before_anything_changes():
 def test_what_is_no_state_of_this_optimizer_is_refused_in_a_sentence(state):
     with pytest.raises(CheckpointError, match="no state of a PolarGrad"):
         PolarGradM([nn.Parameter(torch.zeros(3, 3))], lr=0.1).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("momentum", "none"), ("algorithm", "adamw"), ("oracle", "newton_schulz")]
+)
+def test_what_state_and_owners_were_laid_out_for_cannot_change_between_steps(key, value):
+    p = nn.Parameter(torch.zeros(3, 3))
+    optimizer = PolarGradM([p], lr=0.1)
+    p.grad = torch.eye(3)
+    optimizer.param_groups[0][key] = value
+    with pytest.raises(ConfigError, match=f"'{key}' of parameter group 0 became '{value}'"):
+        optimizer.step()
+    assert not p.detach().any()
+
+
+def test_a_state_of_another_rule_is_refused():
+    saved = PolarGradM([nn.Parameter(torch.zeros(3, 3))], lr=0.1, oracle="svd").state_dict()
+    with pytest.raises(CheckpointError, match="oracle 'svd'"):
+        PolarGradM([nn.Parameter(torch.zeros(3, 3))], lr=0.1).load_state_dict(saved)
+
+
+def test_a_sparse_gradient_is_refused_before_anything_moves():
+    embedding = nn.Embedding(10, 3, sparse=True)
+    before = embedding.weight.detach().clone()
+    optimizer = PolarGrad(embedding.parameters(), lr=0.1)
+    embedding(torch.tensor([1, 2])).sum().backward()
+    for act in (optimizer.step, lambda: optimizer.clip_grad_norm_(1.0)):
+        with pytest.raises(ConfigError, match=r"gradient of param\.0 is sparse"):
+            act()
+    assert torch.equal(embedding.weight, before)
+    with pytest.raises(ConfigError, match="sparse=True"):
+        PolarGrad(nn.Sequential(embedding))
+
+
+@pytest.mark.parametrize("copying", [copy.deepcopy, pickle.dumps])
+def test_a_copy_that_would_lose_its_parts_is_refused(copying):
+    with pytest.raises(ConfigError, match="full_state_dict"):
+        copying(PolarGrad([SQUARE]))
+
+
+def test_the_plan_prints_its_table():
+    assert "oracle work per rank" in str(PolarGrad([SQUARE]).plan())
 
 
 def test_stats_tell_the_nuclear_norm_and_condition_of_what_was_stepped():

@@ -46,7 +46,11 @@ def test_every_matrix_has_one_owner_and_loads_add_up(shapes, world):
     assert all(0 <= e.owner < world for e in plan.entries)
     for rank in range(world):
         assert plan.loads[rank] == pytest.approx(sum(e.cost for e in plan.entries if e.owner == rank))
-    assert plan.imbalance <= max(4 / 3, world * max(e.cost for e in plan.entries) / sum(plan.loads)) + 1e-9
+    # Longest first: a rank with several matrices took its last when it was the least loaded, and after the W longest.
+    costs = sorted((e.cost for e in plan.entries), reverse=True)
+    mean = sum(costs) / world
+    several = mean + (1 - 1 / world) * costs[world] if len(costs) > world else 0.0
+    assert max(plan.loads) <= max(costs[0], several) * (1 + 1e-9)
 
 
 def test_many_alike_matrices_are_balanced_within_a_tenth():

@@ -53,6 +53,21 @@ def test_hints_override_roles_and_say_how_fused_matrices_split():
     assert qkv["initial_lr"] == qkv["lr"]
 
 
+def test_a_tied_weight_is_an_embedding_whichever_module_comes_first():
+    class HeadFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Linear(8, 50, bias=False)
+            self.tokens = nn.Embedding(50, 8)
+            self.tokens.weight = self.out.weight
+
+    assert roles(route(HeadFirst())) == {"out.weight": "embed"}
+
+
+def test_a_bag_of_embeddings_is_an_embedding():
+    assert roles(route(nn.Sequential(nn.EmbeddingBag(50, 8)))) == {"0.weight": "embed"}
+
+
 def test_a_tied_weight_is_routed_once_as_embedding():
     found = roles(route(Tiny(tied=True)))
     assert found["tokens.weight"] == "embed"

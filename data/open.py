@@ -72,6 +72,9 @@ def open_data(
 
     ``all_gather(x)`` returns every rank's x in rank order. An error of one rank (DataError, ConfigError) is raised on all.
     """
+    for name, value in (("validation_tokens", config.validation_tokens), ("prefetch", config.prefetch)):
+        if value is not None and value < 0:
+            raise ConfigError(f"data.{name} is {value}, expected a whole number >= 0")
     folder, manifest, train, validation = _on_rank_0(lambda: _shards(config, report), rank, all_gather)
     _together(
         lambda: verify_shards(folder, [*train, *validation], config.verify, part=rank, parts=world),

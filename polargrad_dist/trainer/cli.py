@@ -9,10 +9,11 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from polargrad_dist.errors import ConfigError, PolarGradError
+from polargrad_dist.errors import CheckpointError, ConfigError, DataError, PolarGradError
 
 T = TypeVar("T")
 USER_ERROR = 2
@@ -53,6 +54,11 @@ def parse(
         for name, value in json.loads(json.dumps(parsed.as_dict(), default=str)).items()
         if name in fields
     }
+    for name, value in plain.items():
+        if is_dataclass(default := getattr(kind(), name)) and not isinstance(value, dict):
+            raise ConfigError(
+                f"{name} is {value!r}, expected a mapping with the fields of {type(default).__name__}"
+            )
     built = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(parsed)  # 4.49 renamed it
     return kind(**{name: built[name] for name in fields}), plain, dry_run
 
@@ -69,30 +75,71 @@ def known_keys(parser: Any) -> list[str]:
     )
 
 
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "NoneType": "null",
+    "list": "a list such as [a, b]",
+    "tuple": "a list such as [0.9, 0.95]",
+}
+
+
 def sentence(message: str, known: list[str]) -> str:
-    """jsonargparse's message as one sentence; an unknown key with the valid one nearest to it."""
+    """jsonargparse's message as one sentence: a value with what was expected, an unknown key with the nearest valid one."""
     text = " ".join(message.split())
-    found = re.search(
-        r"(?:Key|key|option|Option|[Uu]nrecognized arguments:|group)\s+['\"]?(?:--)?([\w.]+)['\"]?", text
+    if stray := re.search(r"unrecognized arguments: (\S+)", text):
+        word = stray.group(1)
+        if not word.startswith("--"):
+            return f"{word!r} belongs to no key, expected pairs of --key value: see --help for the keys"
+        return _unknown(word[2:].split("=")[0], known)
+    key = re.search(r"(?:[Kk]ey|[Oo]ption|group)\s+['\"]?(?:--)?([\w.]+)['\"]?", text)
+    if key is None:
+        return text
+    if "File does not exist" in text:
+        return f"{key.group(1)} names a file that does not exist: {text.split('File does not exist: ')[1]}"
+    if unloadable := re.search(r"Unable to load config ['\"](.*?)['\"]", text):
+        return f"{key.group(1)} is {unloadable.group(1)}, expected a mapping with its fields"
+    if inner := re.search(
+        r"(?:Option|Key|Group key) ['\"]?([\w.]+)['\"]? is not (?:accepted|expected)", text
+    ):
+        name = inner.group(1)
+        return _unknown(name if name.startswith(key.group(1)) else f"{key.group(1)}.{name}", known)
+    expected = list(
+        dict.fromkeys(re.findall(r"Expected an? (typing\.Literal\[[^]]*\]|<class '[\w.]+'>)", text))
     )
-    unknown = re.search(
-        r"(not expected|does not accept|is not accepted|unrecognized|not valid|No action)",
-        text,
-        re.IGNORECASE,
-    )
-    if unknown and found:
-        key = found.group(1)
-        leaf = {name.split(".")[-1]: name for name in known}
-        near = difflib.get_close_matches(key, known, 1, 0.6) or [
-            leaf[name] for name in difflib.get_close_matches(key.split(".")[-1], leaf, 1, 0.6)
-        ]
-        hint = f": did you mean {near[0]}?" if near else ": see --help for the keys"
-        return f"there is no configuration key {key}{hint}"
+    if expected and re.search(r"Subtypes: \[<class '[\w.]+\.[A-Z]", text):
+        expected.append("a mapping with its fields")
+    if expected:
+        value = re.search(r"(?:Got|Given) value: (.*?)$", text)
+        found = value.group(1) if value else "something else"
+        return f"{key.group(1)} is {found}, expected {' or '.join(map(_in_words, expected))}"
+    if key.group(1) not in known and re.search(r"not expected|does not accept|not valid|No action", text):
+        return _unknown(key.group(1), known)
     return text
 
 
+def _unknown(key: str, known: list[str]) -> str:
+    leaf = {name.split(".")[-1]: name for name in known}
+    near = difflib.get_close_matches(key, known, 1, 0.6) or [
+        leaf[name] for name in difflib.get_close_matches(key.split(".")[-1], leaf, 1, 0.6)
+    ]
+    hint = f": did you mean {near[0]}?" if near else ": see --help for the keys"
+    return f"there is no configuration key {key}{hint}"
+
+
+def _in_words(kind: str) -> str:
+    if not kind.startswith(("typing", "<")):
+        return kind
+    if kind.startswith("typing.Literal"):
+        return ", ".join(re.findall(r"'([^']*)'", kind))
+    name = kind.removeprefix("<class '").removesuffix("'>").split(".")[-1]
+    return _TYPES.get(name, f"the fields of {name}")
+
+
 def run(main: Callable[[], int]) -> None:
-    """Calls ``main`` and exits with its code; a user's mistake becomes one sentence and exit code 2."""
+    """Exits with ``main``'s code; a foreseen error is one sentence and exit code 2 where a user can mend it, else 1."""
     with contextlib.suppress(
         OSError, ValueError, AttributeError
     ):  # a stderr that is no file has no place for it
@@ -101,5 +148,5 @@ def run(main: Callable[[], int]) -> None:
         code = main()
     except PolarGradError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
-        code = USER_ERROR
+        code = USER_ERROR if isinstance(error, ConfigError | DataError | CheckpointError) else 1
     sys.exit(code)

@@ -140,6 +140,8 @@ class TrainerConfig:
         ):
             if value < least:
                 raise ConfigError(f"trainer.{name} is {value}, expected a whole number >= {least}")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"trainer.seed is {self.seed}, expected a whole number in [0, 2**32)")
         if self.strategy.timeout_minutes <= 0:
             raise ConfigError(
                 f"trainer.strategy.timeout_minutes is {self.strategy.timeout_minutes}, expected minutes > 0"

@@ -84,7 +84,18 @@ def launched() -> tuple[int, int, int]:
         raise ConfigError(
             f"RANK is set but {missing[0]} is not, expected both: start with torchrun, or unset RANK"
         )
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0"))
+    try:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    except ValueError as error:
+        raise ConfigError(
+            f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers ({error}): start with torchrun"
+        ) from error
+    if not 0 <= rank < size:
+        raise ConfigError(
+            f"RANK is {rank} with WORLD_SIZE {size}, expected 0 to {size - 1}: start with torchrun"
+        )
+    return rank, size, local_rank
 
 
 def join(device: str = "auto", timeout_minutes: float = 10.0) -> World:

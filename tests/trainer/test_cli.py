@@ -18,6 +18,18 @@ ROOT = Path(__file__).resolve().parents[2]
         (["--config", "configs/nothing.yaml"], "configs/nothing.yaml"),
         (["--trainer.global_batch", "30", "--trainer.micro_batch", "8"], "set it to 32"),
         (["--optimizer.hidden.beta", "1.5"], "optimizer.hidden.beta is 1.5"),
+        (
+            ["--optimizer.comm_dtype", "half"],
+            "optimizer.comm_dtype is half, expected float32, bfloat16 or null",
+        ),
+        (["--trainer.clip_norm", "big"], "trainer.clip_norm is big, expected a number or null"),
+        (["--optimizer.head.lrr", "3"], "no configuration key optimizer.head.lrr"),
+        (["--trainer.foo", "3"], "no configuration key trainer.foo"),
+        (["stray", "words"], "'stray' belongs to no key"),
+        (["--data.paths", "x"], "data.paths is x, expected a list"),
+        (["--trainer.seed", "-1"], "trainer.seed is -1"),
+        (["--data.prefetch", "-1"], "data.prefetch is -1"),
+        (["--data.validation_tokens", "-5"], "data.validation_tokens is -5"),
         (["--dry_run", "0"], "--dry_run is 0"),
         (["--model.width", "30", "--model.heads", "4"], "model.width is 30"),
         (["--data.source", "files"], "data.paths is empty"),
@@ -45,6 +57,13 @@ def test_an_unknown_key_in_a_file_names_the_nearest_valid_one(tmp_path):
     assert "did you mean trainer.global_batch" in found.stderr
 
 
+def test_a_number_in_place_of_a_section_is_refused(tmp_path):
+    (tmp_path / "c.yaml").write_text("optimizer: 3\n")
+    found = train("--config", str(tmp_path / "c.yaml"))
+    assert found.returncode == 2
+    assert "optimizer is 3, expected a mapping" in found.stderr
+
+
 def test_the_merged_configuration_can_be_printed():
     found = train("--config", "configs/quickstart.yaml", "--optimizer.hidden.lr", "0.123", "--print_config")
     assert found.returncode == 0
@@ -60,6 +79,7 @@ def test_help_explains_every_key():
         "sequences per optimizer step",
         "--trainer.strategy.name",
         "--data.tokenizer.vocab_size",
+        "steps between saves",
     ):
         assert words in found.stdout
 

@@ -26,15 +26,16 @@ SAVING, REMOVING, ASIDE = ".saving-", ".removing-", "aside-"
 class CheckpointConfig:
     """How often a run is saved, what is kept, and where it starts.
 
-    every: steps between saves; 0 saves only at the end and on a signal.
-    keep_last: the newest ones to keep, at least 2.
-    keep_every: checkpoints whose step it divides are kept for good; 0 keeps none.
-    keep_best: also keep the one with the lowest validation loss.
-    asynchronous: copy to host memory, then write in the background while training goes on.
-    on_failure: whether a failed save ends the run; null: raise when synchronous, continue when asynchronous.
-    threads: per rank, for hashing, reading and writing.
-    resume: auto (newest valid one of this run, if any), never, or the path of one checkpoint.
-    allow_other_data: resume although tokens come from other data than the checkpoint's.
+    Args:
+        every: steps between saves; 0 saves only at the end and on a signal.
+        keep_last: the newest ones to keep, at least 2.
+        keep_every: checkpoints whose step it divides are kept for good; 0 keeps none.
+        keep_best: also keep the one with the lowest validation loss.
+        asynchronous: copy to host memory, then write in the background while training goes on.
+        on_failure: whether a failed save ends the run; null: raise when synchronous, continue when asynchronous.
+        threads: per rank, for hashing, reading and writing.
+        resume: auto (newest valid one of this run, if any), never, or the path of one checkpoint.
+        allow_other_data: resume although tokens come from other data than the checkpoint's.
     """
 
     every: int = 1000

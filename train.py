@@ -12,7 +12,7 @@ from typing import Any
 from data import DataConfig, open_data
 from models import ModelConfig, build_model
 from polargrad_dist.optim import OptimizerConfig
-from polargrad_dist.trainer import Trainer, TrainerConfig, join, seed_everything
+from polargrad_dist.trainer import Outcome, Trainer, TrainerConfig, join, seed_everything
 from polargrad_dist.trainer.cli import parse, run
 from polargrad_dist.trainer.dry_run import dry_run
 
@@ -41,10 +41,15 @@ def parse_run(args: list[str] | None = None) -> tuple[RunConfig, dict[str, Any],
 
 def main() -> int:
     config, configuration, ranks = parse_run()
-    trainer = config.trainer
     if ranks is not None:
         build = partial(build_model, config.model, vocab_size=config.data.planned_vocab_size)
-        return dry_run(build, config.optimizer, trainer, ranks)
+        return dry_run(build, config.optimizer, config.trainer, ranks)
+    return pretrain(config, configuration).exit_code
+
+
+def pretrain(config: RunConfig, configuration: dict[str, Any]) -> Outcome:
+    """Runs, or resumes, what `parse_run` returned, as one of the processes that the launcher started."""
+    trainer = config.trainer
     world = join(trainer.device, trainer.strategy.timeout_minutes)
     try:
         trainer.check(world.size)
@@ -62,7 +67,7 @@ def main() -> int:
         seed_everything(trainer.seed)
         model = build_model(config.model, vocab_size=data.vocab_size, end_of_text=data.end_of_text)
         data.check_vocabulary(model.vocab_size)
-        return Trainer(trainer, config.optimizer, model, data, world, configuration).fit().exit_code
+        return Trainer(trainer, config.optimizer, model, data, world, configuration).fit()
     finally:
         world.close()
 

@@ -199,7 +199,8 @@ def describe(group: dict[str, Any]) -> str:
         return "adamw"
     steps = f":{group['steps']}" if group["steps"] else ""
     nesterov = "+nesterov" if group["nesterov"] else ""
-    return f"polar {group['scale']} {group['momentum']}{nesterov} {group['oracle']}{steps}"
+    factor = "polar" if group.get("spectrum", "polar") == "polar" else "homogenized"
+    return f"{factor} {group['scale']} {group['momentum']}{nesterov} {group['oracle']}{steps}"
 
 
 def deal(items: Sequence[Entry], world: int, loads: list[float] | None = None) -> None:

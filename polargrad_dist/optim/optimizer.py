@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -44,7 +44,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
     Args:
         params: a model (routed by `route` with the default rules), an iterable of parameters or of (name, parameter)
             pairs, or parameter groups; a group may set every field of `Rule` and the three keywords after it.
-        lr, algorithm, momentum, beta, nesterov, scale, oracle, steps, oracle_dtype, lower, weight_decay, cautious,
+        lr, algorithm, momentum, beta, nesterov, scale, spectrum, oracle, steps, oracle_dtype, lower, weight_decay, cautious,
             betas, eps, row_sharded: see `Rule`; numbers are read from the group at every step.
         split_sizes: rows of the matrices that a fused parameter holds one below the other, each stepped on its own.
         num_heads: likewise, for equal blocks.
@@ -71,6 +71,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         beta: float = 0.95,
         nesterov: bool = False,
         scale: str = "nuclear",
+        spectrum: str = "polar",
         oracle: str = "auto",
         steps: int | None = None,
         oracle_dtype: str | None = None,
@@ -91,8 +92,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         if gradients not in ("all_reduced", "to_owner"):
             raise ConfigError(f"gradients is {gradients!r}, expected 'all_reduced' or 'to_owner'")
         defaults = dict(
-            lr=lr, algorithm=algorithm, momentum=momentum, beta=beta, nesterov=nesterov, scale=scale, oracle=oracle,
-            steps=steps, oracle_dtype=oracle_dtype, lower=lower, weight_decay=weight_decay, cautious=cautious,
+            lr=lr, algorithm=algorithm, momentum=momentum, beta=beta, nesterov=nesterov, scale=scale, spectrum=spectrum,
+            oracle=oracle, steps=steps, oracle_dtype=oracle_dtype, lower=lower, weight_decay=weight_decay, cautious=cautious,
             betas=betas, eps=eps, row_sharded=row_sharded, split_sizes=split_sizes, num_heads=num_heads,
             flatten=flatten, role=None,
         )  # fmt: skip
@@ -107,6 +108,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         self._reducer: OwnerReducer | None = None
         self._fixed: list[tuple[Any, ...]] = []
         self._steps = 0
+        self._keep: frozenset[int] = frozenset()
         self._facts = Facts()
         if gradients == "to_owner" and isinstance(params, nn.parallel.DistributedDataParallel):
             raise ConfigError(
@@ -214,6 +216,11 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         """For gradients="to_owner": backward passes inside accumulate without reducing. Elsewhere it does nothing."""
         return self._reducer.no_sync() if self._reducer else nullcontext()
 
+    def finish_reductions(self) -> None:
+        """For gradients="to_owner": waits until each gradient is where it is needed, as clipping and stepping do."""
+        if self._reducer:
+            self._reducer.finish()
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         if self._reducer:
@@ -275,7 +282,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
                 loss = closure()
         active = self._active()
         self._check_copies()
-        facts = self._facts = Facts()
+        facts = self._facts = Facts(keep=self._keep)
+        self._keep = frozenset()
         talls = [start_tall(w, self._travel, facts) for w in active if w.entry.kind == "rows"]
         step_adamw(w for w in active if w.entry.kind == "everywhere")
         for tall in talls:
@@ -351,6 +359,20 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             "a PolarGrad cannot be pickled or deep-copied, since it holds process groups: save full_state_dict(), and load "
             "it into a new optimizer"
         )
+
+    def keep_next(self, works: Iterable[Work]) -> None:
+        """Has the owners of these keep in ``facts``, for one step, what the next step's oracle is given and gives."""
+        self._keep = frozenset(work.index for work in works)
+
+    @property
+    def agreement(self) -> Agreement | None:
+        """The small reductions over all ranks; None on one."""
+        return self._agreement
+
+    @property
+    def facts(self) -> Facts:
+        """What the last step learnt on this rank."""
+        return self._facts
 
     def plan(self) -> Plan:
         """Owner, kind and cost of every parameter, the balance over ranks, memory and expected traffic."""

@@ -82,7 +82,12 @@ def solve_tall(tall: Tall, travel: Travel, facts: Facts) -> None:
     if work.grid.rank == work.entry.owner:
         with facts.clock(work.entry.role, answer.device):
             try:
-                root = inverse_sqrt(unpack_triangle(tall.packed, n), lower=work.group["lower"])
+                S = unpack_triangle(tall.packed, n)
+                kept = S.clone() if work.index in facts.keep else None
+                homogenized = work.group["spectrum"] == "homogenized"
+                root = inverse_sqrt(S, lower=work.group["lower"], homogenized=homogenized)
+                if kept is not None:
+                    facts.kept_gram[work.index] = (kept, root.X)
                 answer[:-3] = pack_triangle(root.X)
                 answer[-3:] = torch.stack([root.nuclear_norm, root.sigma_max, root.sigma_min])
             except (RuntimeError, PolarError):

@@ -17,6 +17,7 @@ Momentum = Literal["none", "momentum_first", "polar_first", "heavy_ball"]
 Scale = Literal["nuclear", "muon", "moonlight", "spectral", "none"]
 POLYNOMIAL = ("newton_schulz", "polar_express")
 TAKES_STEPS = ("qdwh", "newton_schulz", "polar_express")
+Spectrum = Literal["polar", "homogenized"]
 Oracle = Literal["auto", "gram", "svd", "qdwh", "zolo", "newton", "newton_schulz", "polar_express"]
 
 
@@ -31,6 +32,8 @@ class Rule:
         beta: momentum coefficient of the polar algorithm, in [0, 1).
         nesterov: take the polar factor of (1 - beta) G + beta M instead of M, as Muon does.
         scale: factor of the polar factor: "nuclear" (PolarGrad), "muon", "moonlight", "spectral" or "none".
+        spectrum: "polar" makes all singular values of the step equal; "homogenized" draws them together as the isotropic
+            curvature model's quartic case does, at the same Frobenius norm.
         oracle: how polar factors are computed; "auto" is exact, "newton_schulz" is Muon's.
         steps: inner steps of the oracle; null for as many as it needs (5 for Muon's Newton-Schulz).
         oracle_dtype: type in which the oracle works; null for bf16 in the polynomial oracles, as Muon does (fp64 stays
@@ -50,6 +53,7 @@ class Rule:
     beta: float = 0.95
     nesterov: bool = False
     scale: Scale = "nuclear"
+    spectrum: Spectrum = "polar"
     oracle: Oracle = "auto"
     steps: int | None = None
     oracle_dtype: Literal["float32", "bfloat16"] | None = None
@@ -62,7 +66,13 @@ class Rule:
 
     def check(self, where: str) -> None:
         """Raises ``ConfigError`` naming ``where`` and the field for a value that cannot be meant."""
-        choices = {"algorithm": Algorithm, "momentum": Momentum, "scale": Scale, "oracle": Oracle}
+        choices = {
+            "algorithm": Algorithm,
+            "momentum": Momentum,
+            "scale": Scale,
+            "spectrum": Spectrum,
+            "oracle": Oracle,
+        }
         for name, literal in choices.items():
             if getattr(self, name) not in literal.__args__:  # type: ignore[attr-defined]
                 known = ", ".join(literal.__args__)  # type: ignore[attr-defined]
@@ -84,6 +94,13 @@ class Rule:
             raise ConfigError(
                 f"{where}.steps is {self.steps} with oracle {self.oracle!r}, which runs to convergence: set steps to null, "
                 f"or take one of the oracles {', '.join(TAKES_STEPS)}"
+            )
+        if self.spectrum == "homogenized" and (
+            self.algorithm != "polar" or self.oracle not in ("auto", "gram")
+        ):
+            raise ConfigError(
+                f"{where}.spectrum is 'homogenized' with algorithm {self.algorithm!r} and oracle {self.oracle!r}, expected "
+                "algorithm 'polar' and oracle 'auto' or 'gram', which know the singular values"
             )
         if self.cautious and self.algorithm == "adamw":
             raise ConfigError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from polargrad_dist.distributed.grid import Grid
 from polargrad_dist.distributed.plan import Entry
 from polargrad_dist.errors import PolarError
 from polargrad_dist.optim.rules import POLYNOMIAL, step_scale
-from polargrad_dist.polar import polar
+from polargrad_dist.polar import homogenize, polar
 
 NAN = float("nan")
 
@@ -69,17 +69,32 @@ class Work:
 @dataclass
 class Facts:
     """What a step learnt in passing. ``values[i]`` belongs to parameter i, at its owner: nuclear norm, largest and
-    smallest singular value, residual ||U'U - I||, NaN where the oracle does not know it."""
+    smallest singular value, residual ||U'U - I||, NaN where the oracle does not know it.
+
+    Of the parameters in ``keep`` the owner also keeps what the oracle was given and gave: pairs (A, U), each (..., m, n), in
+    ``kept``, or of a row-sharded matrix (A'A, X) with U = A X, in ``kept_gram``.
+    """
 
     values: dict[int, torch.Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     bytes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     failed: torch.Tensor | None = None
+    keep: frozenset[int] = frozenset()
+    kept: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+    kept_gram: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     _events: list[tuple[str, Any, Any]] = field(default_factory=list)
 
     def clock(self, role: str, device: torch.device) -> _Clock:
         """A context that adds the time of the device's work in it to a role, without waiting for a GPU."""
         return _Clock(self, role, device)
+
+    def keep_matrices(self, batch: Sequence[Work], a: torch.Tensor, u: torch.Tensor) -> None:
+        """Keeps the (k, ...) matrices and factors of those of the ``batch`` of k parameters that are to be kept."""
+        for i, work in enumerate(batch):
+            if work.index in self.keep:
+                self.kept[work.index].append((a[i].clone(), u[i].clone()))
 
     def flag(self, index: int, bad: torch.Tensor) -> None:
         """Remembers, on the device, that a parameter's step is not finite where ``bad`` (0-d bool) is true."""
@@ -173,21 +188,11 @@ def orthogonalize(batch: list[Work], stack: torch.Tensor, facts: Facts) -> torch
         try:
             for view in layout.views(stack):  # (k, stack, blocks, m, n)
                 m, n = view.shape[-2:]
-                u, _, nuclear, info = polar(
-                    view.to(oracle_dtype(group, view.dtype)),
-                    method=group["oracle"],
-                    steps=group["steps"],
-                    lower=group["lower"],
-                    check=False,
-                    info=group["oracle"] not in POLYNOMIAL,  # which know nothing of the spectrum for free
-                )
+                u, nuclear, *known = factor(view.to(oracle_dtype(group, view.dtype)), group)
+                facts.keep_matrices(batch, view, u)
                 view.copy_(u)
                 nothing = torch.full_like(nuclear, NAN)
-                known = (
-                    [nothing if x is None else x.to(nuclear.dtype) for x in info[2:]]
-                    if info
-                    else [nothing] * 3
-                )
+                known = [nothing if x is None else x.to(nuclear.dtype) for x in known]
                 columns.append(torch.stack([nuclear, *known], -1).flatten(1, 2))
                 constant = torch.full_like(nuclear, step_scale(group["scale"], m, n))
                 scale = nuclear if group["scale"] == "nuclear" else constant
@@ -204,6 +209,22 @@ def orthogonalize(batch: list[Work], stack: torch.Tensor, facts: Facts) -> torch
         facts.values[work.index] = values
         facts.flag(work.index, ~finite)
     return torch.cat(scales, -1).flatten(1).to(stack.dtype)
+
+
+def factor(a: torch.Tensor, group: dict[str, Any]) -> tuple[Any, ...]:
+    """The factor of each matrix that its group steps along, then its nuclear norm, largest and smallest singular value,
+    and ||U'U - I||, None where unknown."""
+    if group["spectrum"] == "homogenized":
+        return homogenize(a, lower=group["lower"])
+    u, _, nuclear, info = polar(
+        a,
+        method=group["oracle"],
+        steps=group["steps"],
+        lower=group["lower"],
+        check=False,
+        info=group["oracle"] not in POLYNOMIAL,  # which know nothing of the spectrum for free
+    )
+    return u, nuclear, *(info[2:] if info else (None, None, None))
 
 
 def oracle_dtype(group: dict[str, Any], dtype: torch.dtype) -> torch.dtype:

@@ -2,11 +2,14 @@
 
 from .api import Polar, PolarInfo, choose_method, cost, polar
 from .gram import InverseSqrt, apply_rows, gram_matrix, inverse_sqrt
+from .homogenize import Homogenized, homogenize
 from .polynomial import polar_express_coefficients
 from .rows import CompressedRows, compress_rows, expand_rows
+from .spectrum import homogenized_spectrum
 
 __all__ = [
     "CompressedRows",
+    "Homogenized",
     "InverseSqrt",
     "Polar",
     "PolarInfo",
@@ -16,6 +19,8 @@ __all__ = [
     "cost",
     "expand_rows",
     "gram_matrix",
+    "homogenize",
+    "homogenized_spectrum",
     "inverse_sqrt",
     "polar",
     "polar_express_coefficients",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .oracle import row_chunks, without_tf32
+from .spectrum import homogenized_spectrum
 
 # Squaring costs half the digits: below this σ/σ_max an fp64 Gram matrix holds rounding noise.
 SMALLEST_LOWER = 1e-7
@@ -64,7 +65,7 @@ def gram_matrix(rows: Tensor, *, scale: Tensor | None = None) -> Tensor:
     return S
 
 
-def inverse_sqrt(S: Tensor, *, lower: float = 1e-4) -> InverseSqrt:
+def inverse_sqrt(S: Tensor, *, lower: float = 1e-4, homogenized: bool = False) -> InverseSqrt:
     """S^(-1/2) and the nuclear norm from a Gram matrix, by an eigendecomposition in fp64.
 
     Directions with σ/σ_max ≤ `lower` (at least 1e-7) count as null: X maps them to zero, so U is the partial isometry.
@@ -74,6 +75,7 @@ def inverse_sqrt(S: Tensor, *, lower: float = 1e-4) -> InverseSqrt:
     Args:
         S: (…, n, n) fp64, symmetric positive semidefinite.
         lower: relative threshold on the singular values of A, not of S.
+        homogenized: X is instead what turns A into its homogenized factor, see `homogenize`.
     """
     finite = S.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
     S = torch.where(finite[..., None, None], S, 0.0)
@@ -83,7 +85,10 @@ def inverse_sqrt(S: Tensor, *, lower: float = 1e-4) -> InverseSqrt:
     noise = 4 * torch.finfo(torch.float64).eps * largest
     sigma = torch.where(eigenvalues > noise, eigenvalues, 0.0).sqrt()
     kept = sigma > max(lower, SMALLEST_LOWER) * sigma[..., -1:]
-    quarter = torch.where(kept, sigma, 1.0).rsqrt() * kept
+    gains = torch.where(kept, sigma, 1.0).reciprocal() * kept
+    if homogenized:
+        gains = gains * homogenized_spectrum(sigma, kept)
+    quarter = gains.sqrt()
     X = gram_matrix((V * quarter[..., None, :]).mT)
     X.masked_fill_(~finite[..., None, None], torch.nan)
     sigma.masked_fill_(~finite[..., None], torch.nan)

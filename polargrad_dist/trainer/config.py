@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from polargrad_dist.diagnostics import DiagnosticsConfig
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.schedules import ScheduleConfig
 from polargrad_dist.trainer.checkpoint import CheckpointConfig
@@ -103,6 +104,7 @@ class TrainerConfig:
         strategy: ddp, fsdp or hsdp.
         evaluation: validation.
         logging: metrics.
+        diagnostics: condition numbers, norms and orthogonality of chosen matrices.
         checkpoint: saving and resuming.
         safety: skipped steps.
     """
@@ -123,6 +125,7 @@ class TrainerConfig:
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     safety: SafetyConfig = field(default_factory=SafetyConfig)
 
@@ -175,6 +178,7 @@ class TrainerConfig:
             raise ConfigError(
                 "trainer.strategy.cpu_offload is true with strategy 'ddp', expected 'fsdp' or 'hsdp'"
             )
+        self.diagnostics.check()
         self.schedule.check(self.steps)
 
     @property

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from polargrad_dist.diagnostics import Diagnostics
 from polargrad_dist.errors import ConfigError, PolarGradError
 from polargrad_dist.optim import OptimizerConfig, PolarGrad
 from polargrad_dist.optim.routing import clean_name, unwrap
@@ -134,6 +135,7 @@ class Trainer:
         self.bare = model
         self.placed = place(model, config, world, optimizer.gradients == "to_owner")
         self.optimizer = PolarGrad.from_config(self.placed.model, optimizer)
+        self.diagnostics = Diagnostics(self.optimizer, config.diagnostics)
         self.base_beta = [group["beta"] for group in self.optimizer.param_groups]
         self.progress = Progress()
         self.phases = Phases(world.device)
@@ -225,6 +227,10 @@ class Trainer:
         loss, asked = self.world.sum(told).tolist()
         loss, grad_norm = loss / self.world.size, float(norm)
         reason = self._reason_to_skip(loss, grad_norm)
+        looked = reason is None and self.diagnostics.due(progress.step + 1)
+        if looked:
+            with self.phases("diagnostics"):
+                self.diagnostics.before_step()
         if reason is None:
             with self.phases("optimizer"):
                 self.optimizer.step()
@@ -238,6 +244,9 @@ class Trainer:
             "grad_norm": grad_norm,
             "skipped": progress.skipped,
         }
+        if looked:
+            with self.phases("diagnostics"):
+                record["diagnostics"] = self.diagnostics.after_step()
         return record, asked > 0
 
     def _backward(self, batches: Iterator[Batch]) -> torch.Tensor:
@@ -321,7 +330,11 @@ class Trainer:
         metrics.console.tick(step)
         if logging_config.stats_every and step % logging_config.stats_every == 0:
             record["polar"] = self.optimizer.stats()
-        if step % logging_config.every and step != self.config.steps and "polar" not in record:
+        if (
+            step % logging_config.every
+            and step != self.config.steps
+            and not {"polar", "diagnostics"} & record.keys()
+        ):
             return
         wall, shares = self.phases.report()
         steps = step - self._reported

@@ -2,12 +2,27 @@
 
 import math
 
+import numpy as np
 import torch
+from scipy.optimize import brentq
 
 
 def polar_svd(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     u, s, vh = torch.linalg.svd(a, full_matrices=False)
     return u @ vh, s.sum()
+
+
+def homogenized_svd(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """s^3 + s (sum s^2) / 2 proportional to sigma, with sum s^2 = n: by a polynomial root per value inside a root search."""
+    u, sigma, vh = torch.linalg.svd(a, full_matrices=False)
+    n = len(sigma)
+
+    def solve(factor: float) -> list[float]:
+        roots = [np.roots([1.0, 0.0, n / 2, -factor * float(x)]) for x in sigma]
+        return [float(r[abs(r.imag).argmin()].real) for r in roots]
+
+    factor = brentq(lambda f: sum(x * x for x in solve(f)) - n, 0.0, 1e9, xtol=1e-15, rtol=1e-14, maxiter=500)
+    return u @ torch.tensor(solve(factor), dtype=a.dtype).diag() @ vh, sigma.sum()
 
 
 def scale_of(name: str, m: int, n: int, nuclear: torch.Tensor) -> torch.Tensor | float:
@@ -32,10 +47,12 @@ class Reference:
         scale="nuclear",
         weight_decay=0.0,
         cautious=False,
+        spectrum="polar",
     ):
         self.x, self.m = x.clone(), torch.zeros_like(x)
         self.momentum, self.beta, self.nesterov, self.scale = momentum, beta, nesterov, scale
         self.weight_decay, self.cautious = weight_decay, cautious
+        self.factor = polar_svd if spectrum == "polar" else homogenized_svd
 
     def step(self, g: torch.Tensor, lr: float) -> None:
         beta = self.beta
@@ -47,7 +64,7 @@ class Reference:
             source = g + beta * self.m if self.nesterov else self.m
         else:
             source = g
-        u, nuclear = polar_svd(source)
+        u, nuclear = self.factor(source)
         scale = scale_of(self.scale, *g.shape, nuclear)
         if self.momentum == "polar_first":
             self.m = beta * self.m + (1 - beta) * u

@@ -24,6 +24,7 @@ RULES = {
     "moonlight": {"lr": 0.05, "momentum": "momentum_first", "scale": "moonlight", "weight_decay": 0.1},
     "spectral": {"lr": 0.05, "momentum": "polar_first", "scale": "spectral"},
     "unscaled": {"lr": 0.05, "scale": "none", "oracle": "qdwh"},
+    "homogenized": {"lr": 0.01, "momentum": "momentum_first", "spectrum": "homogenized"},
     "adamw": {"lr": 0.05, "algorithm": "adamw", "weight_decay": 0.1},
 }
 BAG = {"condition": 1e3}

@@ -87,6 +87,7 @@ def test_groups_may_be_added_later_and_keep_what_was_there():
         ({"params": [SQUARE], "comm_dtype": "int8"}, "comm_dtype is 'int8'"),
         ({"params": [SQUARE], "comm_dtype": "float61"}, "comm_dtype is 'float61'"),
         ({"params": [SQUARE], "bucket_mb": 0}, "bucket_mb is 0"),
+        ({"params": [SQUARE], "spectrum": "homogenized", "oracle": "qdwh"}, "spectrum is 'homogenized'"),
         ({"params": [SQUARE], "num_heads": 0}, "num_heads is 0"),
         ({"params": [SQUARE], "split_sizes": (3, 0)}, "split_sizes is"),
         ({"params": [nn.Parameter(torch.zeros(3, 3, dtype=torch.complex64))]}, "complex64"),

@@ -1,0 +1,227 @@
+"""How well conditioned a run's gradients, momenta and updates are: exact, for sharded parameters too, and cheap.
+
+A gradient's spectrum comes from its Gram matrix, summed over the ranks for tall matrices; that of the momentum from what the
+oracle was given anyway, and the update is judged by what the oracle gave back: nothing is orthogonalized twice.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from polargrad_dist.distributed.transport import Traffic, pack_triangle, reduce_to, unpack_triangle, wait
+from polargrad_dist.errors import ConfigError
+from polargrad_dist.optim import PolarGrad
+from polargrad_dist.optim.update import NAN, Work, local
+from polargrad_dist.polar import InverseSqrt, apply_rows, gram_matrix, inverse_sqrt
+
+RANK_CUTOFF = 1e-7  # of the largest singular value: below it an fp64 Gram matrix holds rounding noise
+SPECTRUM = ("condition", "nuclear_norm", "frobenius_norm", "spectral_norm", "stable_rank")
+UPDATE = ("residual", "cosine")
+COLUMNS = 2 * len(SPECTRUM) + len(UPDATE)
+
+
+@dataclass
+class DiagnosticsConfig:
+    """Which matrices are looked at, and how often.
+
+    Args:
+        every: steps between looks, the first step included; 0 for never.
+        hidden: hidden matrices to look at beside embedding, head and value embeddings: evenly over the depth of the model.
+        parameters: names or patterns (``*.mlp.*``) of further matrices to look at.
+    """
+
+    every: int = 100
+    hidden: int = 3
+    parameters: list[str] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raises ``ConfigError`` for a number that cannot be meant."""
+        for name in ("every", "hidden"):
+            if getattr(self, name) < 0:
+                raise ConfigError(
+                    f"trainer.diagnostics.{name} is {getattr(self, name)}, expected a whole number >= 0"
+                )
+
+
+class Diagnostics:
+    """Looks at some matrices of an optimizer around one of its steps; every method is called on all ranks."""
+
+    def __init__(self, optimizer: PolarGrad, config: DiagnosticsConfig):
+        """Raises ``ConfigError`` when a pattern of ``config.parameters`` matches no matrix."""
+        config.check()
+        self.optimizer, self.every = optimizer, config.every
+        self.works = choose(optimizer.works, config)
+        self.traffic = Traffic()
+        self._gradients: dict[int, torch.Tensor] = {}
+
+    def due(self, step: int) -> bool:
+        """Whether the step of this number, counted from 1, is looked at."""
+        return bool(self.every and self.works and (step == 1 or step % self.every == 0))
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Looks at the gradients as they are now, and has the optimizer keep what its oracle is about to see."""
+        self.optimizer.finish_reductions()
+        self.optimizer.keep_next(self.works)
+        self._gradients = {}
+        for work in self.works:
+            spectra = self._gradient(work)
+            if spectra is not None:
+                self._gradients[work.index] = summary(spectra)
+
+    @torch.no_grad()
+    def after_step(self) -> dict[str, dict[str, dict[str, float]]]:
+        """By parameter: ``gradient`` and ``momentum`` with `SPECTRUM`, ``update`` with `UPDATE`; the same on all ranks.
+
+        ``momentum`` is what the oracle was given, and missing where that is the gradient itself or there is no oracle.
+        Figures that nobody knows (of a zero matrix, say) are NaN.
+        """
+        table = torch.full((len(self.works), COLUMNS), NAN, dtype=torch.float64)
+        k = len(SPECTRUM)
+        for row, work in zip(table, self.works, strict=True):
+            if (gradient := self._gradients.get(work.index)) is not None:
+                row[:k] = gradient
+            if (seen := self._update(work)) is not None:
+                row[k : 2 * k], row[2 * k :] = seen
+        self._share(table)
+        out: dict[str, dict[str, dict[str, float]]] = {}
+        for work, values in zip(self.works, table.tolist(), strict=True):
+            figures = {"gradient": dict(zip(SPECTRUM, values[:k], strict=True))}
+            if work.entry.kind != "everywhere":
+                if work.group["momentum"] in ("momentum_first", "heavy_ball"):
+                    figures["momentum"] = dict(zip(SPECTRUM, values[k : 2 * k], strict=True))
+                figures["update"] = dict(zip(UPDATE, values[2 * k :], strict=True))
+            out[work.entry.name] = figures
+        return out
+
+    def _gradient(self, work: Work) -> list[InverseSqrt] | None:
+        """Spectra of the gradient, at the one rank that works them out."""
+        replica, shard = place = _place(work)
+        here = (work.grid.replica, work.grid.shard) == (replica, shard)
+        if _by_rows(work):
+            rows, n = local(work.p).shape
+            first, last = work.grid.my_rows(rows)
+            packed = pack_triangle(gram_matrix(work.grad[first * n : last * n].view(-1, n)))
+            wait(reduce_to(packed, place, work.grid, self.traffic))
+            return [_spectrum(unpack_triangle(packed, n))] if here else None
+        grad = torch.zeros_like(work.p) if work.p.grad is None else work.p.grad
+        whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
+        if not here:
+            return None
+        layout = work.entry.layout
+        views = layout.views(whole.reshape(1, -1)) if layout else [whole.reshape(1, len(whole), -1)]
+        return [_spectrum(_small_gram(view)) for view in views]
+
+    def _update(self, work: Work) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(spectrum of what the oracle was given, residual and cosine of what it gave), at the owner."""
+        facts = self.optimizer.facts
+        if work.index in facts.kept_gram:
+            S, X = facts.kept_gram[work.index]
+            exact = _spectrum(S.clone())
+            product = S @ X
+            return summary([exact]), judge(X @ product, (exact.X * product).sum(), exact)
+        if work.index not in facts.kept:
+            return None
+        spectra, verdicts = [], []
+        for A, U in facts.kept[work.index]:
+            tall, factor = (A, U) if A.shape[-2] >= A.shape[-1] else (A.mT, U.mT)
+            exact = _spectrum(gram_matrix(tall))
+            best = apply_rows(tall.double(), exact.X, precise=True)
+            inner = (best * factor).sum((-2, -1))
+            spectra.append(exact)
+            verdicts.append(judge(gram_matrix(factor), inner, exact))
+        verdict = torch.stack(verdicts)
+        return summary(spectra), torch.stack([verdict[:, 0].amax(), verdict[:, 1].amin()])
+
+    def _share(self, table: torch.Tensor) -> None:
+        """Gives every rank the figures that some rank knows; each is known to one."""
+        agreement = self.optimizer.agreement
+        if agreement is None:
+            return
+        both = torch.stack([table.nan_to_num(0.0), table.isfinite().double()])
+        agreement.total(both)
+        table.copy_(torch.where(both[1] > 0, both[0], NAN))
+
+
+def choose(works: Sequence[Work], config: DiagnosticsConfig) -> list[Work]:
+    """Embeddings and heads, ``config.hidden`` hidden matrices, and those that ``config.parameters`` names."""
+    matrices = [w for w in works if len(w.entry.shape) >= 2 and w.entry.numel]
+    chosen = {w.index for w in matrices if w.entry.role in ("embed", "value_embed", "head")}
+    hidden = [w for w in matrices if w.entry.role == "hidden"]
+    count = min(config.hidden, len(hidden))
+    steps = [round(k * (len(hidden) - 1) / max(1, count - 1)) for k in range(count)]
+    chosen |= {hidden[k].index for k in steps}
+    for pattern in config.parameters:
+        found = [w for w in matrices if fnmatch.fnmatchcase(w.entry.name, pattern)]
+        if not found:
+            raise ConfigError(
+                f"trainer.diagnostics.parameters names {pattern!r}, expected the name of a matrix or a pattern, such as "
+                f"{matrices[0].entry.name if matrices else '*'!r}"
+            )
+        chosen |= {w.index for w in found}
+    return [w for w in works if w.index in chosen]
+
+
+def summary(spectra: Iterable[InverseSqrt]) -> torch.Tensor:
+    """`SPECTRUM` of a parameter, fp64 on the CPU, from the spectra of its matrices: norms as of one block-diagonal matrix,
+    the condition number of the worst, the mean stable rank."""
+    parts = []
+    for s in spectra:
+        sigma = s.sigma.reshape(-1, s.sigma.shape[-1])
+        largest = sigma.amax(-1)
+        square = sigma.square().sum(-1)
+        smallest = torch.where(s.kept.reshape(sigma.shape), sigma, math.inf).amin(-1)
+        parts.append(
+            torch.stack([largest / smallest, sigma.sum(-1), square, largest, square / largest.square()])
+        )
+    condition, nuclear, square, largest, stable = torch.cat(parts, -1).cpu()
+    condition = torch.where(condition > 0, condition, NAN)  # of a zero matrix there is none
+    return torch.stack(
+        [
+            condition.nan_to_num(0.0).amax() if condition.isfinite().any() else condition[0],
+            nuclear.sum(),
+            square.sum().sqrt(),
+            largest.amax(),
+            stable.nanmean(),
+        ]
+    )
+
+
+def judge(gram_of_update: torch.Tensor, inner: torch.Tensor, exact: InverseSqrt) -> torch.Tensor:
+    """(largest ‖UᵀU − I‖_F/√n, smallest cosine between U and the polar factor) of a batch, fp64 on the CPU.
+
+    gram_of_update: UᵀU (…, n, n). inner: ⟨U, U*⟩ (…) with the exact factor U*, whose spectrum is ``exact``.
+    """
+    eye = torch.eye(gram_of_update.shape[-1], dtype=torch.float64, device=gram_of_update.device)
+    residual = torch.linalg.matrix_norm(gram_of_update - eye) / math.sqrt(eye.shape[0])
+    lengths = gram_of_update.diagonal(dim1=-2, dim2=-1).sum(-1) * exact.kept.sum(-1)
+    return torch.stack([residual.amax(), (inner / lengths.sqrt()).amin()]).cpu()
+
+
+def _place(work: Work) -> tuple[int, int]:
+    """(replica, shard) of the rank that works a parameter's figures out: its owner, or one for each in turn."""
+    if work.entry.owner >= 0:
+        return work.owner
+    return divmod(work.index % work.grid.world, work.grid.shards)
+
+
+def _by_rows(work: Work) -> bool:
+    """Whether the Gram matrix of the gradient is summed over row shards, and the gradient never gathered."""
+    if work.entry.kind == "rows":
+        return True
+    shape = work.entry.shape
+    return work.entry.kind == "everywhere" and len(shape) == 2 and shape[0] >= shape[1]
+
+
+def _small_gram(x: torch.Tensor) -> torch.Tensor:
+    return gram_matrix(x if x.shape[-2] >= x.shape[-1] else x.mT)
+
+
+def _spectrum(S: torch.Tensor) -> InverseSqrt:
+    return inverse_sqrt(S, lower=RANK_CUTOFF)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ALL = ("polar", "optimizer", "training", "data", "checkpoint")
+ALL = ("polar", "optimizer", "training", "data", "checkpoint", "diagnostics")
 
 
 def main() -> int:

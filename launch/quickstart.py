@@ -45,8 +45,9 @@ def main() -> int:
 
 
 def summary(processes: int) -> int:
-    """Validation in bits per byte beside a bigram model of the same tokens, a sample, and what to do next."""
+    """Validation in bits per byte beside a bigram model of the same tokens, a sample, the report, and what to do next."""
     from data import bigram_baseline
+    from tools.report import write_report
     from tools.runs import load_run
     from train import parse_run
 
@@ -62,6 +63,7 @@ def summary(processes: int) -> int:
         f"bigram model of the same tokens (interpolated Kneser-Ney): {baseline.bits_per_byte:.3f} bits per byte"
     )
     print(f"\nsample:\n{sample}\n")
+    print(f"report: {write_report([run.folder], run.folder / 'report.html')}")
     print(f"run directory: {run.folder}")
     again = ["torchrun", "--standalone", f"--nproc_per_node={processes}", "train.py", "--config", CONFIG]
     print(f"resume or lengthen: {shlex.join([*again, *sys.argv[1:], '--trainer.steps', str(2 * steps)])}")

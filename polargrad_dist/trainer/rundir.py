@@ -23,6 +23,7 @@ FREE = (
     "trainer.strategy",
     "trainer.evaluation",
     "trainer.logging",
+    "trainer.diagnostics",
     "trainer.checkpoint",
     "trainer.safety.max_skipped",
     "data.cache",

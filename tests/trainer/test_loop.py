@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from polargrad_dist.diagnostics import DiagnosticsConfig
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.trainer import TrainingError, World
 from polargrad_dist.trainer.checkpoint import CheckpointConfig
@@ -51,6 +52,30 @@ def test_losses_are_those_of_one_process_on_any_ranks_and_strategy(tmp_path, wor
     assert max(abs(a[k] - b[k]) for k in a) < 1e-4
     assert many == pytest.approx([one.validation["validation_loss"]] * world, abs=1e-4)
     assert b[20] < b[1] - 0.3
+
+
+@pytest.mark.parametrize(("world", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
+def test_conditioning_is_logged_at_its_interval_and_the_same_wherever_the_parameters_are(
+    tmp_path, world, strategy
+):
+    changes = {"steps": 5, "diagnostics": DiagnosticsConfig(every=2, hidden=1)}
+    trainer(settings(tmp_path / "one", **changes)).fit()
+    run_ranks(_run, world, str(tmp_path / "many"), changes | {"strategy": StrategyConfig(strategy)})
+
+    def looks(folder) -> dict[int, dict]:
+        records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        return {r["step"]: r["diagnostics"] for r in records if "diagnostics" in r}
+
+    one, many = looks(tmp_path / "one"), looks(tmp_path / "many")
+    assert list(one) == [1, 2, 4] == list(many)
+    for step, found in one.items():
+        assert found.keys() == {"embed.weight", "head.weight", "layers.0.1.weight"}
+        for parameter, parts in found.items():
+            assert parts.keys() == {"gradient", "momentum", "update"}
+            assert parts["gradient"]["condition"] > 1
+            for part in ("gradient", "momentum"):  # smallest singular values feel the order of fp32 sums most
+                assert many[step][parameter][part] == pytest.approx(parts[part], rel=0.05)
+        assert found["embed.weight"]["update"]["cosine"] == pytest.approx(1.0, abs=1e-6)
 
 
 def test_accumulating_changes_nothing(tmp_path):

@@ -1,0 +1,55 @@
+"""`python -m experiments.language paper` (sections 5.4, 5.5, E.1 in small) and `… race` (optimizers on equal terms)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from experiments.language import paper, race
+from experiments.language.runner import spread, workers_here
+from polargrad_dist.errors import ConfigError
+from polargrad_dist.trainer.cli import run
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m experiments.language", description=__doc__)
+    parser.add_argument("what", choices=["paper", "race"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=None, help="of the longest run; 160 by default")
+    parser.add_argument(
+        "--only", nargs="+", default=None, help="of the paper's experiments, or of the racers, these"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=workers_here(), help="runs at a time, each on one thread"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/paper-lm"))
+    args = parser.parse_args()
+    steps = 160 if args.steps is None else args.steps
+    known = list(paper.EXPERIMENTS) if args.what == "paper" else [r.name for r in race.RACERS]
+    if strange := set(args.only or ()) - set(known):
+        raise ConfigError(f"--only names {min(strange)!r}, expected some of: {', '.join(known)}")
+    if steps < 40 or args.workers < 1:
+        raise ConfigError(
+            f"--steps is {steps} and --workers {args.workers}, expected at least 40 and at least 1"
+        )
+    out = args.out.resolve()
+    if args.what == "paper":
+        report = paper.run(args.only or known, out, args.seeds, steps, args.workers)
+        for name, entries in report.items():
+            print(
+                f"\n{paper.EXPERIMENTS[name].title}, {steps} steps, seeds {args.seeds}: final validation loss"
+            )
+            for entry, found in entries.items():
+                print(f"  {entry:<32}{spread(found['final_validation_loss'])}")
+    else:
+        report = race.run(out, args.seeds, steps, args.workers, args.only)
+        print("\n" + race.table(report))
+    path = out / f"{args.what}.json"
+    path.write_text(json.dumps(report, indent=1))
+    print(f"\nfigures and curves: {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

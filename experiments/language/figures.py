@@ -1,0 +1,81 @@
+"""Pictures of the language-model experiments: medians over seeds, with their range as a band."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.language.runner import Curves
+
+if TYPE_CHECKING:
+    from experiments.language.paper import Experiment
+
+SMOOTHING = 0.8
+
+
+def draw(experiment: Experiment, curves: dict[str, list[Curves]], path: Path) -> None:
+    """Training and validation loss, condition number and nuclear norm of embedding and head, in one PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8), constrained_layout=True)
+    _panel(
+        axes[0, 0],
+        "training loss (smoothed)",
+        {n: [_smooth(r.train) for r in runs] for n, runs in curves.items()},
+    )
+    _panel(axes[1, 0], "validation loss", {n: [r.validation for r in runs] for n, runs in curves.items()})
+    for column, (where, parameter) in enumerate(
+        (("embedding", experiment.embed), ("head", experiment.head)), 1
+    ):
+        for row, (figure_name, title) in enumerate(
+            (
+                ("condition", f"condition number of the {where}'s gradient"),
+                ("nuclear_norm", f"its nuclear norm, {where}"),
+            )
+        ):
+            key = f"{parameter}/gradient/{figure_name}"
+            _panel(
+                axes[row, column],
+                title,
+                {n: [r.diagnostics.get(key, []) for r in runs] for n, runs in curves.items()},
+                logarithmic=True,
+            )
+    axes[0, 0].legend(fontsize=8)
+    seeds = len(next(iter(curves.values())))
+    figure.suptitle(f"{experiment.title}, scaled down, {seeds} seeds: counterpart of {experiment.figures}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _panel(
+    axis: Any, title: str, lines: dict[str, list[list[tuple[int, float]]]], logarithmic: bool = False
+) -> None:
+    for name, runs in lines.items():
+        runs = [dict(run) for run in runs if run]  # type: ignore[misc]
+        if not runs:
+            axis.plot([], [], label=f"{name} (diverged)")
+            continue
+        steps = sorted(set.intersection(*(set(run) for run in runs)))
+        values = [[run[step] for run in runs] for step in steps]  # type: ignore[call-overload]
+        (line,) = axis.plot(steps, [statistics.median(v) for v in values], label=name)
+        axis.fill_between(
+            steps, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.15
+        )
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("step")
+    axis.grid(alpha=0.3)
+    if logarithmic:
+        axis.set_yscale("log")
+
+
+def _smooth(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    out: list[tuple[int, float]] = []
+    for step, value in curve:
+        out.append((step, value if not out else SMOOTHING * out[-1][1] + (1 - SMOOTHING) * value))
+    return out

@@ -1,0 +1,137 @@
+"""Sections 5.4, 5.5 and E.1 of Lau, Long, Su (2025), scaled down: the same configurations, models and rules, smaller sizes.
+
+Two sets of learning rates are run where it matters: the printed ones, and ones that suit the small models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments.language.runner import SMALL, Curves, Job, run_all
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a figure: a full-size configuration and what is changed in it."""
+
+    name: str
+    config: str
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One section: its entries, common sizes, and the figures of the paper that its picture stands beside."""
+
+    title: str
+    figures: str
+    sizes: dict[str, Any]
+    entries: tuple[Entry, ...]
+    embed: str
+    head: str
+
+    def jobs(self, name: str, out: Path, seeds: list[int], steps: int) -> dict[tuple[str, int], Job]:
+        """(entry, seed) to its training."""
+        length = {
+            "trainer.steps": steps,
+            "trainer.evaluation.every": max(1, steps // 10),
+            "trainer.diagnostics.every": max(1, steps // 40),
+        }
+        return {
+            (entry.name, seed): Job.of(
+                entry.config,
+                out / name / entry.name.replace(" ", "-") / f"seed-{seed}",
+                SMALL,
+                self.sizes,
+                length,
+                entry.changes,
+                {"trainer.seed": seed},
+            )
+            for entry in self.entries
+            for seed in seeds
+        }
+
+
+QWEN_ADAMW = {"optimizer.hidden.lr": 5e-3, "optimizer.embed.lr": 5e-3, "optimizer.scalar.lr": 3e-3}
+QWEN_MUON = {"optimizer.hidden.lr": 0.02, "optimizer.hidden.scale": "muon", "optimizer.scalar.lr": 3e-3}
+
+
+def _qwen() -> Experiment:
+    adamw, muon_adamw, polar = "qwen2.5-adamw", "qwen2.5-muon-adamw", "qwen2.5-muon-polarsgdm"
+    warmup = {"trainer.schedule.warmup_steps": 10}
+    embed = {"optimizer.embed.lr": 0.4}
+    first = {"optimizer.embed.momentum": "polar_first"}
+    return Experiment(
+        "Qwen2.5-style (section 5.4)",
+        "figures 5, D.12, D.13, D.14",
+        {"model.layers": 3},
+        (
+            Entry("AdamW printed", adamw, warmup),
+            Entry("AdamW", adamw, warmup | QWEN_ADAMW),
+            Entry("Muon + AdamW printed", muon_adamw),
+            Entry("Muon + AdamW", muon_adamw, QWEN_MUON | {"optimizer.embed.lr": 5e-3}),
+            Entry("Muon + PolarSGDM printed", polar),
+            Entry("Muon + PolarSGDM", polar, QWEN_MUON | embed),
+            Entry("Muon + PolarSGDM polar-first", polar, QWEN_MUON | embed | first),
+        ),
+        "qwen.model.embed_tokens.weight",
+        "qwen.lm_head.weight",
+    )
+
+
+def _gpt2(size: str, figures: str, section: str) -> Experiment:
+    polar, adam = f"gpt2-{size}-fineweb", f"gpt2-{size}-fineweb-adam"
+    first = {f"optimizer.{role}.momentum": "polar_first" for role in ("embed", "value_embed", "head")}
+    return Experiment(
+        f"GPT-2 {size} (section {section})",
+        figures,
+        {"model.layers": 4, "trainer.schedule.momentum_warmup_steps": 20},
+        (
+            Entry("Muon + Adam", adam),
+            Entry("Muon + PolarSGDM", polar),
+            Entry("Muon + PolarSGDM polar-first", polar, first),
+        ),
+        "embed.weight",
+        "head.weight",
+    )
+
+
+EXPERIMENTS = {
+    "qwen2.5": _qwen(),
+    "gpt2-small": _gpt2("small", "figures 6 and 7", "5.5"),
+    "gpt2-medium": _gpt2("medium", "figures E.1 and E.2", "E.1"),
+}
+
+
+def run(names: list[str], out: Path, seeds: list[int], steps: int, workers: int) -> dict[str, Any]:
+    """Trains, draws one picture per experiment into ``out``, and returns the final losses as JSON-able figures."""
+    from experiments.language.figures import draw
+
+    report: dict[str, Any] = {}
+    for name in names:
+        experiment = EXPERIMENTS[name]
+        jobs = experiment.jobs(name, out, seeds, steps)
+        found = run_all(jobs.values(), workers, name)
+        curves: dict[str, list[Curves]] = {
+            entry.name: [found[jobs[entry.name, seed]] for seed in seeds] for entry in experiment.entries
+        }
+        draw(experiment, curves, out / f"{name}.png")
+        report[name] = {
+            entry: {
+                "final_validation_loss": [run.final for run in runs],
+                **{
+                    f"{where}_{figure}": [_last(run, f"{parameter}/gradient/{figure}") for run in runs]
+                    for where, parameter in (("embed", experiment.embed), ("head", experiment.head))
+                    for figure in ("condition", "nuclear_norm")
+                },
+            }
+            for entry, runs in curves.items()
+        }
+    return report
+
+
+def _last(run: Curves, key: str) -> float | None:
+    curve = run.diagnostics.get(key)
+    return curve[-1][1] if curve else None

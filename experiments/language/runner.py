@@ -1,0 +1,174 @@
+"""Runs many small trainings through `train.py`'s own code, a few at a time, and reads their curves back.
+
+A run that is complete already is not run again, so an interrupted experiment goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from polargrad_dist.errors import PolarGradError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# What makes a full-size configuration small: everything else of it stays.
+SMALL: dict[str, Any] = {
+    "data.source": "builtin",
+    "data.tokenizer.name": "bpe",
+    "data.tokenizer.vocab_size": 1024,
+    "data.validation_fraction": 0.02,
+    "data.validation_tokens": 32_768,
+    "model.vocab_size": 1024,
+    "model.width": 64,
+    "model.heads": 4,
+    "trainer.sequence_length": 128,
+    "trainer.global_batch": 16,
+    "trainer.micro_batch": 16,
+    "trainer.precision": "fp32",
+    "trainer.compile": False,
+    "trainer.device": "cpu",
+    "trainer.logging.every": 5,
+    "trainer.logging.stats_every": 0,
+    "trainer.logging.progress": "off",
+    "trainer.diagnostics.hidden": 0,
+    "trainer.checkpoint.every": 0,
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: a configuration file with overrides, by their dotted keys, as the command line takes them."""
+
+    config: str
+    overrides: tuple[tuple[str, str], ...]
+    folder: Path
+
+    @classmethod
+    def of(cls, config: str, folder: Path, *overrides: Mapping[str, Any]) -> Job:
+        """Later overrides win over earlier ones."""
+        merged: dict[str, Any] = {}
+        for some in overrides:
+            merged |= some
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in merged.items()}
+        return cls(config, tuple(sorted(texts.items())), folder)
+
+    @property
+    def arguments(self) -> list[str]:
+        """What train.py's command line would be given."""
+        out = [
+            "--config",
+            str(ROOT / "configs" / f"{self.config}.yaml"),
+            "--trainer.run_dir",
+            str(self.folder),
+        ]
+        for key, value in self.overrides:
+            out += [f"--{key}", value]
+        return out
+
+
+@dataclass
+class Curves:
+    """What a run logged: (step, value) pairs; ``diagnostics`` by parameter, part and figure. Empty where it diverged."""
+
+    train: list[tuple[int, float]] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    diagnostics: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+
+    @property
+    def final(self) -> float:
+        """Last validation loss, nats per token; infinite for a run that diverged."""
+        last = self.validation[-1][1] if self.validation else math.inf
+        return last if math.isfinite(last) else math.inf
+
+    @classmethod
+    def read(cls, folder: Path) -> Curves:
+        """The curves in a run directory."""
+        curves = cls()
+        path = folder / "metrics.jsonl"
+        for line in path.read_text().splitlines() if path.exists() else ():
+            record = json.loads(line)
+            step = record["step"]
+            for name, curve in (("loss", curves.train), ("validation_loss", curves.validation)):
+                if name in record:
+                    curve.append((step, math.inf if record[name] is None else record[name]))
+            for parameter, parts in record.get("diagnostics", {}).items():
+                for part, figures in parts.items():
+                    for figure, value in figures.items():
+                        if value is not None:
+                            key = f"{parameter}/{part}/{figure}"
+                            curves.diagnostics.setdefault(key, []).append((step, value))
+        return curves
+
+
+def run_all(jobs: Iterable[Job], workers: int, description: str) -> dict[Job, Curves]:
+    """Trains all jobs that are not complete, ``workers`` at a time on one thread each, and returns everyone's curves.
+
+    Raises the first ``PolarGradError`` that is a mistake in a configuration; a run that diverges is a result.
+    """
+    from tqdm import tqdm
+
+    jobs = list(dict.fromkeys(jobs))
+    waiting = [job for job in jobs if not _done(job).exists()]
+    if waiting:
+        _train(waiting[0])  # alone: it prepares the data that all share
+    context = multiprocessing.get_context("spawn")
+    bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting[1:]), desc=description, unit="run")
+    with bar, ProcessPoolExecutor(workers, mp_context=context) as pool:
+        for finished in as_completed([pool.submit(_train, job) for job in waiting[1:]]):
+            finished.result()
+            bar.update()
+    return {job: Curves.read(job.folder) for job in jobs}
+
+
+def _done(job: Job) -> Path:
+    return job.folder / "done.json"
+
+
+def _train(job: Job) -> None:
+    import torch
+
+    from polargrad_dist.trainer import TrainingError
+    from train import parse_run, pretrain
+
+    torch.set_num_threads(1)
+    os.chdir(ROOT)
+    ended = "finished"
+    config, configuration, _ = parse_run(job.arguments)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with (
+            (job.folder / "output.txt").open("a") as output,
+            redirect_stdout(output),
+            redirect_stderr(output),
+        ):
+            outcome = pretrain(config, configuration)
+    except TrainingError as error:
+        ended = f"diverged: {error}"
+    else:
+        if outcome.exit_code:
+            raise PolarGradError(
+                f"{job.folder} was stopped at step {outcome.step}: run the same command again to go on"
+            )
+    _done(job).write_text(json.dumps({"ended": ended, "arguments": job.arguments}))
+
+
+def workers_here() -> int:
+    """One run per core."""
+    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and range of a few values."""
+    finite = [v for v in values if math.isfinite(v)]
+    if len(finite) < len(values):
+        return f"{len(values) - len(finite)} of {len(values)} diverged"
+    return f"{sum(finite) / len(finite):.4f} ({min(finite):.4f} to {max(finite):.4f})"

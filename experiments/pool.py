@@ -1,0 +1,85 @@
+"""Independent runs dealt to processes of one thread each, with one progress bar over the steps of all."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from experiments.curves import Curve, follow
+from experiments.methods import METHODS
+from experiments.problems import PROBLEMS
+
+EVERY = {"quadratic": 10, "logistic": 25, "completion": 10}  # steps between records
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run; numbers and names only, so that a process can be handed it."""
+
+    problem: str
+    method: int
+    seed: int
+    steps: int
+
+
+_done: Any = None  # steps finished by all processes, shared
+
+
+def _share(counter: Any) -> None:
+    global _done
+    _done = counter
+    torch.set_num_threads(1)
+
+
+def _advance(count: int) -> None:
+    with _done.get_lock():
+        _done.value += count
+
+
+def _follow(task: Task) -> Curve:
+    problem = PROBLEMS[task.problem](task.seed)
+    method = METHODS[task.problem][task.method]
+    return follow(problem, method, task.seed, task.steps, EVERY[task.problem], _advance)
+
+
+def curves_of(tasks: list[Task], jobs: int) -> list[Curve]:
+    """The curves of all tasks, in their order, from ``jobs`` processes (1: this one), with progress on stderr."""
+    total = sum(task.steps for task in tasks)
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("l", 0)
+    with tqdm(total=total, unit="step", disable=None, smoothing=0.05) as bar:
+        if jobs == 1:
+            threads = torch.get_num_threads()
+            _share(counter)
+            found = []
+            for task in tasks:
+                bar.set_description(f"{task.problem}, {METHODS[task.problem][task.method].name}")
+                found.append(_follow(task))
+                bar.update(counter.value - bar.n)
+            torch.set_num_threads(threads)
+            return found
+        with ProcessPoolExecutor(jobs, context, _share, (counter,)) as pool:
+            futures = [pool.submit(_follow, task) for task in tasks]
+            for finished in _waiting(futures):
+                bar.set_description(f"{finished} of {len(tasks)} runs")
+                bar.update(counter.value - bar.n)
+            return [future.result() for future in futures]
+
+
+def _waiting(futures: list[Future[Curve]]) -> Iterator[int]:
+    """Twice a second the number of finished runs, until all are; raises what a run raised at once."""
+    pending = set(futures)
+    while pending:
+        finished, pending = wait(pending, 0.5, FIRST_COMPLETED)
+        for future in finished:
+            if future.exception():
+                for other in pending:
+                    other.cancel()
+                future.result()
+        yield len(futures) - len(pending)

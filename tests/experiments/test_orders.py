@@ -1,0 +1,45 @@
+"""The orders of magnitude of sections 5.1 and 5.3 on the paper's sizes, one seed. About two minutes on one core."""
+
+import pytest
+
+from experiments.curves import Curve, follow
+from experiments.methods import METHODS
+from experiments.problems import PROBLEMS
+
+pytestmark = pytest.mark.slow
+SEED = 0
+
+
+def curve(problem: str, name: str, steps: int = 1000) -> Curve:
+    method = next(m for m in METHODS[problem] if m.name == name)
+    return follow(PROBLEMS[problem](SEED), method, SEED, steps, every=50)
+
+
+def test_truncated_polargrad_converges_at_its_printed_rate_where_the_exact_factor_diverges():
+    truncated = curve("quadratic", "PolarGrad (QDWH)")
+    assert truncated.gap[-1] < 2e4  # the library's truncation starts from eps: slower than expected of 4e-8
+    assert truncated.gap[-1] < 0.5 * truncated.at(500)
+    assert curve("quadratic", "PolarGrad (exact), 4e-8").diverged_at is not None
+
+
+def test_at_rates_that_suit_polargrad_is_orders_below_muons_floor_and_adam_between():
+    assert curve("quadratic", "PolarGrad (ZOLO-PD)").gap[-1] < 300
+    assert curve("quadratic", "PolarGrad (ZOLO-PD), 3.2e-8").gap[-1] < 40
+    assert curve("quadratic", "PolarGrad (QDWH), 5.5e-8").gap[-1] < 100
+    muon, adam = curve("quadratic", "Muon (NS)"), curve("quadratic", "Adam")
+    assert muon.gap[-1] > 1e4
+    assert muon.gap[-1] > 0.5 * muon.at(500)
+    assert 1 < adam.gap[-1] < 1e4
+
+
+def test_decayed_polargrad_reaches_the_fp32_floor_within_300_steps():
+    found = curve("quadratic", "PolarGrad (QDWH; lr ↓), 6e-8", 300)
+    assert found.gap[0] > 1e9
+    assert found.gap[-1] < 1e-6
+
+
+def test_completion_is_solved_by_polargrad_and_not_by_muon():
+    for name in ("PolarGrad (QDWH)", "PolarGrad (QDWH; lr ↓)"):
+        assert curve("completion", name).gap[-1] < 1e-12
+    for name in ("Muon (NS)", "Muon (QDWH)", "Muon (QDWH; lr ↓)"):
+        assert curve("completion", name).gap[-1] > 1e-4

@@ -1,0 +1,250 @@
+"""What a run directory says about its run: the configuration and the series of ``metrics.jsonl``, read as they are.
+
+Only ``config.yaml`` and ``metrics.jsonl`` are opened, so a report works on a machine that has neither the data nor the
+memory of the run, and on a run that is still being written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from polargrad_dist.errors import ConfigError
+from polargrad_dist.trainer import rundir
+
+Array = NDArray[np.float64]
+UNSET = "not set"
+
+
+@dataclass
+class Series:
+    """One figure over the steps, in rising order of step."""
+
+    steps: array[float] = field(default_factory=lambda: array("d"))
+    values: array[float] = field(default_factory=lambda: array("d"))
+
+    def cut(self, step: float) -> None:
+        """Takes away the values from ``step`` on."""
+        while self.steps and self.steps[-1] >= step:
+            self.steps.pop()
+            self.values.pop()
+
+    def add(self, step: float, value: float) -> None:
+        self.cut(step)
+        self.steps.append(step)
+        self.values.append(value)
+
+
+@dataclass
+class Summary:
+    """A run in one row; None where the run directory does not say."""
+
+    label: str
+    model: str | None
+    parameters: int | None
+    step: int
+    planned: int | None
+    final_loss: float | None
+    best_loss: float | None
+    best_step: int | None
+    bits_per_byte: float | None
+    tokens: float | None
+    tokens_per_second: float | None
+    skipped: int | None
+    seconds: float | None
+
+
+@dataclass
+class RunRecords:
+    """A run's configuration and series, each under its path in a record, such as ``("lr", "hidden")``."""
+
+    folder: Path
+    label: str
+    config: dict[str, Any]
+    series: dict[tuple[str, ...], Series] = field(default_factory=dict)
+    step: int = 0
+    records: int = 0
+    unreadable: int = 0
+
+    def curve(self, *path: str) -> tuple[Array, Array]:
+        """(steps, values) of a series; empty where nothing finite was recorded."""
+        found = self.series.get(path, Series())
+        return np.array(found.steps, dtype=np.float64), np.array(found.values, dtype=np.float64)
+
+    def names(self, *prefix: str) -> list[str]:
+        """The keys below a path, in the order in which they were first recorded."""
+        n = len(prefix)
+        return list(dict.fromkeys(path[n] for path in self.series if len(path) > n and path[:n] == prefix))
+
+    def setting(self, dotted: str) -> Any:
+        """A configuration value, None where it is not there."""
+        value: Any = self.config
+        for key in dotted.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    @property
+    def tokens_per_step(self) -> int | None:
+        sizes = [self.setting(f"trainer.{name}") for name in ("global_batch", "sequence_length")]
+        return sizes[0] * sizes[1] if all(type(size) is int for size in sizes) else None
+
+    def skips(self) -> Array:
+        """Steps of the records whose count of skipped steps is higher than the record's before."""
+        steps, counts = self.curve("skipped")
+        return steps[np.diff(counts, prepend=0.0) > 0]
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Takes in one record of ``metrics.jsonl``; what is null or no number in it is left out.
+
+        A step below the last one is a resume: it takes the place of everything recorded from that step on.
+        """
+        step = record["step"]
+        if step < self.step:
+            for series in self.series.values():
+                series.cut(step)
+        self.records += 1
+        self.step = step
+        for path, value in numbers(record, ()):
+            if path != ("step",):
+                self.series.setdefault(path, Series()).add(step, value)
+
+    def summary(self) -> Summary:
+        """The run in one row. Its seconds are those that the recorded rates imply: tokens of an interval over its rate."""
+        loss_steps, losses = self.curve("validation_loss")
+        _, bits = self.curve("bits_per_byte")
+        rate_steps, rates = self.curve("tokens_per_second")
+        _, skipped = self.curve("skipped")
+        _, parameters = self.curve("parameters")
+        best = int(losses.argmin()) if losses.size else None
+        tokens, planned = self.tokens_per_step, self.setting("trainer.steps")
+        seconds = None
+        if tokens is not None and rates.size and (rates > 0).all():
+            seconds = float((np.diff(rate_steps, prepend=0.0) * tokens / rates).sum())
+        return Summary(
+            label=self.label,
+            model=describe_model(self.setting("model")),
+            parameters=int(parameters[-1]) if parameters.size else None,
+            step=self.step,
+            planned=planned if type(planned) is int else None,
+            final_loss=last(losses),
+            best_loss=None if best is None else float(losses[best]),
+            best_step=None if best is None else int(loss_steps[best]),
+            bits_per_byte=last(bits),
+            tokens=None if tokens is None else float(self.step * tokens),
+            tokens_per_second=float(np.median(rates)) if rates.size else None,
+            skipped=int(skipped[-1]) if skipped.size else None,
+            seconds=seconds,
+        )
+
+
+def last(values: Array) -> float | None:
+    return float(values[-1]) if values.size else None
+
+
+def describe_model(model: Any) -> str | None:
+    """Architecture with the sizes that were chosen, as in ``qwen2.5, 3 layers, width 128``."""
+    if not isinstance(model, dict) or not model.get("architecture"):
+        return None
+    layers, width = model.get("layers"), model.get("width")
+    parts = [str(model["architecture"])]
+    parts += [f"{layers} layers"] if layers is not None else []
+    parts += [f"width {width}"] if width is not None else []
+    return ", ".join(parts)
+
+
+def numbers(tree: dict[str, Any], prefix: tuple[str, ...]) -> Iterable[tuple[tuple[str, ...], float]]:
+    """Every finite number of a nested record with its path."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from numbers(value, (*prefix, key))
+        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            yield (*prefix, key), value
+
+
+def read_runs(folders: list[Path]) -> list[RunRecords]:
+    """Opens run directories, each once, under labels that tell them apart.
+
+    Raises ``ConfigError`` for the first one that is no run directory.
+    """
+    if not folders:
+        raise ConfigError("a report needs at least one run directory, and none was given")
+    whole = list(dict.fromkeys(folder.resolve() for folder in folders))
+    return [read_run(folder, label) for folder, label in zip(whole, labels(whole), strict=True)]
+
+
+def read_run(folder: Path, label: str) -> RunRecords:
+    """Reads one run directory. A line that cannot be read, as the last one of a running run, is counted and passed over.
+
+    Raises ``ConfigError`` when the folder is no run directory.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder, expected the run directory (trainer.run_dir) of a run")
+    for name in ("config.yaml", "metrics.jsonl"):
+        if not (folder / name).is_file():
+            raise ConfigError(
+                f"{folder} is no run directory, it holds no {name}: expected the trainer.run_dir of a run"
+            )
+    try:
+        config = rundir.read(folder / "config.yaml")
+    except ValueError as error:  # bytes that are no text
+        raise ConfigError(f"{folder / 'config.yaml'} cannot be read as a configuration ({error})") from error
+    run = RunRecords(folder, label, json.loads(json.dumps(config, default=str)))
+    try:
+        with (folder / "metrics.jsonl").open("rb") as lines:
+            for line in lines:
+                record = parse(line)
+                if record is None:
+                    run.unreadable += bool(line.strip())
+                else:
+                    run.add(record)
+    except OSError as error:
+        raise ConfigError(f"{folder / 'metrics.jsonl'} cannot be read ({error.strerror})") from error
+    return run
+
+
+def parse(line: bytes) -> dict[str, Any] | None:
+    """A record with a step, or None."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return record if type(step) is int and 0 <= step < 2**53 else None
+
+
+def labels(folders: list[Path]) -> list[str]:
+    """For each of several different paths its shortest ending that no other one shares."""
+    depth = dict.fromkeys(folders, 1)
+
+    def ending(folder: Path) -> str:
+        return "/".join(part.strip("/") for part in folder.parts[-depth[folder] :]) or str(folder)
+
+    while True:
+        shown = [ending(folder) for folder in folders]
+        again = [f for f, label in zip(folders, shown, strict=True) if shown.count(label) > 1]
+        growing = [folder for folder in again if depth[folder] < len(folder.parts)]
+        if not growing:
+            return [printable(label) for label in shown]
+        for folder in growing:
+            depth[folder] += 1
+
+
+def printable(text: str) -> str:
+    """A text that any font and any file can hold: what is not printable becomes U+FFFD."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def differences(runs: list[RunRecords]) -> dict[str, list[str]]:
+    """Dotted configuration keys whose values are not the same in all runs, with each run's value as JSON."""
+    flat = [rundir.leaves(run.config) for run in runs]
+    keys = dict.fromkeys(key for one in flat for key in one)
+    rows = {key: [json.dumps(one[key]) if key in one else UNSET for one in flat] for key in keys}
+    return {key: values for key, values in rows.items() if len(set(values)) > 1}

@@ -142,9 +142,12 @@ def _sweep(
 def steps_to(target: float, curve: list[tuple[int, float]]) -> float | None:
     """Length of the complete run that ends at ``target``, between measured (length, final loss) pairs on a logarithmic axis.
 
-    None when the longest ends above the target; the shortest length where that one is already below.
+    None when the longest ends above the target; the shortest length where that one is already below. Diverged runs are
+    left out.
     """
-    curve = sorted(curve)
+    curve = sorted(point for point in curve if math.isfinite(point[1]))
+    if not curve:
+        return None
     if curve[0][1] <= target:
         return float(curve[0][0])
     for (short, high), (long, low) in itertools.pairwise(curve):

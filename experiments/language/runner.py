@@ -118,14 +118,13 @@ def run_all(jobs: Iterable[Job], workers: int, description: str) -> dict[Job, Cu
 
     jobs = list(dict.fromkeys(jobs))
     waiting = [job for job in jobs if not _done(job).exists()]
-    if waiting:
-        _train(waiting[0])  # alone: it prepares the data that all share
     context = multiprocessing.get_context("spawn")
-    bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting[1:]), desc=description, unit="run")
+    bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc=description, unit="run")
     with bar, ProcessPoolExecutor(workers, mp_context=context) as pool:
-        for finished in as_completed([pool.submit(_train, job) for job in waiting[1:]]):
-            finished.result()
-            bar.update()
+        for some in (waiting[:1], waiting[1:]):  # the first alone: it prepares the data that all share
+            for finished in as_completed([pool.submit(_train, job) for job in some]):
+                finished.result()
+                bar.update()
     return {job: Curves.read(job.folder) for job in jobs}
 
 

@@ -114,12 +114,14 @@ def polar(
         method = choose_method(tall.shape if sparse is None else sparse.rows.shape, a.device, lower=lower)
     if sparse is not None and not check:
         sparse = sparse._replace(rows=torch.where(finite[0], sparse.rows, 0.0))
-    whole = tall if check or method == "gram" else torch.where(finite, tall, 0.0)  # gram needs no such copy
+    # In matrix products NaN stays within its matrix, and fills it; a factorization may choke on it.
+    spreads = method in (*POLYNOMIALS, "gram")
+    whole = tall if check or spreads else torch.where(finite, tall, 0.0)
     with nullcontext() if method in POLYNOMIALS else without_tf32(a.device):
         found = (
             ORACLES[method](whole, options) if sparse is None else _on_nonzero_rows(sparse, method, options)
         )
-    if not check:
+    if not check and method not in POLYNOMIALS:
         found.U.masked_fill_(~finite, torch.nan)
         found.nuclear_norm.masked_fill_(~finite[:, 0, 0], torch.nan)
     U = (found.U if m >= n else found.U.mT).reshape(a.shape).to(out_dtype)

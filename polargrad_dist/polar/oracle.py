@@ -65,13 +65,13 @@ def working_copy(A: Tensor) -> tuple[Tensor, Tensor]:
     return A.to(scale.dtype) * scale, scale
 
 
-def inner_product(A: Tensor, U: Tensor) -> Tensor:
-    """⟨A, U⟩ (B,) of two (B, m, n), summed in fp64 over row chunks; products are at least fp32."""
+def inner_product(A: Tensor, U: Tensor, within: torch.dtype = torch.float64) -> Tensor:
+    """⟨A, U⟩ (B,) of two (B, m, n): products in at least fp32, sums in `within` over a row chunk, in fp64 over the chunks."""
     work = torch.promote_types(torch.promote_types(A.dtype, U.dtype), torch.float32)
     total = torch.zeros(A.shape[:-2], dtype=torch.float64, device=A.device)
     for chunk in row_chunks(*A.shape[-2:]):
         products = A[..., chunk, :].to(work) * U[..., chunk, :]
-        total = total + products.sum((-2, -1), dtype=torch.float64)
+        total = total + products.sum((-2, -1), dtype=torch.promote_types(within, work))
     return total
 
 

@@ -65,7 +65,7 @@ class Curves:
         self.by_method: dict[str, list[Curve]] = {}
         for curve in curves:
             self.by_method.setdefault(curve.method, []).append(curve)
-        self.last_step = min(max(c.steps[-1], c.diverged_at or 0) for c in curves)
+        self.last_step = max(curve.steps[-1] for curve in curves)
 
     def at(self, method: str, step: int, quantity: str = "height") -> list[float]:
         """The value of every seed."""

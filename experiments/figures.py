@@ -19,7 +19,7 @@ LABELS = {
     "condition_gradient": dict.fromkeys(METHODS, "κ₂ of the gradient"),
     "nuclear_norm": dict.fromkeys(METHODS, "nuclear norm of the gradient"),
 }
-HEADROOM = 10.0  # a diverging curve leaves the picture at this multiple of the highest start
+HEADROOM = 2.0  # a diverging curve leaves the picture at this multiple of the highest value of the others
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def polar(
             methods: as they are).
         method: "auto", "svd", "gram", "qdwh", "zolo", "newton", "newton_schulz" or "polar_express"; docs/polar.md
             says what each costs and gives.
-        steps: inner steps. qdwh: cut off after that many from ℓ₀ = eps, the operator of the paper's tables; without,
+        steps: inner steps. qdwh: cut off after that many from ℓ₀ = n·eps, the operator of the paper's tables; without,
             to convergence. newton_schulz, polar_express: 5 without. The other methods refuse it.
         lower: relative to σ_max. Below it a direction counts as null (svd, gram: gain 0) or is damped (qdwh, zolo,
             newton, polar_express: gain about σ/(lower·σ_max)). Use 1e-7 on fp32 for all that the data holds; `auto`

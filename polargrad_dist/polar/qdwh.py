@@ -1,7 +1,9 @@
 """QDWH, the QR-based dynamically weighted Halley iteration (Nakatsukasa, Bai and Gygi 2010; algorithm A.3).
 
 Works on square matrices (`rational.py` makes them so). Two modes: to convergence from a lower bound on the singular
-values, and cut off after a given number of steps from ℓ₀ = eps, the operator behind the paper's learning rates.
+values, and cut off after a given number of steps from ℓ₀ = n·eps, the operator behind the paper's learning rates.
+Which ℓ₀ its authors took is not printed; from this one, and neither from eps nor from an estimated σ_min, their rates do
+what they report. Two steps leave σ(U) in about [0.78, 1] for n = 100.
 """
 
 from __future__ import annotations
@@ -12,14 +14,14 @@ import torch
 from torch import Tensor
 
 from .oracle import Options, Oracle, inner_product, orthogonality, working_copy
-from .rational import Bounds, on_square, to_square
+from .rational import Bounds, largest_singular_value, on_square, to_square
 
 # Above this c a Cholesky step would lose digits; the QR step is backward stable for any c (section 4 of the paper).
 LARGEST_CHOLESKY_C = 100.0
 
 
 def qdwh(A: Tensor, options: Options) -> Oracle:
-    """Without `steps`: to rounding, from estimated bounds. With `steps`: that many, α = ‖A‖_F and ℓ₀ = eps."""
+    """Without `steps`: to rounding, from estimated bounds. With `steps`: that many, from α ≳ ‖A‖₂ and ℓ₀ = n·eps."""
     if options.steps is None:
         return on_square(A, options, _run)
     return _truncated(A, options, options.steps)
@@ -33,8 +35,9 @@ def _run(X: Tensor, bounds: Bounds) -> tuple[Tensor, int]:
 def _truncated(A: Tensor, options: Options, steps: int) -> Oracle:
     X, _ = working_copy(A)
     Q, R = to_square(X)
-    norm = torch.linalg.matrix_norm(R)[:, None, None]
-    U = run_qdwh(R / torch.where(norm > 0, norm, 1.0), halley_schedule(torch.finfo(X.dtype).eps, 0.0, steps))
+    alpha = largest_singular_value(R)[:, None, None]
+    low = min(0.5, R.shape[-1] * torch.finfo(X.dtype).eps)
+    U = run_qdwh(R / torch.where(alpha > 0, alpha, 1.0), halley_schedule(low, 0.0, steps))
     U = U if Q is None else Q @ U
     residual = orthogonality(U) if options.info else None
     return Oracle(U.to(options.out_dtype), inner_product(A, U), steps=steps, residual=residual)

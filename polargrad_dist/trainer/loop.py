@@ -136,6 +136,7 @@ class Trainer:
         self.placed = place(model, config, world, optimizer.gradients == "to_owner")
         self.optimizer = PolarGrad.from_config(self.placed.model, optimizer)
         self.diagnostics = Diagnostics(self.optimizer, config.diagnostics)
+        self._parameters = sum(p.numel() for p in model.parameters())
         self.base_beta = [group["beta"] for group in self.optimizer.param_groups]
         self.progress = Progress()
         self.phases = Phases(world.device)
@@ -340,6 +341,8 @@ class Trainer:
         steps = step - self._reported
         self._reported = step
         per_second = steps * self.config.tokens_per_step / wall
+        if self._parameters:  # once per start
+            record["parameters"], self._parameters = self._parameters, 0
         record["lr"] = {group["role"]: group["lr"] for group in self.optimizer.param_groups}
         record["tokens_per_second"] = per_second
         if self.peak is not None and hasattr(self.bare, "flops_per_token"):

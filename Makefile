@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 EXTRAS := train,wandb,tensorboard,accelerate,eval,dev
 
-.PHONY: train test test-slow test-all lint format bench chaos setup clean
+.PHONY: train test test-slow test-all lint format bench chaos paper paper-lm race setup clean
 
 setup: $(VENV)/.ready
 
@@ -44,6 +44,18 @@ bench: setup
 # Kills a two-process run 25 times at random moments; it must end with the bits of an undisturbed one.
 chaos: setup
 	$(BIN)/python -m tests.chaos --kills 25
+
+# The paper's matrix problems with every optimizer of its tables, three seeds: figures and curves in runs/paper.
+paper: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments all
+
+# Its language-model experiments scaled down, three seeds: figures and curves in runs/paper-lm.
+paper-lm: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.language paper
+
+# AdamW, Muon and PolarGrad on equal terms: sweeps, then three seeds at several lengths.
+race: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.language race
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache

@@ -12,7 +12,7 @@ from typing import Any
 
 from data.config import HubConfig
 from data.network import first_line, offline, unreachable
-from data.sources import Piece, document_piece, stamp, text_field
+from data.pieces import Piece, document_piece, stamp, text_field
 from polargrad_dist.errors import DataError
 
 

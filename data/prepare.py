@@ -27,8 +27,9 @@ import numpy as np
 
 from data.config import DataConfig
 from data.files import digest, folder_lock, make_folder, read_json, write_atomically, write_json
+from data.pieces import Piece, Source
 from data.shards import MANIFEST, MAX_SHARD_TOKENS, Manifest, Shard, token_dtype, write_shard
-from data.sources import Piece, Source, open_source
+from data.sources import open_source
 from data.tokenizers import Tokenizer, open_tokenizer
 from polargrad_dist.errors import ConfigError, DataError
 

@@ -14,47 +14,16 @@ import tokenize
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from data.config import DataConfig
+from data.hub import HubSource
+from data.pieces import Piece, Source, document_hash, document_piece, stamp, text_field
 from polargrad_dist.errors import ConfigError, DataError
 
 PIECE_BYTES = 2**18  # plain text is read in pieces of this size, cut at a line break
 TEXT, LINES, PARQUET = (".txt", ".md"), (".jsonl", ".ndjson"), (".parquet",)
 _NO_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-
-
-class Piece(NamedTuple):
-    """A document, or a part of a long one."""
-
-    text: str
-    size: int
-    """Bytes of the text in UTF-8."""
-    validation: bool = False
-    begins: bool = True
-    """Whether the document begins with this piece."""
-
-
-class Source(Protocol):
-    @property
-    def size(self) -> int | None:
-        """Bytes to read in all, where they are known beforehand; only for a progress bar."""
-        ...
-
-    def identity(self) -> dict[str, Any]: ...
-
-    def describe(self) -> str: ...
-
-    def pieces(self, start: int = 0, cursor: Any = None) -> Iterator[Piece]:
-        """The pieces from number ``start`` on. Raises DataError naming file and line of text it cannot use.
-
-        ``cursor``: what ``self.cursor()`` gave after piece ``start`` - 1, if anything.
-        """
-        ...
-
-    def cursor(self) -> Any:
-        """Where the pieces given out so far end, for a source that can go there faster than by counting; else None."""
-        ...
 
 
 def open_source(config: DataConfig) -> Source:
@@ -71,8 +40,6 @@ def open_source(config: DataConfig) -> Source:
             validation_paths=config.validation_paths,
         )
     if config.source == "hub":
-        from data.hub import HubSource
-
         return HubSource(config.hub, config.text_field, config.validation_fraction)
     raise ConfigError(
         f"data.source is {config.source!r}: token shards are ready to be read, there is no text to prepare."
@@ -125,7 +92,7 @@ class BuiltinSource:
     def pieces(self, start: int = 0, cursor: Any = None) -> Iterator[Piece]:
         wanted, kept = self._fraction * self.size, 0
         validation: set[int] = set()
-        for index in sorted(range(len(self._documents)), key=lambda i: _hash(self._documents[i][1])):
+        for index in sorted(range(len(self._documents)), key=lambda i: document_hash(self._documents[i][1])):
             if kept >= wanted:
                 break
             validation.add(index)
@@ -217,12 +184,6 @@ class FileSource:
             read_json_lines(path, self._field) if path.suffix in LINES else read_parquet(path, self._field)
         )
         return (document_piece(text, self._fraction, where) for where, text in documents)
-
-
-def stamp(path: Path) -> list[Any]:
-    """What changes whenever a file's content does, without reading it."""
-    status = path.stat()
-    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
 
 
 def find_files(paths: list[str], key: str, suffixes: tuple[str, ...]) -> list[Path]:
@@ -333,27 +294,3 @@ def read_parquet(path: Path, field: str) -> Iterator[tuple[str, str]]:
                     yield where, text_field({field: text}, field, where)
     except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
         raise DataError(f"{path} cannot be read as parquet: {error}.") from error
-
-
-def text_field(record: dict[str, Any], field: str, where: str) -> str:
-    if field not in record:
-        fields = ", ".join(map(str, record)) or "nothing"
-        raise DataError(f"{where} has no field {field!r} but {fields}; set data.text_field.")
-    if not isinstance(record[field], str):
-        raise DataError(f"{where}: {field!r} holds a {type(record[field]).__name__}, expected text.")
-    return record[field]
-
-
-def document_piece(text: str, validation_fraction: float, where: str) -> Piece:
-    """A whole document, for validation if a hash of its text falls below the fraction."""
-    try:
-        raw = text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where} holds half a surrogate pair (\\u{ord(text[error.start]):04x}), which is no text."
-        ) from error
-    return Piece(text, len(raw), validation_fraction > 0 and _hash(raw) < validation_fraction * 2**64)
-
-
-def _hash(text: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())

@@ -17,7 +17,7 @@ from numpy.typing import DTypeLike
 from data.config import TokenizerConfig
 from data.files import digest, make_folder, read_json, write_atomically
 from data.network import first_line, unreachable
-from data.sources import Source
+from data.pieces import Source
 from polargrad_dist.errors import ConfigError, DataError
 
 END_OF_TEXT = "<|endoftext|>"

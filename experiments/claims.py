@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from experiments.curves import Curves
 
 POLAR, POLAR_DECAY, POLAR_EXACT = "PolarGrad (QDWH)", "PolarGrad (QDWH; lr ↓)", "PolarGrad (ZOLO-PD)"
-POLAR_OURS, POLAR_DECAY_OURS = "PolarGrad (QDWH), 5.5e-8", "PolarGrad (QDWH; lr ↓), 6e-8"
 EXACT_OURS, EXACT_EDGE = "PolarGrad (ZOLO-PD), 3.2e-8", "PolarGrad (exact), 4e-8"
 MUON, MUON_QDWH, MUON_ZOLO, MUON_DECAY = "Muon (NS)", "Muon (QDWH)", "Muon (ZOLO-PD)", "Muon (QDWH; lr ↓)"
 SGD, SGD_DECAY = "PolarSGD (QDWH)", "PolarSGD (QDWH; lr ↓)"
@@ -85,16 +84,14 @@ _Q, _L, _C = "quadratic", "logistic", "completion"
 _KAPPA, _NUCLEAR, _RESIDUAL = "condition_gradient", "nuclear_norm", "condition_residual"
 CLAIMS = (
     Claim(_Q, "orders", "4e-8, truncated QDWH: gap below 100", ((Side(POLAR, 1000), 100.0),)),
-    Claim(_Q, "orders", "the same at 5.5e-8", ((Side(POLAR_OURS, 1000), 100.0),)),
     Claim(_Q, "orders", "3e-8, exact factor: gap below 40", ((Side(POLAR_EXACT, 1000), 40.0),)),
     Claim(_Q, "orders", "the same at 3.2e-8", ((Side(EXACT_OURS, 1000), 40.0),)),
     Claim(_Q, "orders", "4e-8, exact factor: diverges", ((Side(EXACT_EDGE, 300), 1e15),), above=True),
     Claim(_Q, "orders", "Muon at constant 0.1: floor above 1e4",
           tuple((Side(m, 1000), 1e4) for m in (MUON, MUON_QDWH, MUON_ZOLO)), above=True),
-    Claim(_Q, "orders", "Adam ends between PolarGrad at 5.5e-8 and Muon",
-          (*_versus((ADAM,), (MUON,), 1000), *_versus((POLAR_OURS,), (ADAM,), 1000))),
+    Claim(_Q, "orders", "Adam ends between PolarGrad at 4e-8 and Muon",
+          (*_versus((ADAM,), (MUON,), 1000), *_versus((POLAR,), (ADAM,), 1000))),
     Claim(_Q, "orders", "4.75e-8 decayed: fp32 floor (below 1e-5) within 300", ((Side(POLAR_DECAY, 300), 1e-5),)),
-    Claim(_Q, "orders", "the same at 6e-8", ((Side(POLAR_DECAY_OURS, 300), 1e-5),)),
     Claim(_Q, "5.1 (i)", "better polar factors make Muon faster: early gap",
           _versus((MUON_QDWH, MUON_ZOLO), (MUON,), 100)),
     Claim(_Q, "5.1 (i)", "better polar factors make Muon better: final gap",
@@ -107,7 +104,7 @@ CLAIMS = (
           ((Side(MUON_QDWH, 1000), Side(MUON_QDWH, 500)),), factor=0.8, above=True),
     Claim(_Q, "5.1 (iii)", "Muon ends lower with decay", _versus((MUON_DECAY,), (MUON_QDWH,), 1000)),
     Claim(_Q, "5.1 (iv)", "κ of the residual falls with the gap: lower for PolarGrad than for Muon at the end",
-          _versus((POLAR_OURS, EXACT_OURS), (MUON_QDWH, MUON_ZOLO), 1000, _RESIDUAL)),
+          _versus((POLAR, EXACT_OURS), (MUON_QDWH, MUON_ZOLO), 1000, _RESIDUAL)),
     Claim(_Q, "5.1 (v)", "Adam's κ of the gradient grows: over 10x from start to end",
           _growth(ADAM, 1000, _KAPPA), factor=10.0, above=True),
     Claim(_Q, "5.1 (v)", "Adam's κ of the gradient ends above PolarGrad's and Muon's",
@@ -116,8 +113,8 @@ CLAIMS = (
           _versus((POLAR, POLAR_EXACT), (MUON, MUON_QDWH, MUON_ZOLO), 1000, _NUCLEAR)),
     Claim(_Q, "D.1.1", "momentum is faster than no momentum",
           _versus(("PolarGradM (polar-first)", "PolarGradM (momentum-first)"), (POLAR,), 300)),
-    Claim(_Q, "D.1.1", "momentum is slower than no momentum with decay (at 6e-8)",
-          _versus((POLAR_DECAY_OURS,), ("PolarGradM (polar-first)", "PolarGradM (momentum-first)"), 300)),
+    Claim(_Q, "D.1.1", "momentum is slower than no momentum with decay",
+          _versus((POLAR_DECAY,), ("PolarGradM (polar-first)", "PolarGradM (momentum-first)"), 300)),
     Claim(_Q, "D.1.1", "decay makes momentum no faster",
           (*_versus(("PolarGradM (polar-first)",), ("PolarGradM (polar-first; lr ↓)",), 1000),
            *_versus(("PolarGradM (momentum-first)",), ("PolarGradM (momentum-first; lr ↓)",), 1000))),

@@ -118,10 +118,6 @@ def _altgd(problem: Problem, lr: float) -> Optimizer:
 _POLAR_FIRST = _polargradm(0.95, polar_first=True)
 _MOMENTUM_FIRST = _polargradm(0.9, polar_first=False)
 
-_TRUNCATED = (
-    "QDWH cut off after 2 steps from ℓ₀ = eps leaves singular values of U and the nuclear norm at about 0.8 of the "
-    "exact ones, so the stable rate is higher than the exact factor's, and the printed one is a third below it"
-)
 _EDGE = "just under the largest stable rate of the exact factor, which 3e-8 is 10 % below"
 _DIVERGES = "the printed rate of the truncated factor, with the exact one"
 _EARLY = "the printed rate is slow at first with batch gradients that are sums over the batch"
@@ -141,8 +137,6 @@ QUADRATIC = [
     Method("PolarGradM (polar-first; lr ↓)", "D.2", 5e-7, _POLAR_FIRST, 0.99),
     Method("PolarGradM (momentum-first)", "D.2", 2e-7, _MOMENTUM_FIRST),
     Method("PolarGradM (momentum-first; lr ↓)", "D.2", 2.5e-7, _MOMENTUM_FIRST, 0.99),
-    Method("PolarGrad (QDWH), 5.5e-8", "D.1", 5.5e-8, _polargrad(), why=_TRUNCATED),
-    Method("PolarGrad (QDWH; lr ↓), 6e-8", "D.1", 6e-8, _polargrad(), 0.99, why=_TRUNCATED),
     Method("PolarGrad (ZOLO-PD), 3.2e-8", "D.1", 3.2e-8, _polargrad("zolo", None), why=_EDGE),
     Method("PolarGrad (exact), 4e-8", "D.1", 4e-8, _polargrad("svd", None), why=_DIVERGES),
 ]

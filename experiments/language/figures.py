@@ -5,18 +5,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from experiments.language.runner import Curves
-
-if TYPE_CHECKING:
-    from experiments.language.paper import Experiment
 
 SMOOTHING = 0.8
 
 
-def draw(experiment: Experiment, curves: dict[str, list[Curves]], path: Path) -> None:
-    """Training and validation loss, condition number and nuclear norm of embedding and head, in one PNG."""
+def draw(title: str, embed: str, head: str, curves: dict[str, list[Curves]], path: Path) -> None:
+    """Training and validation loss, condition number and nuclear norm of the gradients of two parameters, in one PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -29,9 +26,7 @@ def draw(experiment: Experiment, curves: dict[str, list[Curves]], path: Path) ->
         {n: [_smooth(r.train) for r in runs] for n, runs in curves.items()},
     )
     _panel(axes[1, 0], "validation loss", {n: [r.validation for r in runs] for n, runs in curves.items()})
-    for column, (where, parameter) in enumerate(
-        (("embedding", experiment.embed), ("head", experiment.head)), 1
-    ):
+    for column, (where, parameter) in enumerate((("embedding", embed), ("head", head)), 1):
         for row, (figure_name, title) in enumerate(
             (
                 ("condition", f"condition number of the {where}'s gradient"),
@@ -47,7 +42,7 @@ def draw(experiment: Experiment, curves: dict[str, list[Curves]], path: Path) ->
             )
     axes[0, 0].legend(fontsize=8)
     seeds = len(next(iter(curves.values())))
-    figure.suptitle(f"{experiment.title}, scaled down, {seeds} seeds: counterpart of {experiment.figures}")
+    figure.suptitle(f"{title}, {seeds} seeds")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

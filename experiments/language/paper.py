@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from experiments.language.figures import draw
 from experiments.language.runner import SMALL, Curves, Job, run_all
 
 
@@ -108,8 +109,6 @@ EXPERIMENTS = {
 
 def run(names: list[str], out: Path, seeds: list[int], steps: int, workers: int) -> dict[str, Any]:
     """Trains, draws one picture per experiment into ``out``, and returns the final losses as JSON-able figures."""
-    from experiments.language.figures import draw
-
     report: dict[str, Any] = {}
     for name in names:
         experiment = EXPERIMENTS[name]
@@ -118,7 +117,8 @@ def run(names: list[str], out: Path, seeds: list[int], steps: int, workers: int)
         curves: dict[str, list[Curves]] = {
             entry.name: [found[jobs[entry.name, seed]] for seed in seeds] for entry in experiment.entries
         }
-        draw(experiment, curves, out / f"{name}.png")
+        title = f"{experiment.title}, scaled down: counterpart of {experiment.figures}"
+        draw(title, experiment.embed, experiment.head, curves, out / f"{name}.png")
         report[name] = {
             entry: {
                 "final_validation_loss": [run.final for run in runs],

@@ -104,7 +104,9 @@ def test_a_picture_is_drawn_from_curves(tmp_path):
     from experiments.language.figures import draw
 
     draw(
-        paper.EXPERIMENTS["qwen2.5"],
+        "Title",
+        "embed",
+        "qwen.lm_head.weight",
         {"one": [curves, curves], "diverged": [Curves()]},
         tmp_path / "x" / "p.png",
     )

@@ -17,15 +17,17 @@ def curve(problem: str, name: str, steps: int = 1000) -> Curve:
 
 def test_truncated_polargrad_converges_at_its_printed_rate_where_the_exact_factor_diverges():
     truncated = curve("quadratic", "PolarGrad (QDWH)")
-    assert truncated.gap[-1] < 2e4  # the library's truncation starts from eps: slower than expected of 4e-8
-    assert truncated.gap[-1] < 0.5 * truncated.at(500)
+    assert truncated.gap[-1] < 100
+    assert truncated.gap[-1] < 0.1 * truncated.at(500)
     assert curve("quadratic", "PolarGrad (exact), 4e-8").diverged_at is not None
 
 
-def test_at_rates_that_suit_polargrad_is_orders_below_muons_floor_and_adam_between():
+def test_exact_polargrad_converges_at_its_printed_rate_and_further_at_the_edge_of_stability():
     assert curve("quadratic", "PolarGrad (ZOLO-PD)").gap[-1] < 300
     assert curve("quadratic", "PolarGrad (ZOLO-PD), 3.2e-8").gap[-1] < 40
-    assert curve("quadratic", "PolarGrad (QDWH), 5.5e-8").gap[-1] < 100
+
+
+def test_muon_stops_at_a_floor_orders_above_polargrad_and_adam():
     muon, adam = curve("quadratic", "Muon (NS)"), curve("quadratic", "Adam")
     assert muon.gap[-1] > 1e4
     assert muon.gap[-1] > 0.5 * muon.at(500)
@@ -33,7 +35,7 @@ def test_at_rates_that_suit_polargrad_is_orders_below_muons_floor_and_adam_betwe
 
 
 def test_decayed_polargrad_reaches_the_fp32_floor_within_300_steps():
-    found = curve("quadratic", "PolarGrad (QDWH; lr ↓), 6e-8", 300)
+    found = curve("quadratic", "PolarGrad (QDWH; lr ↓)", 300)
     assert found.gap[0] > 1e9
     assert found.gap[-1] < 1e-6
 

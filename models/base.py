@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -16,25 +17,27 @@ from models.loss import loss_sum
 from polargrad_dist.errors import ConfigError
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(nn.Module, ABC):
     """A causal language model. ``model(tokens, targets)`` is the mean loss in nats, ``model(tokens)`` the logits."""
 
     config: Sizes
 
     @property
+    @abstractmethod
     def blocks(self) -> list[nn.Module]:
         """The repeated blocks: what is compiled, checkpointed and sharded one by one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def hidden(self, tokens: torch.Tensor, progress: float) -> torch.Tensor:
         """The normalized output of the last block, (B, T, width)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def get_input_embeddings(self) -> nn.Module:
-        raise NotImplementedError
+        """The token embedding."""
 
+    @abstractmethod
     def get_output_embeddings(self) -> nn.Linear:
-        raise NotImplementedError
+        """The head."""
 
     def logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Logits (…, V) in fp32, of hidden states (…, width) and the head's weight."""

@@ -52,6 +52,8 @@ def _panel(
     axis: Any, title: str, lines: dict[str, list[list[tuple[int, float]]]], logarithmic: bool = False
 ) -> None:
     for name, runs in lines.items():
+        if logarithmic:  # of a head that starts at zero, the embedding's first gradient is zero too
+            runs = [[(step, value) for step, value in run if value > 0] for run in runs]
         runs = [dict(run) for run in runs if run]  # type: ignore[misc]
         if not runs:
             axis.plot([], [], label=f"{name} (diverged)")

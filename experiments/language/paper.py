@@ -83,6 +83,14 @@ def _qwen() -> Experiment:
     )
 
 
+# One run each at a few rates, seed 0: the printed ones are a tenth of these and less, for gradients of the full-size models.
+GPT2_ADAM = {"optimizer.head.lr": 0.03}
+GPT2_POLAR = {
+    "small": {"optimizer.embed.lr": 50.0, "optimizer.head.lr": 0.4},
+    "medium": {"optimizer.embed.lr": 25.0, "optimizer.head.lr": 1.6},
+}
+
+
 def _gpt2(size: str, figures: str, section: str) -> Experiment:
     polar, adam = f"gpt2-{size}-fineweb", f"gpt2-{size}-fineweb-adam"
     first = {f"optimizer.{role}.momentum": "polar_first" for role in ("embed", "value_embed", "head")}
@@ -91,9 +99,12 @@ def _gpt2(size: str, figures: str, section: str) -> Experiment:
         figures,
         {"model.layers": 4, "trainer.schedule.momentum_warmup_steps": 20},
         (
-            Entry("Muon + Adam", adam),
-            Entry("Muon + PolarSGDM", polar),
-            Entry("Muon + PolarSGDM polar-first", polar, first),
+            Entry("Muon + Adam printed", adam),
+            Entry("Muon + Adam", adam, GPT2_ADAM),
+            Entry("Muon + PolarSGDM printed", polar),
+            Entry("Muon + PolarSGDM", polar, GPT2_POLAR[size]),
+            Entry("Muon + PolarSGDM polar-first printed", polar, first),
+            Entry("Muon + PolarSGDM polar-first", polar, GPT2_POLAR[size] | first),
         ),
         "embed.weight",
         "head.weight",

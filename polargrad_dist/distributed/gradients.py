@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from polargrad_dist.distributed.grid import Grid
 from polargrad_dist.distributed.plan import Entry, chunk
 from polargrad_dist.distributed.transport import Traffic
 from polargrad_dist.errors import PolarGradError
 
+_hooks = WeakTensorKeyDictionary()  # parameter to the handle of its hook
 SMALL = 1 << 16  # elements below which elementwise parameters share one all-reduce
 
 
@@ -35,14 +37,16 @@ class OwnerReducer:
         self.small = [e.kind == "everywhere" and e.numel < SMALL for _, e in self.order]
         self.enabled = True
         self._reset()
-        place = {p: i for i, (p, _) in enumerate(self.order)}
-        for p, i in place.items():
-            p.register_post_accumulate_grad_hook(lambda _, i=i: self._arrived(i))
+        for i, (p, _) in enumerate(self.order):
+            if p in _hooks:  # of an optimizer built earlier on the same model: two would average twice
+                _hooks[p].remove()
+            _hooks[p] = p.register_post_accumulate_grad_hook(lambda _, i=i: self._arrived(i))
 
     def _reset(self) -> None:
         self._here = [False] * len(self.order)
         self._next = 0
         self._flying: list[Any] = []
+        self._versions: dict[int, int] = {}
         self.done = False
         self.present: dict[torch.Tensor, bool] = {}
 
@@ -65,6 +69,7 @@ class OwnerReducer:
                 "optimizer.zero_grad(), not with the model's"
             )
         self._here[index] = True
+        self._note(index)
         while self._next < len(self.order) and self._here[self._next]:
             self._launch(self._next)
             self._next += 1
@@ -78,6 +83,7 @@ class OwnerReducer:
         grad = p.grad.div_(self.grid.replicas)
         group = self.grid.replicate
         if group is None:
+            self._note(index)
             return
         if e.kind == "everywhere":
             self._flying.append(self.traffic.all_reduce(grad, group))
@@ -88,6 +94,13 @@ class OwnerReducer:
                 first, last = chunk(e.shape[0], self.grid.replicas, rank)
                 if first < last:
                     self._flying.append(self.traffic.reduce(grad[first:last], rank, group))
+        self._note(index)
+
+    def _note(self, index: int) -> None:
+        """Remembers how often a gradient has been written, to see whether somebody else does before `finish`."""
+        grad = self.order[index][0].grad
+        assert grad is not None
+        self._versions[index] = grad._version
 
     def finish(self) -> None:
         """Starts what backward did not reach, waits for everything. Idempotent until `clear`.
@@ -96,6 +109,13 @@ class OwnerReducer:
         """
         if self.done:
             return
+        for index, version in self._versions.items():
+            p, e = self.order[index]
+            if p.grad is None or p.grad._version != version:
+                raise PolarGradError(
+                    f"the gradient of {e.name} was changed while it was on its way to its owner: clip with "
+                    "optimizer.clip_grad_norm_, and call optimizer.finish_reductions() before anything else touches gradients"
+                )
         self.present = {p: p.grad is not None for p, _ in self.order}
         for index in range(self._next, len(self.order)):
             self._launch(index)

@@ -71,8 +71,10 @@ class Agreement:
     """
 
     def __init__(self, grids: Sequence[Grid], device: torch.device):
-        widest = max(grids, key=lambda grid: grid.world)
-        self.groups = [group if device.type == "cpu" else _host_twin(group) for group in widest.groups]
+        widest = max(grids, key=lambda grid: (grid.world, len(grid.groups)))
+        twins = {group: group if device.type == "cpu" else _host_twin(group) for group in widest.groups}
+        self.groups = list(twins.values())
+        self._copies = [] if widest.replicate is None else [twins[widest.replicate]]
 
     def largest(self, x: torch.Tensor) -> torch.Tensor:
         """Elementwise maximum of a CPU tensor over all ranks, in place."""
@@ -89,6 +91,16 @@ class Agreement:
     def same(self, x: torch.Tensor) -> torch.Tensor:
         """For each element of a CPU tensor, whether all ranks have the same value."""
         return self.largest(x.clone()) == -self.largest(-x)
+
+    def same_copies(self, x: torch.Tensor, everywhere: torch.Tensor) -> torch.Tensor:
+        """The same for figures of copies: of whole ones where ``everywhere``, elsewhere of the shards that are copies of
+        each other. All ranks get one answer."""
+        high, low = x.clone(), -x
+        for group in self._copies:
+            for extreme in (high, low):
+                dist.all_reduce(extreme, dist.ReduceOp.MAX, group=group)
+        differ = torch.where(everywhere, ~self.same(x), high != -low)
+        return self.largest(differ.int()) == 0
 
 
 def _host_twin(group: dist.ProcessGroup) -> dist.ProcessGroup:

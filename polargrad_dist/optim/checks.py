@@ -97,8 +97,12 @@ def fixed_part(group: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def complaint(groups: Sequence[Mapping[str, Any]], fixed: Sequence[tuple[Any, ...]]) -> ConfigError | None:
-    """What keeps this rank from stepping: a group changed where it may not, a sparse gradient. None if nothing does."""
+    """What keeps this rank from stepping: a value that cannot be meant, one that may not change, a sparse gradient."""
     for number, (group, before) in enumerate(zip(groups, fixed, strict=True)):
+        try:
+            check_values(group, f"parameter group {number}")
+        except ConfigError as error:
+            return error
         for key, old, now in zip(FIXED, before, fixed_part(group), strict=True):
             if now != old:
                 return ConfigError(

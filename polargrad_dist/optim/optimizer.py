@@ -35,6 +35,19 @@ from polargrad_dist.optim.rules import OptimizerConfig
 from polargrad_dist.optim.state import NamedState
 from polargrad_dist.optim.update import NAN, Facts, Work, local, make_state, step_adamw
 
+NUMBERS = (
+    "lr",
+    "beta",
+    "betas",
+    "eps",
+    "weight_decay",
+    "lower",
+    "steps",
+    "nesterov",
+    "cautious",
+    "scale",
+    "spectrum",
+)
 COPIES_CHECKED = 1000  # steps between looks at whether copies are still equal
 
 
@@ -134,28 +147,45 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; on several ranks all of them must. Owners of earlier parameters stay as they are."""
-        others = list(self.param_groups)
-        check_keys(param_group, f"parameter group {len(others)}")
-        given = param_group["params"]
-        params = [given] if isinstance(given, torch.Tensor) else list(given)
-        if not params:
-            raise ConfigError("a parameter group is empty, expected at least one parameter in each")
-        if "param_names" not in param_group and isinstance(params[0], torch.Tensor):
-            count = sum(len(other["params"]) for other in others)
-            param_group["param_names"] = [f"param.{count + i}" for i in range(len(params))]
-        if len({id(p[1] if isinstance(p, tuple) else p) for p in params}) < len(params):
-            raise ConfigError(f"parameter group {len(others)} holds a parameter twice, expected each once")
-        super().add_param_group(param_group | {"params": params})
-        group = self.param_groups[-1]
-        group.setdefault("initial_lr", group["lr"])
-        group["role"] = group["role"] or ("scalar" if group["algorithm"] == "adamw" else "hidden")
-        names = [name for other in self.param_groups for name in other["param_names"]]
+        number = len(self.param_groups)
+        where = f"parameter group {number}"
+        group = self._completed(param_group, where)
+        taken = [name for other in self.param_groups for name in other["param_names"]]
+        names = [*taken, *group["param_names"]]
         if again := {name for name in names if names.count(name) > 1}:
             raise ConfigError(f"{min(again)!r} names two parameters, expected each name once")
-        check_values(group, f"parameter group {len(others)}")
-        self._fixed.append(fixed_part(group))
+        check_values(group, where)
+        for name, p in zip(group["param_names"], group["params"], strict=True):
+            check_parameter(name, p, self._gradients)
+            entry(group, name, p)
+        if self._reducer is not None:
+            raise ConfigError("gradients='to_owner' cannot take further parameter groups after construction")
+        named = list(zip(group.pop("param_names"), group.pop("params"), strict=True))
+        super().add_param_group(group | {"params": named})
+        self._fixed.append(fixed_part(self.param_groups[-1]))
         if self._plan is not None:
             self._place_and_deal()
+
+    def _completed(self, given: dict[str, Any], where: str) -> dict[str, Any]:
+        """A copy of a group with every key, its parameters a list and named."""
+        check_keys(given, where)
+        params = [given["params"]] if isinstance(given["params"], torch.Tensor) else list(given["params"])
+        if not params:
+            raise ConfigError("a parameter group is empty, expected at least one parameter in each")
+        names = given.get("param_names")
+        if isinstance(params[0], tuple):
+            names, params = [name for name, _ in params], [p for _, p in params]
+        if names is None:
+            count = sum(len(other["params"]) for other in self.param_groups)
+            names = [f"param.{count + i}" for i in range(len(params))]
+        if len(names) != len(params):
+            raise ConfigError(f"{where} has {len(names)} names for {len(params)} parameters")
+        if len(set(map(id, params))) < len(params):
+            raise ConfigError(f"{where} holds a parameter twice, expected each once")
+        group = self.defaults | given | {"params": params, "param_names": list(names)}
+        group.setdefault("initial_lr", group["lr"])
+        group["role"] = group["role"] or ("scalar" if group["algorithm"] == "adamw" else "hidden")
+        return group
 
     def _place_and_deal(self) -> None:
         """Finds the grid and the owner of every parameter that has none yet, and makes its state."""
@@ -164,7 +194,6 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         for group in self.param_groups:
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 if name not in known:
-                    check_parameter(name, p, self._gradients)
                     e, grid = entry(group, name, p), self._grids.of(name, p)
                     e.shards = grid.shards
                     new.append(Work(e, p, group, grid, self.state[p], len(self._works) + len(new)))
@@ -182,10 +211,6 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         for work in new:
             make_state(work, work.grid.world, work.grid.rank)
         if self._gradients == "to_owner":
-            if self._reducer is not None:
-                raise ConfigError(
-                    "gradients='to_owner' cannot take further parameter groups after construction"
-                )
             entries = [w.entry for w in self._works]
             self._reducer = OwnerReducer(
                 [w.p for w in self._works], entries, self._works[0].grid, self.traffic
@@ -332,26 +357,36 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         )
 
     def _check_copies(self) -> None:
-        """At the first two steps and every thousand: copies that differ, in weights or gradients, would drift in silence."""
+        """At the first two steps and every thousand: what differs between copies would go on doing so in silence."""
         self._steps += 1
         if self._agreement is None or (self._steps > 2 and self._steps % COPIES_CHECKED):
             return
-        works = [w for w in self._works if w.grid.shards == 1]
-        weights = [_digest(w.flat) for w in works]
-        grads = [0 if self._reducer or w.p.grad is None else _digest(w.grad) for w in works]
-        same = self._agreement.same(torch.tensor([*weights, *grads]))
+        copied = [w for w in self._works if w.grid.replicas > 1]
+        weights = [_digest(w.flat) for w in copied]
+        grads = [0 if self._reducer or w.p.grad is None else _digest(w.grad) for w in copied]
+        whole = torch.tensor([w.grid.shards == 1 for w in copied] * 2, dtype=torch.bool)
+        same = self._agreement.same_copies(torch.tensor([*weights, *grads], dtype=torch.int64), whole)
+        numbers = [zlib.crc32(repr([group[key] for key in NUMBERS]).encode()) for group in self.param_groups]
+        agreed = self._agreement.same(torch.tensor(numbers))
+        if not agreed.all():
+            number = int((~agreed).nonzero()[0])
+            raise ConfigError(
+                f"the learning rate or another number of parameter group {number} differs between ranks, expected the same "
+                "on all: step the same scheduler on every rank"
+            )
         if same.all():
             return
         number = int((~same).nonzero()[0])
-        name = works[number % len(works)].entry.name
-        if number < len(works):
+        name = copied[number % len(copied)].entry.name
+        if number < len(copied):
             raise ConfigError(
-                f"{name} differs between ranks that should hold copies of it: broadcast the parameters before the first "
-                "step (DistributedDataParallel does so when it wraps the model), and give all ranks the same learning rates"
+                f"{name} differs between ranks that should hold copies of it: give them the same weights before the first "
+                "step (DistributedDataParallel does so when it wraps the model, fully_shard does not)"
             )
         raise ConfigError(
             f"the gradient of {name} differs between ranks that hold copies of it: wrap the model in "
-            "DistributedDataParallel, average the gradients before step(), or use gradients='to_owner'"
+            "DistributedDataParallel, average the gradients before step(), or use gradients='to_owner'; where only some "
+            "ranks train together, give their process_group"
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:

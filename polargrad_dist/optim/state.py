@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from polargrad_dist.distributed.plan import chunk
 from polargrad_dist.distributed.transport import Agreement
-from polargrad_dist.errors import CheckpointError
-from polargrad_dist.optim.checks import FIXED, fixed_part
+from polargrad_dist.errors import CheckpointError, ConfigError
+from polargrad_dist.optim.checks import FIXED, check_values, fixed_part
 from polargrad_dist.optim.update import Work, local
 
 
@@ -85,6 +85,9 @@ class NamedState:
             found, problem = self._matched(state_dict), None
         except CheckpointError as error:
             found, problem = None, error
+        except Exception as error:  # whatever a damaged dict holds: the other ranks wait for this one's word
+            found = None
+            problem = CheckpointError(f"this is no state of a PolarGrad ({type(error).__name__}: {error})")
         if self._agreement is not None:
             someone = int(self._agreement.largest(torch.tensor([int(problem is not None)])))
             if someone and problem is None:
@@ -132,12 +135,21 @@ class NamedState:
                 (local(value), _part(work, key, saved[name][key], local(value), whole=place is None))
             )
         groups = {tuple(g["param_names"]): g for g in state_dict["param_groups"]}
+        if len(groups) > len(self.param_groups):
+            raise CheckpointError(
+                f"the saved optimizer has {len(groups)} parameter groups, expected {len(self.param_groups)}: build this one "
+                "with the same groups"
+            )
         for group in self.param_groups:
             if tuple(group["param_names"]) not in groups:
                 raise CheckpointError(
                     f"the saved optimizer has no group that starts with {group['param_names'][0]!r}, expected the same groups"
                 )
             theirs = groups[tuple(group["param_names"])]
+            try:
+                check_values(group | theirs, f"the saved group of {group['param_names'][0]!r}")
+            except ConfigError as error:
+                raise CheckpointError(str(error)) from error
             for key, here, there in zip(FIXED, fixed_part(group), fixed_part(group | theirs), strict=True):
                 if here != there:
                     raise CheckpointError(

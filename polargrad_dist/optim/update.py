@@ -288,8 +288,12 @@ def make_state(work: Work, world: int, rank: int) -> None:
 
 
 def join_bf16(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-    """The fp32 value of which ``high`` (bf16) is the rounding and ``low`` (int16) the difference of their bits."""
-    bits = (high.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)
+    """The fp32 value of which ``high`` (bf16) is the rounding and ``low`` (int16) the difference of their bits.
+
+    Where ``high`` is zero ``low`` is left out: whoever set weights to zero between two steps left it behind, and below zero
+    it would make NaN. (Values that round to zero are under 1e-40.) Beside any other ``high`` it is half a unit at most.
+    """
+    bits = (high.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32) * (high != 0)
     return bits.view(torch.float32)
 
 

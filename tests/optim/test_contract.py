@@ -345,6 +345,9 @@ def _without_ddp(rank: int, world: int, what: str) -> str:
     torch.manual_seed(0)
     matrix, vector = torch.nn.Parameter(torch.randn(6, 6)), torch.nn.Parameter(torch.randn(6))
     optimizer = PolarGrad([{"params": [matrix]}, {"params": [vector], "algorithm": "adamw"}], lr=0.1)
+    if what == "an edit":
+        with torch.no_grad():
+            vector += rank
     for step in range(3):
         for p in (matrix, vector):
             p.grad = torch.full_like(p, 1.0 + (rank if what == "gradients" else 0))
@@ -359,12 +362,15 @@ def _without_ddp(rank: int, world: int, what: str) -> str:
 
 @pytest.mark.parametrize(
     ("what", "expected"),
-    [("gradients", "step 0: the gradient of param.0 differs"), ("rates", "step 1: param.1 differs")],
+    [
+        ("gradients", "step 0: the gradient of param.0 differs"),
+        ("rates", "step 0: the learning rate or another number of parameter group 1 differs"),
+        ("an edit", "step 0: param.1 differs"),
+    ],
 )
 def test_copies_that_drift_apart_are_named_on_all_ranks(what, expected):
     for said in run_ranks(_without_ddp, 2, what, timeout=60):
         assert said.startswith(expected), said
-        assert "DistributedDataParallel" in said
 
 
 def _clip_with_nothing(rank: int, world: int) -> list[float]:
@@ -455,3 +461,61 @@ def test_copies_that_differ_and_models_that_differ_are_refused_on_all_ranks():
     for differ, models in run_ranks(_unequal, 2):
         assert "differs between ranks" in differ
         assert "different parameters" in models
+
+
+def _touched(rank: int, world: int, what: str) -> str:
+    """Gradients that somebody writes to between backward and step, with gradients="to_owner"."""
+    from polargrad_dist.errors import PolarGradError
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 4, bias=False))
+    optimizer = PolarGrad(groups(model), gradients="to_owner")
+    if what == "rebuilt":
+        optimizer = PolarGrad(groups(model), gradients="to_owner")
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(rank))
+    model(x).square().mean().backward()
+    try:
+        if what == "torch's clipping":
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        if what == "finished first":
+            optimizer.finish_reductions()
+            for p in model.parameters():
+                p.grad.mul_(0.5)
+        optimizer.step()
+    except PolarGradError as error:
+        return str(error)
+    return str(float(sum(p.double().sum() for p in model.parameters())))
+
+
+def test_a_gradient_on_its_way_to_its_owner_must_not_be_touched():
+    for said in run_ranks(_touched, 2, "torch's clipping", timeout=60):
+        assert "was changed while it was on its way" in said
+        assert "optimizer.clip_grad_norm_" in said
+    plain = run_ranks(_touched, 2, "nothing", timeout=60)
+    assert plain[0] == plain[1]
+    assert float(plain[0]) != 0
+    assert run_ranks(_touched, 2, "rebuilt", timeout=60) == plain
+    halved = run_ranks(_touched, 2, "finished first", timeout=60)
+    assert halved[0] == halved[1] != plain[0]
+
+
+def _replicas_differ(rank: int, world: int, same: bool) -> str:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from polargrad_dist.errors import ConfigError
+
+    torch.manual_seed(0 if same else rank // 2)
+    model = nn.Linear(8, 6, bias=False)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+    optimizer = PolarGrad(groups(model))
+    model(torch.ones(2, 8)).sum().backward()
+    try:
+        optimizer.step()
+    except ConfigError as error:
+        return str(error)
+    return "nothing was said"
+
+
+def test_hsdp_replicas_that_were_never_made_equal_are_named_on_all_ranks():
+    assert all("differs between ranks" in said for said in run_ranks(_replicas_differ, 4, False, timeout=60))
+    assert run_ranks(_replicas_differ, 4, True, timeout=60) == ["nothing was said"] * 4

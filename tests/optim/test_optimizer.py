@@ -258,6 +258,77 @@ def test_what_state_and_owners_were_laid_out_for_cannot_change_between_steps(key
     assert not p.detach().any()
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("lr", math.nan), ("scale", "nucular"), ("spectrum", "homogenised")]
+)
+def test_a_value_that_cannot_be_meant_is_refused_between_steps_too(key, value):
+    p = nn.Parameter(torch.ones(3, 3))
+    optimizer = PolarGradM([p], lr=0.1)
+    p.grad = torch.eye(3)
+    optimizer.param_groups[0][key] = value
+    with pytest.raises(ConfigError, match=f"parameter group 0.{key} is"):
+        optimizer.step()
+    assert torch.equal(p.detach(), torch.ones(3, 3))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"lr": -1}, {"params": [torch.zeros(3, 3, dtype=torch.complex64)]}, {"wieght": 1}]
+)
+def test_a_group_that_is_refused_leaves_the_optimizer_as_it_was(bad):
+    p = nn.Parameter(torch.ones(3, 3))
+    optimizer = PolarGrad([p], lr=0.1)
+    with pytest.raises(ConfigError):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]} | bad)
+    assert len(optimizer.param_groups) == 1
+    p.grad = torch.eye(3)
+    optimizer.step()
+    assert not torch.equal(p.detach(), torch.ones(3, 3))
+
+
+def test_groups_are_not_written_to_and_may_be_used_again():
+    first, second = {"params": [nn.Parameter(torch.ones(3, 3))]}, {"params": [nn.Parameter(torch.ones(3, 3))]}
+    PolarGrad([first, second])
+    PolarGrad([second])
+    assert first.keys() == second.keys() == {"params"}
+
+
+@pytest.mark.parametrize("rule", [{}, {"algorithm": "adamw"}])
+def test_bf16_weights_that_are_set_to_zero_between_steps_go_on_from_there(rule):
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(16, 16).bfloat16())
+    optimizer = PolarGrad([p], lr=1e-2, **rule)
+    for step in range(12):
+        if step == 5:
+            with torch.no_grad():
+                p.zero_()
+        p.grad = torch.randn(16, 16).bfloat16()
+        optimizer.step()
+    assert int((p == 0).sum()) == 0
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda s: s["state"][0].update(momentum=3.0),
+        lambda s: s["state"].update({0: None}),
+        lambda s: s["param_groups"][0].update(lr="fast"),
+        lambda s: s["param_groups"].append(s["param_groups"][0] | {"params": [], "param_names": []}),
+    ],
+)
+def test_a_damaged_state_is_refused_before_anything_changes(damage):
+    p = nn.Parameter(torch.ones(3, 3))
+    optimizer = PolarGradM([p], lr=0.1)
+    p.grad = torch.eye(3)
+    optimizer.step()
+    momentum = optimizer.state[p]["momentum"].clone()
+    state = copy.deepcopy(optimizer.full_state_dict())
+    state["state"][0]["momentum"] += 1
+    damage(state)
+    with pytest.raises(CheckpointError):
+        optimizer.load_state_dict(state)
+    assert torch.equal(optimizer.state[p]["momentum"], momentum)
+
+
 def test_a_state_of_another_rule_is_refused():
     saved = PolarGradM([nn.Parameter(torch.zeros(3, 3))], lr=0.1, oracle="svd").state_dict()
     with pytest.raises(CheckpointError, match="oracle 'svd'"):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.distributed.tensor import DTensor
 
+from polargrad_dist.distributed.plan import Layout
 from polargrad_dist.distributed.transport import Traffic, pack_triangle, reduce_to, unpack_triangle, wait
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim import PolarGrad
@@ -114,9 +115,7 @@ class Diagnostics:
         whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
         if not here:
             return None
-        layout = work.entry.layout
-        views = layout.views(whole.reshape(1, -1)) if layout else [whole.reshape(1, len(whole), -1)]
-        return [_spectrum(_small_gram(view)) for view in views]
+        return [_spectrum(_small_gram(view)) for view in _layout(work).views(whole.reshape(1, -1))]
 
     def _update(self, work: Work) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(spectrum of what the oracle was given, residual and cosine of what it gave), at the owner."""
@@ -137,7 +136,9 @@ class Diagnostics:
             spectra.append(exact)
             verdicts.append(judge(gram_matrix(factor), inner, exact))
         verdict = torch.stack(verdicts)
-        return summary(spectra), torch.stack([verdict[:, 0].amax(), verdict[:, 1].amin()])
+        cosines = verdict[:, 1][verdict[:, 1].isfinite()]
+        least = cosines.amin() if len(cosines) else verdict[0, 1]
+        return summary(spectra), torch.stack([verdict[:, 0].amax(), least])
 
     def _share(self, table: torch.Tensor) -> None:
         """Gives every rank the figures that some rank knows; each is known to one."""
@@ -201,7 +202,8 @@ def judge(gram_of_update: torch.Tensor, inner: torch.Tensor, exact: InverseSqrt)
     eye = torch.eye(gram_of_update.shape[-1], dtype=torch.float64, device=gram_of_update.device)
     residual = torch.linalg.matrix_norm(gram_of_update - eye) / math.sqrt(eye.shape[0])
     lengths = gram_of_update.diagonal(dim1=-2, dim2=-1).sum(-1) * exact.kept.sum(-1)
-    return torch.stack([residual.amax(), (inner / lengths.sqrt()).amin()]).cpu()
+    cosine = torch.where(lengths > 0, inner / lengths.sqrt(), math.inf).amin()  # a zero matrix has none
+    return torch.stack([residual.amax(), torch.where(cosine.isfinite(), cosine, NAN)]).cpu()
 
 
 def _place(work: Work) -> tuple[int, int]:
@@ -215,8 +217,17 @@ def _by_rows(work: Work) -> bool:
     """Whether the Gram matrix of the gradient is summed over row shards, and the gradient never gathered."""
     if work.entry.kind == "rows":
         return True
-    shape = work.entry.shape
-    return work.entry.kind == "everywhere" and len(shape) == 2 and shape[0] >= shape[1]
+    layout = _layout(work)
+    alone = layout.matrices == 1 and len(work.entry.shape) == 2
+    return work.entry.kind == "everywhere" and alone and layout.rows >= layout.cols
+
+
+def _layout(work: Work) -> Layout:
+    """The matrices that a parameter holds, which do not depend on the algorithm that steps it."""
+    group = work.group
+    return work.entry.layout or Layout.of(
+        work.entry.name, work.entry.shape, group["split_sizes"], group["num_heads"], group["flatten"]
+    )
 
 
 def _small_gram(x: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,14 @@ def test_the_first_example_trains():
     assert float(names["loss"].detach()) < 6.92
 
 
+def test_the_example_of_groups_builds_its_optimizers():
+    first, _, third = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[:3]
+    names: dict = {}
+    exec(first.split("for _ in")[0] + third, names)
+    assert [group["algorithm"] for group in names["optimizer"].param_groups] == ["polar", "polar", "adamw"]
+    assert names["optimizer"].works[1].entry.layout.matrices == 3
+
+
 def test_every_page_and_configuration_it_names_exists():
     for path in re.findall(r"\]\(([\w./-]+)\)", README) + re.findall(r"(configs/[\w.-]+\.yaml)", README):
         assert (ROOT / path).exists(), path

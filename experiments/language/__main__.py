@@ -34,6 +34,12 @@ def main() -> int:
             f"--steps is {steps} and --workers {args.workers}, expected at least 40 and at least 1"
         )
     out = args.out.resolve()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--out {out} cannot be written ({error.strerror}): choose another folder"
+        ) from error
     if args.what == "paper":
         report = paper.run(args.only or known, out, args.seeds, steps, args.workers)
         for name, entries in report.items():
@@ -41,7 +47,7 @@ def main() -> int:
                 f"\n{paper.EXPERIMENTS[name].title}, {steps} steps, seeds {args.seeds}: final validation loss"
             )
             for entry, found in entries.items():
-                print(f"  {entry:<32}{spread(found['final_validation_loss'])}")
+                print(f"  {entry:<40}{spread(found['final_validation_loss'])}")
     else:
         report = race.run(out, args.seeds, steps, args.workers, args.only)
         print("\n" + race.table(report))

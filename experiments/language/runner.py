@@ -1,14 +1,17 @@
 """Runs many small trainings through `train.py`'s own code, a few at a time, and reads their curves back.
 
-A run that is complete already is not run again, so an interrupted experiment goes on where it stopped.
+A run that is complete already, with the same arguments and configuration file, is not run again, and one that was
+interrupted goes on; what another experiment left in its folder is removed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import multiprocessing
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
@@ -18,6 +21,7 @@ from typing import Any
 
 from polargrad_dist.errors import PolarGradError
 
+STARTED, DONE = "started.json", "done.json"
 ROOT = Path(__file__).resolve().parents[2]
 
 # What makes a full-size configuration small: everything else of it stays.
@@ -74,6 +78,12 @@ class Job:
             out += [f"--{key}", value]
         return out
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes it this training and no other."""
+        text = (ROOT / "configs" / f"{self.config}.yaml").read_bytes()
+        return {"arguments": self.arguments, "configuration": hashlib.sha256(text).hexdigest()}
+
 
 @dataclass
 class Curves:
@@ -117,7 +127,7 @@ def run_all(jobs: Iterable[Job], workers: int, description: str) -> dict[Job, Cu
     from tqdm import tqdm
 
     jobs = list(dict.fromkeys(jobs))
-    waiting = [job for job in jobs if not _done(job).exists()]
+    waiting = [job for job in jobs if _written(job, DONE) != job.identity]
     context = multiprocessing.get_context("spawn")
     bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc=description, unit="run")
     with bar, ProcessPoolExecutor(workers, mp_context=context) as pool:
@@ -128,8 +138,12 @@ def run_all(jobs: Iterable[Job], workers: int, description: str) -> dict[Job, Cu
     return {job: Curves.read(job.folder) for job in jobs}
 
 
-def _done(job: Job) -> Path:
-    return job.folder / "done.json"
+def _written(job: Job, name: str) -> dict[str, Any] | None:
+    """The identity that a folder's run was started, or ended, with."""
+    try:
+        return json.loads((job.folder / name).read_text())["identity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _train(job: Job) -> None:
@@ -142,7 +156,10 @@ def _train(job: Job) -> None:
     os.chdir(ROOT)
     ended = "finished"
     config, configuration, _ = parse_run(job.arguments)
+    if job.folder.exists() and _written(job, STARTED) != job.identity:
+        shutil.rmtree(job.folder)
     job.folder.mkdir(parents=True, exist_ok=True)
+    (job.folder / STARTED).write_text(json.dumps({"identity": job.identity}))
     try:
         with (
             (job.folder / "output.txt").open("a") as output,
@@ -157,7 +174,7 @@ def _train(job: Job) -> None:
             raise PolarGradError(
                 f"{job.folder} was stopped at step {outcome.step}: run the same command again to go on"
             )
-    _done(job).write_text(json.dumps({"ended": ended, "arguments": job.arguments}))
+    (job.folder / DONE).write_text(json.dumps({"ended": ended, "identity": job.identity}))
 
 
 def workers_here() -> int:

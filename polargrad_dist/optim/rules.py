@@ -162,7 +162,7 @@ class OptimizerConfig:
         """Raises ``ConfigError`` for the first rule that cannot be meant."""
         for role in ROLES:
             self.rule(role).check(f"optimizer.{role}")
-        if self.bucket_mb <= 0:
+        if not 0 < self.bucket_mb < math.inf:
             raise ConfigError(f"optimizer.bucket_mb is {self.bucket_mb}, expected a size in MiB > 0")
         if self.scalar.algorithm != "adamw":
             raise ConfigError(

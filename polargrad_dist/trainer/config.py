@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -145,9 +146,9 @@ class TrainerConfig:
                 raise ConfigError(f"trainer.{name} is {value}, expected a whole number >= {least}")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"trainer.seed is {self.seed}, expected a whole number in [0, 2**32)")
-        if self.strategy.timeout_minutes <= 0:
+        if not 0 < self.strategy.timeout_minutes < 1e6:
             raise ConfigError(
-                f"trainer.strategy.timeout_minutes is {self.strategy.timeout_minutes}, expected minutes > 0"
+                f"trainer.strategy.timeout_minutes is {self.strategy.timeout_minutes}, expected minutes in (0, 1e6)"
             )
         if self.global_batch % (world * self.micro_batch):
             near = max(1, round(self.global_batch / (world * self.micro_batch))) * world * self.micro_batch
@@ -155,11 +156,11 @@ class TrainerConfig:
                 f"trainer.global_batch is {self.global_batch}, expected a multiple of world size x trainer.micro_batch = "
                 f"{world} x {self.micro_batch} = {world * self.micro_batch}: set it to {near}, or change micro_batch"
             )
-        if self.clip_norm is not None and self.clip_norm <= 0:
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise ConfigError(
                 f"trainer.clip_norm is {self.clip_norm}, expected a number > 0, or null for no clipping"
             )
-        if self.safety.spike_sigma is not None and self.safety.spike_sigma <= 0:
+        if self.safety.spike_sigma is not None and not 0 < self.safety.spike_sigma < math.inf:
             raise ConfigError(
                 f"trainer.safety.spike_sigma is {self.safety.spike_sigma}, expected a number > 0, or null"
             )

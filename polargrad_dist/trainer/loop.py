@@ -11,7 +11,7 @@ import faulthandler
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -121,16 +121,9 @@ class Trainer:
         self.config, self.data, self.world = config, data, world
         self.run_dir = Path(config.run_dir)
         resume = config.checkpoint.resume
-        self.run_id = world.gather(
-            world.together(
-                lambda: (
-                    rundir.claim(self.run_dir, configuration, config.allow_changes, resume)
-                    if world.is_main
-                    else None
-                )
-            )
-        )[0]
-        rundir.start_log(self.run_dir, world.rank)
+        self._on_main(lambda: rundir.check(self.run_dir, configuration, config.allow_changes, resume))
+        if self.run_dir.exists():
+            rundir.start_log(self.run_dir, world.rank)
         self.configuration = configuration
         self.bare = model
         self.placed = place(model, config, world, optimizer.gradients == "to_owner")
@@ -149,11 +142,17 @@ class Trainer:
             configuration=configuration,
         )
 
+    def _on_main(self, fn: Callable[[], Any]) -> Any:
+        """What ``fn`` returns on rank 0, on every rank; its error is raised on all."""
+        return self.world.gather(self.world.together(lambda: fn() if self.world.is_main else None))[0]
+
     def fit(self) -> Outcome:
         """Trains to the last step, or until asked to leave. Raises ``TrainingError`` after too many skipped steps."""
         config, progress = self.config, self.progress
         seed_everything(config.seed * 1_000_003 + self.world.rank)
         self._resume()
+        self.run_id = self._on_main(lambda: rundir.claim(self.run_dir, self.configuration))
+        rundir.start_log(self.run_dir, self.world.rank)
         metrics = Metrics(
             config.logging,
             self.run_dir,

@@ -36,13 +36,10 @@ FREE = (
 )
 
 
-def claim(folder: Path, configuration: dict[str, Any], allow_changes: bool, resume: str) -> str:
-    """Makes the folder this configuration's, and returns the run's id; for one process of the run.
-
-    Raises ``ConfigError`` when it holds a run of another configuration, naming the first keys that differ, or when it
-    holds checkpoints that were not to be resumed. Nothing is written then.
-    """
-    config_path, id_path = folder / "config.yaml", folder / "run_id"
+def check(folder: Path, configuration: dict[str, Any], allow_changes: bool, resume: str) -> None:
+    """Raises ``ConfigError`` when the folder holds a run of another configuration, naming the first keys that differ, or
+    checkpoints that were not to be resumed. Writes nothing."""
+    config_path = folder / "config.yaml"
     known = read(config_path) if config_path.exists() and not allow_changes else configuration
     if differ := differences(known, configuration):
         raise ConfigError(
@@ -54,6 +51,14 @@ def claim(folder: Path, configuration: dict[str, Any], allow_changes: bool, resu
             f"{folder} already holds checkpoints and trainer.checkpoint.resume is 'never': choose another "
             "trainer.run_dir, or set resume to 'auto'"
         )
+
+
+def claim(folder: Path, configuration: dict[str, Any]) -> str:
+    """Makes the folder this configuration's, and returns the run's id; for one process, when nothing can be refused any more.
+
+    Raises ``ConfigError`` when it cannot be written.
+    """
+    config_path, id_path = folder / "config.yaml", folder / "run_id"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not id_path.exists():
@@ -89,7 +94,8 @@ def read(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as a configuration ({error})") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} cannot be read as a configuration ({reason})") from error
     if not isinstance(content, dict):
         raise ConfigError(
             f"{path} holds no configuration, expected keys and values: remove it, or choose another run_dir"

@@ -83,6 +83,8 @@ def test_runs_are_trained_once_and_read_back(tmp_path):
     written = (jobs[0].folder / "metrics.jsonl").stat().st_mtime_ns
     assert run_all(jobs, 2, "again")[jobs[0]].final == found[jobs[0]].final
     assert (jobs[0].folder / "metrics.jsonl").stat().st_mtime_ns == written
+    longer = small_job(tmp_path / "a", **{"trainer.steps": 6, "trainer.seed": 0})
+    assert run_all([longer], 1, "longer")[longer].validation[-1][0] == 6
     with pytest.raises(ConfigError, match="learning"):
         run_all([small_job(tmp_path / "c", **{"optimizer.hidden.lr": -1, "optimizer.learning": 1})], 1, "bad")
 

@@ -92,6 +92,10 @@ def _polargrad(oracle: str = "qdwh", steps: int | None = 2) -> Builder:
     return lambda problem, lr: PolarGrad(_matrices(problem), lr, oracle=oracle, steps=steps)
 
 
+def _homogenized(problem: Problem, lr: float) -> Optimizer:
+    return PolarGrad(_matrices(problem), lr, spectrum="homogenized")
+
+
 def _polargradm(beta: float, *, polar_first: bool) -> Builder:
     return lambda problem, lr: PolarGradM(
         _matrices(problem), lr, polar_first=polar_first, beta=beta, oracle="qdwh", steps=2
@@ -122,6 +126,10 @@ _EDGE = "just under the largest stable rate of the exact factor, which 3e-8 is 1
 _DIVERGES = "the printed rate of the truncated factor, with the exact one"
 _EARLY = "the printed rate is slow at first with batch gradients that are sums over the batch"
 
+_HOMOGENIZED = (
+    "the isotropic curvature model's spectrum in place of the polar factor, at a rate that suits it"
+)
+
 QUADRATIC = [
     Method("PolarGrad (QDWH)", "D.1", 4e-8, _polargrad()),
     Method("PolarGrad (ZOLO-PD)", "D.1", 3e-8, _polargrad("zolo", None)),
@@ -139,6 +147,7 @@ QUADRATIC = [
     Method("PolarGradM (momentum-first; lr ↓)", "D.2", 2.5e-7, _MOMENTUM_FIRST, 0.99),
     Method("PolarGrad (ZOLO-PD), 3.2e-8", "D.1", 3.2e-8, _polargrad("zolo", None), why=_EDGE),
     Method("PolarGrad (exact), 4e-8", "D.1", 4e-8, _polargrad("svd", None), why=_DIVERGES),
+    Method("homogenized, 6e-8", "D.1", 6e-8, _homogenized, why=_HOMOGENIZED),
 ]
 
 LOGISTIC = [
@@ -155,6 +164,7 @@ LOGISTIC = [
     Method("PolarSGDM (momentum-first; lr ↓)", "D.4", 5e-7, _MOMENTUM_FIRST, 0.95),
     Method("PolarSGD (QDWH), 1e-6", "D.3", 1e-6, _polargrad(), why=_EARLY),
     Method("PolarSGD (QDWH; lr ↓), 1e-6", "D.3", 1e-6, _polargrad(), 0.95, why=_EARLY),
+    Method("homogenized, 1.2e-7", "D.3", 1.2e-7, _homogenized, why=_HOMOGENIZED),
 ]
 
 COMPLETION = [
@@ -170,6 +180,7 @@ COMPLETION = [
     Method("PolarGradM (polar-first; lr ↓)", "D.6", 15, _polargradm(0.5, polar_first=True), 0.95),
     Method("PolarGradM (momentum-first)", "D.6", 7.5, _polargradm(0.5, polar_first=False)),
     Method("PolarGradM (momentum-first; lr ↓)", "D.6", 7.5, _polargradm(0.5, polar_first=False), 0.95),
+    Method("homogenized, 15", "D.5", 15, _homogenized, why=_HOMOGENIZED),
 ]
 
 METHODS: dict[str, list[Method]] = {

@@ -7,13 +7,14 @@ in particular labels in {0, 1} for the logistic problem. Objectives are evaluate
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 
-class Problem:
+class Problem(ABC):
     """A function of one or two matrices.
 
     Attributes: ``params`` by name, ``optimum`` the least value of the objective or None where it is not known.
@@ -23,17 +24,17 @@ class Problem:
     params: dict[str, nn.Parameter]
     optimum: float | None
 
+    @abstractmethod
     def gradients(self) -> None:
         """Sets ``grad`` of every parameter; a stochastic problem draws a minibatch for it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self) -> float:
         """The objective over all data."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gap(self) -> float | None:
         """Objective minus optimum, without cancellation; None where the optimum is not known."""
-        raise NotImplementedError
 
     def residual(self) -> Tensor | None:
         """The residual matrix whose condition number the paper follows; None where it follows none."""

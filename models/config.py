@@ -97,7 +97,7 @@ class ModelConfig:
             values["end_of_text"] = self.end_of_text
         width, heads = values["width"], values["heads"]
         qwen = self.architecture == "qwen2.5"
-        if heads >= 1 and self.head_width is None and width % heads:
+        if heads >= 1 and width >= 1 and self.head_width is None and width % heads:
             raise ConfigError(
                 f"model.width is {width}, which model.heads = {heads} does not divide: set head_width, or change one"
             )

@@ -89,6 +89,8 @@ _TYPES = {
 def sentence(message: str, known: list[str]) -> str:
     """jsonargparse's message as one sentence: a value with what was expected, an unknown key with the nearest valid one."""
     text = " ".join(message.split())
+    if short := re.search(r"ambiguous option: --(\S+) could match (.*)", text):
+        return f"there is no configuration key {short.group(1)}: did you mean one of {short.group(2).replace('--', '')}?"
     if stray := re.search(r"unrecognized arguments: (\S+)", text):
         word = stray.group(1)
         if not word.startswith("--"):
@@ -109,6 +111,8 @@ def sentence(message: str, known: list[str]) -> str:
     expected = list(
         dict.fromkeys(re.findall(r"Expected an? (typing\.Literal\[[^]]*\]|<class '[\w.]+'>)", text))
     )
+    if length := re.search(r"Expected a tuple with (\d+) elements", text):
+        expected.append(f"a list of {length.group(1)} values")
     if expected and re.search(r"Subtypes: \[<class '[\w.]+\.[A-Z]", text):
         expected.append("a mapping with its fields")
     if expected:

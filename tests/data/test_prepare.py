@@ -119,7 +119,9 @@ def test_a_kill_at_any_moment_costs_no_shard_and_changes_no_byte(tmp_path, corpu
 
 
 def test_ctrl_c_leaves_with_a_word_on_how_to_go_on(tmp_path):
-    corpus = json_lines(tmp_path / "corpus.jsonl", DOCUMENTS * 20)  # enough to be interrupted in, on a busy machine too
+    corpus = json_lines(
+        tmp_path / "corpus.jsonl", DOCUMENTS * 20
+    )  # enough to be interrupted in, on a busy machine too
     out = tmp_path / "out"
     run = subprocess.Popen(arguments(tmp_path, corpus, out), stderr=subprocess.PIPE, text=True)
     while not list(out.glob("*.bin")) and run.poll() is None:

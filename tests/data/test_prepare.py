@@ -92,8 +92,10 @@ def finished(folder: Path) -> list[str]:
     return [shard["name"] for shard in json.loads(path.read_text())["train"]] if path.exists() else []
 
 
-def test_a_kill_at_any_moment_costs_no_shard_and_changes_no_byte(tmp_path, corpus):
+def test_a_kill_at_any_moment_costs_no_shard_and_changes_no_byte(tmp_path):
     """Real SIGKILLs around the writing of a shard; in the end the folder is that of an undisturbed run."""
+    # Sixty shards: four kills come before the end on a machine so busy that each is a dozen shards late.
+    corpus = json_lines(tmp_path / "corpus.jsonl", DOCUMENTS * 6)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert subprocess.run(arguments(tmp_path, corpus, straight, "--workers", "1")).returncode == 0
     seed = random.randrange(2**32)

@@ -94,8 +94,8 @@ def finished(folder: Path) -> list[str]:
 
 def test_a_kill_at_any_moment_costs_no_shard_and_changes_no_byte(tmp_path):
     """Real SIGKILLs around the writing of a shard; in the end the folder is that of an undisturbed run."""
-    # Sixty shards: four kills come before the end on a machine so busy that each is a dozen shards late.
-    corpus = json_lines(tmp_path / "corpus.jsonl", DOCUMENTS * 6)
+    # A hundred shards: four kills come before the end on a machine so busy that each is two dozen shards late.
+    corpus = json_lines(tmp_path / "corpus.jsonl", DOCUMENTS * 10)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert subprocess.run(arguments(tmp_path, corpus, straight, "--workers", "1")).returncode == 0
     seed = random.randrange(2**32)
@@ -121,16 +121,20 @@ def test_a_kill_at_any_moment_costs_no_shard_and_changes_no_byte(tmp_path):
 
 
 def test_ctrl_c_leaves_with_a_word_on_how_to_go_on(tmp_path):
-    corpus = json_lines(
-        tmp_path / "corpus.jsonl", DOCUMENTS * 20
-    )  # enough to be interrupted in, on a busy machine too
+    corpus = json_lines(tmp_path / "corpus.jsonl", DOCUMENTS * 10)
     out = tmp_path / "out"
-    run = subprocess.Popen(arguments(tmp_path, corpus, out), stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        arguments(tmp_path, corpus, out),
+        stderr=subprocess.PIPE,
+        text=True,
+        # what a shell starts in the background ignores SIGINT, and would hand that down to its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not list(out.glob("*.bin")) and run.poll() is None:
         time.sleep(0.001)
     run.send_signal(signal.SIGINT)
     _, messages = run.communicate(timeout=30)
-    assert run.returncode == 130
+    assert run.returncode == 130, messages
     assert messages.splitlines()[-1] == "data.prepare: interrupted; run the same command again to continue"
     assert not (out / "manifest.json").exists()
     assert not list(out.glob(".*.tmp"))

@@ -113,8 +113,9 @@ class OwnerReducer:
             p, e = self.order[index]
             if p.grad is None or p.grad._version != version:
                 raise PolarGradError(
-                    f"the gradient of {e.name} was changed while it was on its way to its owner: clip with "
-                    "optimizer.clip_grad_norm_, and call optimizer.finish_reductions() before anything else touches gradients"
+                    f"the gradient of {e.name} was changed while it was on its way to its owner: call the model itself and "
+                    "no DistributedDataParallel around it, clip with optimizer.clip_grad_norm_, and call "
+                    "optimizer.finish_reductions() before anything else touches gradients"
                 )
         self.present = {p: p.grad is not None for p, _ in self.order}
         for index in range(self._next, len(self.order)):

@@ -7,7 +7,7 @@ Newton–Schulz (algorithm A.2 of the PolarGrad paper, and any quintic schedule 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -28,6 +28,9 @@ CUSHION = 0.02407327424182761
 HALF_SAFETY = 1.01
 DEFAULT_STEPS = 5
 LARGE = 1 << 16  # elements of a matrix from which a CPU multiplies a batch faster one by one
+BLOCK_COLUMNS = (
+    256  # of the symmetric products there, whose lower blocks need no work; a GPU prefers large ones
+)
 
 
 def newton_schulz(A: Tensor, options: Options) -> Oracle:
@@ -78,16 +81,35 @@ def _polynomial(A: Tensor, schedule: Coefficients, margin: float, options: Optio
 def run_polynomials(X: Tensor, schedule: Coefficients) -> Tensor:
     """X ← aX + bX(XᵀX) + cX(XᵀX)² for each (a, b, c); X (B, m, n), m ≥ n, spectral norm within the schedule's interval."""
     if X.device.type == "cpu" and X[0].numel() >= LARGE and len(schedule):
-        return torch.stack([_run(matrix, schedule, torch.addmm) for matrix in X])
-    return _run(X, schedule, torch.baddbmm)
-
-
-def _run(X: Tensor, schedule: Coefficients, add: Callable[..., Tensor]) -> Tensor:
+        return torch.stack([_run_by_blocks(matrix, schedule) for matrix in X])
     for a, b, c in schedule:
         S = X.mT @ X
-        W = add(S, S, S, beta=b, alpha=c) if c else b * S
-        X = add(X, X, W, beta=a)
+        W = torch.baddbmm(S, S, S, beta=b, alpha=c) if c else b * S
+        X = torch.baddbmm(X, X, W, beta=a)
     return X
+
+
+def _run_by_blocks(X: Tensor, schedule: Coefficients) -> Tensor:
+    for a, b, c in schedule:
+        S = _symmetric_product(X.mT, X)
+        W = _symmetric_product(S, S, alpha=c, add=S, beta=b) if c else b * S
+        X = torch.addmm(X, X, W, beta=a)
+    return X
+
+
+def _symmetric_product(
+    left: Tensor, right: Tensor, *, alpha: float = 1.0, add: Tensor | None = None, beta: float = 0.0
+) -> Tensor:
+    """alpha·left·right + beta·add (n, n), known to be symmetric: what is below the diagonal blocks is copied."""
+    n = len(left)
+    out = left.new_empty(n, n)
+    add = out if add is None else add  # with beta = 0 it is not read
+    for j in range(0, n, BLOCK_COLUMNS):
+        end = j + BLOCK_COLUMNS
+        block = out[j:end, j:]
+        torch.addmm(add[j:end, j:], left[j:end], right[:, j:], beta=beta, alpha=alpha, out=block)
+        out[end:, j:end] = block[:, BLOCK_COLUMNS:].mT
+    return out
 
 
 def minimax_quintic(low: float, high: float) -> tuple[float, float, float]:

@@ -473,7 +473,8 @@ def _touched(rank: int, world: int, what: str) -> str:
     if what == "rebuilt":
         optimizer = PolarGrad(groups(model), gradients="to_owner")
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(rank))
-    model(x).square().mean().backward()
+    call = nn.parallel.DistributedDataParallel(model) if what == "wrapped in DDP" else model
+    call(x).square().mean().backward()
     try:
         if what == "torch's clipping":
             nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
@@ -488,9 +489,13 @@ def _touched(rank: int, world: int, what: str) -> str:
 
 
 def test_a_gradient_on_its_way_to_its_owner_must_not_be_touched():
-    for said in run_ranks(_touched, 2, "torch's clipping", timeout=60):
-        assert "was changed while it was on its way" in said
-        assert "optimizer.clip_grad_norm_" in said
+    for what, way_out in (
+        ("torch's clipping", "optimizer.clip_grad_norm_"),
+        ("wrapped in DDP", "DistributedDataParallel"),
+    ):
+        for said in run_ranks(_touched, 2, what, timeout=60):
+            assert "was changed while it was on its way" in said
+            assert way_out in said
     plain = run_ranks(_touched, 2, "nothing", timeout=60)
     assert plain[0] == plain[1]
     assert float(plain[0]) != 0

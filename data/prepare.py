@@ -285,6 +285,7 @@ def parse(args: list[str]) -> tuple[DataConfig, Path | None]:
         prog="python -m data.prepare",
         description="Tokenize a corpus into .bin shards.",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
     parser.add_argument("--run", type=str, help="YAML file of a training run, whose data: is prepared")

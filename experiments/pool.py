@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from experiments.curves import Curve, follow
 from experiments.methods import METHODS
 from experiments.problems import PROBLEMS
+from experiments.workers import SPAWN, worker_pool
 
 EVERY = {"quadratic": 10, "logistic": 25, "completion": 10}  # steps between records
 
@@ -51,8 +51,7 @@ def _follow(task: Task) -> Curve:
 def curves_of(tasks: list[Task], jobs: int) -> list[Curve]:
     """The curves of all tasks, in their order, from ``jobs`` processes (1: this one), with progress on stderr."""
     total = sum(task.steps for task in tasks)
-    context = multiprocessing.get_context("spawn")
-    counter = context.Value("l", 0)
+    counter = SPAWN.Value("l", 0)
     with tqdm(total=total, unit="step", disable=None, smoothing=0.05) as bar:
         if jobs == 1:
             threads = torch.get_num_threads()
@@ -64,7 +63,7 @@ def curves_of(tasks: list[Task], jobs: int) -> list[Curve]:
                 bar.update(counter.value - bar.n)
             torch.set_num_threads(threads)
             return found
-        with ProcessPoolExecutor(jobs, context, _share, (counter,)) as pool:
+        with worker_pool(jobs, _share, counter) as pool:
             futures = [pool.submit(_follow, task) for task in tasks]
             for finished in _waiting(futures):
                 bar.set_description(f"{finished} of {len(tasks)} runs")

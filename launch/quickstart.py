@@ -6,7 +6,6 @@ Arguments are handed on to train.py.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import subprocess
@@ -47,14 +46,15 @@ def main() -> int:
 def summary(processes: int) -> int:
     """Validation in bits per byte beside a bigram model of the same tokens, a sample, the report, and what to do next."""
     from data import bigram_baseline
+    from polargrad_dist.trainer.metrics import record_in
     from tools.report import write_report
     from tools.runs import load_run
     from train import parse_run
 
     config, _, _ = parse_run(["--config", CONFIG, *sys.argv[1:]])
     run = load_run(config.trainer.run_dir)
-    lines = map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
-    reached = [record for record in lines if "bits_per_byte" in record][-1]
+    records = map(record_in, (run.folder / "metrics.jsonl").read_bytes().splitlines())
+    reached = [record for record in records if record and "bits_per_byte" in record][-1]
     baseline = bigram_baseline(run.data)
     sample = run.sample("def ", 120)
     steps = config.trainer.steps

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from polargrad_dist.errors import CheckpointError, ConfigError, DataError, PolarError, PolarGradError
     from polargrad_dist.optim import (
         Muon,
         OptimizerConfig,
@@ -23,10 +24,16 @@ if TYPE_CHECKING:
     )
 
 __version__ = "0.1.0"
+_ERRORS = ("CheckpointError", "ConfigError", "DataError", "PolarError", "PolarGradError")
 __all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
     "Muon",
     "OptimizerConfig",
+    "PolarError",
     "PolarGrad",
+    "PolarGradError",
     "PolarGradM",
     "PolarHB",
     "PolarMuon",
@@ -39,5 +46,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(importlib.import_module("polargrad_dist.optim"), name)
+        module = "polargrad_dist.errors" if name in _ERRORS else "polargrad_dist.optim"
+        return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module 'polargrad_dist' has no attribute {name!r}")

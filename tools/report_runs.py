@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.trainer import rundir
+from polargrad_dist.trainer.metrics import record_in
 
 Array = NDArray[np.float64]
 UNSET = "not set"
@@ -185,13 +186,7 @@ def read_run(folder: Path, label: str) -> RunRecords:
 
     Raises ``ConfigError`` when the folder is no run directory.
     """
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is no folder, expected the run directory (trainer.run_dir) of a run")
-    for name in ("config.yaml", "metrics.jsonl"):
-        if not (folder / name).is_file():
-            raise ConfigError(
-                f"{folder} is no run directory, it holds no {name}: expected the trainer.run_dir of a run"
-            )
+    rundir.expect(folder, "config.yaml", "metrics.jsonl")
     try:
         config = rundir.read(folder / "config.yaml")
     except ValueError as error:  # bytes that are no text
@@ -200,7 +195,7 @@ def read_run(folder: Path, label: str) -> RunRecords:
     try:
         with (folder / "metrics.jsonl").open("rb") as lines:
             for line in lines:
-                record = parse(line)
+                record = record_in(line)
                 if record is None:
                     run.unreadable += bool(line.strip())
                 else:
@@ -208,16 +203,6 @@ def read_run(folder: Path, label: str) -> RunRecords:
     except OSError as error:
         raise ConfigError(f"{folder / 'metrics.jsonl'} cannot be read ({error.strerror})") from error
     return run
-
-
-def parse(line: bytes) -> dict[str, Any] | None:
-    """A record with a step, or None."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    step = record.get("step") if isinstance(record, dict) else None
-    return record if type(step) is int and 0 <= step < 2**53 else None
 
 
 def labels(folders: list[Path]) -> list[str]:

@@ -13,6 +13,7 @@ from data.open import Data
 from models import LanguageModel, build_model
 from polargrad_dist.errors import CheckpointError
 from polargrad_dist.optim.routing import clean_name
+from polargrad_dist.trainer import rundir
 from polargrad_dist.trainer.checkpoint import CheckpointStore
 from polargrad_dist.trainer.loop import identity_of
 from polargrad_dist.trainer.metrics import quiet
@@ -45,6 +46,7 @@ def load_run(folder: Path | str, *, step: int | None = None) -> Run:
     Raises ``CheckpointError`` when there is none, ``ConfigError`` when the folder is no run's.
     """
     folder = Path(folder)
+    rundir.expect(folder, "config.yaml")
     config, configuration, _ = parse_run(["--config", str(folder / "config.yaml")])
     trainer = config.trainer
     data = open_data(

@@ -9,17 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from experiments.workers import worker_pool
 from polargrad_dist.errors import PolarGradError
+from polargrad_dist.trainer.metrics import record_in
 
 STARTED, DONE = "started.json", "done.json"
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,8 +105,9 @@ class Curves:
         """The curves in a run directory."""
         curves = cls()
         path = folder / "metrics.jsonl"
-        for line in path.read_text().splitlines() if path.exists() else ():
-            record = json.loads(line)
+        for line in path.read_bytes().splitlines() if path.exists() else ():
+            if (record := record_in(line)) is None:
+                continue
             step = record["step"]
             for name, curve in (("loss", curves.train), ("validation_loss", curves.validation)):
                 if name in record:
@@ -128,9 +130,8 @@ def run_all(jobs: Iterable[Job], workers: int, description: str) -> dict[Job, Cu
 
     jobs = list(dict.fromkeys(jobs))
     waiting = [job for job in jobs if _written(job, DONE) != job.identity]
-    context = multiprocessing.get_context("spawn")
     bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc=description, unit="run")
-    with bar, ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with bar, worker_pool(workers) as pool:
         for some in (waiting[:1], waiting[1:]):  # the first alone: it prepares the data that all share
             for finished in as_completed([pool.submit(_train, job) for job in some]):
                 finished.result()

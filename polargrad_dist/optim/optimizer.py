@@ -173,7 +173,15 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         if not params:
             raise ConfigError("a parameter group is empty, expected at least one parameter in each")
         names = given.get("param_names")
-        if isinstance(params[0], tuple):
+        named = [isinstance(p, tuple) and len(p) == 2 for p in params]
+        for i, p in enumerate(params):
+            tensor = p[1] if named[i] else p
+            if not isinstance(tensor, torch.Tensor) or named[i] != named[0]:
+                raise ConfigError(
+                    f"{where} holds a {type(p).__name__} at place {i}, expected parameters only,"
+                    " or pairs (name, parameter) only"
+                )
+        if named[0]:
             names, params = [name for name, _ in params], [p for _, p in params]
         if names is None:
             count = sum(len(other["params"]) for other in self.param_groups)
@@ -183,7 +191,6 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         if len(set(map(id, params))) < len(params):
             raise ConfigError(f"{where} holds a parameter twice, expected each once")
         group = self.defaults | given | {"params": params, "param_names": list(names)}
-        group.setdefault("initial_lr", group["lr"])
         group["role"] = group["role"] or ("scalar" if group["algorithm"] == "adamw" else "hidden")
         return group
 
@@ -258,16 +265,19 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         The norm is over all parameters and ranks, each element counted once, and has the same bits on every rank. With
         an infinite ``max_norm`` it only measures.
         """
-        if problem := complaint(self.param_groups, self._fixed):
+        if not max_norm >= 0:
+            raise ConfigError(f"max_norm is {max_norm}, expected a number >= 0")
+        # On several ranks the next step() refuses on all of them together; here one would leave the others waiting.
+        if self._agreement is None and (problem := complaint(self.param_groups, self._fixed)):
             raise problem
         if self._reducer:
             self._reducer.finish()
         parts: dict[Grid, list[torch.Tensor]] = defaultdict(list)
-        grads = [local(work.p.grad) for work in self._works if work.p.grad is not None]
+        grads = []
         for work in self._works:
             mine = parts[work.grid]
-            if work.p.grad is not None:
-                grad = local(work.p.grad)
+            if work.p.grad is not None and work.p.grad.layout == torch.strided:
+                grads.append(grad := local(work.p.grad))
                 mine.append(self._reduced_here(work, grad) if self._reducer else grad)
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for grid, mine in parts.items():

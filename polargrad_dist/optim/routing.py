@@ -41,7 +41,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 def route(model: nn.Module, config: OptimizerConfig | None = None) -> list[dict[str, Any]]:
     """The parameter groups of a model: one per role and way of splitting, each with its rule's fields.
 
-    A group has ``params``, ``param_names``, ``role``, ``initial_lr``, every field of `Rule`, ``split_sizes``,
+    A group has ``params``, ``param_names``, ``role``, every field of `Rule`, ``split_sizes``,
     ``num_heads`` and ``flatten``. Frozen parameters (``requires_grad=False``) are left out. Raises ``ConfigError`` for
     flattened parameters (FSDP1, ZeRO), for a hint that names no parameter, and for a rule that matches none.
     """
@@ -109,7 +109,6 @@ def _group(config: OptimizerConfig, key: tuple, parameters: dict[str, torch.Tens
         "params": list(parameters.values()),
         "param_names": list(parameters),
         "role": role,
-        "initial_lr": group["lr"],
         "split_sizes": split_sizes,
         "num_heads": num_heads,
         "flatten": flatten,

@@ -114,9 +114,10 @@ class NamedState:
             ]
             names = dict(pairs)
             saved = {names[i]: state for i, state in state_dict["state"].items()}
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            lacks = f"it lacks {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
             raise CheckpointError(
-                f"this is no state of a PolarGrad (it lacks {error}), expected one of state_dict() or full_state_dict()"
+                f"this is no state of a PolarGrad ({lacks}), expected one of state_dict() or full_state_dict()"
             ) from error
         place = state_dict.get("place")
         if place is not None and place != self._place():

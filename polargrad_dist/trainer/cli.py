@@ -30,7 +30,12 @@ def parse(
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(
-        description=description, exit_on_error=False, default_env=False, parser_mode="yaml", env_prefix=False
+        description=description,
+        exit_on_error=False,
+        default_env=False,
+        parser_mode="yaml",
+        env_prefix=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
     parser.add_argument(
@@ -89,8 +94,6 @@ _TYPES = {
 def sentence(message: str, known: list[str]) -> str:
     """jsonargparse's message as one sentence: a value with what was expected, an unknown key with the nearest valid one."""
     text = " ".join(message.split())
-    if short := re.search(r"ambiguous option: --(\S+) could match (.*)", text):
-        return f"there is no configuration key {short.group(1)}: did you mean one of {short.group(2).replace('--', '')}?"
     if stray := re.search(r"unrecognized arguments: (\S+)", text):
         word = stray.group(1)
         if not word.startswith("--"):
@@ -116,7 +119,7 @@ def sentence(message: str, known: list[str]) -> str:
     if expected and re.search(r"Subtypes: \[<class '[\w.]+\.[A-Z]", text):
         expected.append("a mapping with its fields")
     if expected:
-        value = re.search(r"(?:Got|Given) value: (.*?)$", text)
+        value = re.search(r".*(?:Got|Given) value: (.*)$", text)  # the last of them is as the user wrote it
         found = value.group(1) if value else "something else"
         return f"{key.group(1)} is {found}, expected {' or '.join(map(_in_words, expected))}"
     if key.group(1) not in known and re.search(r"not expected|does not accept|not valid|No action", text):
@@ -125,10 +128,15 @@ def sentence(message: str, known: list[str]) -> str:
 
 
 def _unknown(key: str, known: list[str]) -> str:
+    begun = [name for name in known if name.startswith(key)]
+    if 1 < len(begun) <= 5:
+        return f"there is no configuration key {key}: did you mean one of {', '.join(begun)}?"
     leaf = {name.split(".")[-1]: name for name in known}
-    near = difflib.get_close_matches(key, known, 1, 0.6) or [
-        leaf[name] for name in difflib.get_close_matches(key.split(".")[-1], leaf, 1, 0.6)
-    ]
+    near = (
+        begun[:1]
+        or difflib.get_close_matches(key, known, 1, 0.6)
+        or [leaf[name] for name in difflib.get_close_matches(key.split(".")[-1], leaf, 1, 0.6)]
+    )
     hint = f": did you mean {near[0]}?" if near else ": see --help for the keys"
     return f"there is no configuration key {key}{hint}"
 

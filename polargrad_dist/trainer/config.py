@@ -132,6 +132,8 @@ class TrainerConfig:
 
     def check(self, world: int) -> None:
         """Raises ``ConfigError`` for what cannot be run on ``world`` ranks, naming the key and what would be right."""
+        if not self.run_dir.strip():
+            raise ConfigError("trainer.run_dir is empty, expected the folder that this run writes into")
         for name in ("steps", "global_batch", "micro_batch", "sequence_length"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"trainer.{name} is {getattr(self, name)}, expected a whole number >= 1")

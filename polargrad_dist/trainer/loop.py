@@ -36,6 +36,8 @@ from polargrad_dist.trainer.world import World, seed_everything
 
 log = logging.getLogger("polargrad_dist.trainer")
 
+PATIENCE = 60.0  # seconds that a start waits for another process to leave its run directory
+
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -122,7 +124,7 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         resume = config.checkpoint.resume
         self._on_main(lambda: rundir.check(self.run_dir, configuration, config.allow_changes, resume))
-        if self.run_dir.exists():
+        if self.run_dir.is_dir():
             rundir.start_log(self.run_dir, world.rank)
         self.configuration = configuration
         self.bare = model
@@ -130,6 +132,7 @@ class Trainer:
         self.optimizer = PolarGrad.from_config(self.placed.model, optimizer)
         self.diagnostics = Diagnostics(self.optimizer, config.diagnostics)
         self._parameters = sum(p.numel() for p in model.parameters())
+        self.base_lr = [group["lr"] for group in self.optimizer.param_groups]
         self.base_beta = [group["beta"] for group in self.optimizer.param_groups]
         self.progress = Progress()
         self.phases = Phases(world.device)
@@ -148,10 +151,19 @@ class Trainer:
 
     def fit(self) -> Outcome:
         """Trains to the last step, or until asked to leave. Raises ``TrainingError`` after too many skipped steps."""
+        hold = rundir.Hold(self.run_dir, min(PATIENCE, 30 * self.config.strategy.timeout_minutes))
+        try:
+            self._on_main(hold.take)
+            return self._fit(hold)
+        finally:
+            hold.release()
+
+    def _fit(self, hold: rundir.Hold) -> Outcome:
         config, progress = self.config, self.progress
         seed_everything(config.seed * 1_000_003 + self.world.rank)
         self._resume()
         self.run_id = self._on_main(lambda: rundir.claim(self.run_dir, self.configuration))
+        self._on_main(hold.take)  # a new directory
         rundir.start_log(self.run_dir, self.world.rank)
         metrics = Metrics(
             config.logging,
@@ -213,8 +225,8 @@ class Trainer:
         """
         config, progress = self.config, self.progress
         factor = lr_factor(config.schedule, progress.step, config.steps)
-        for group, beta in zip(self.optimizer.param_groups, self.base_beta, strict=True):
-            group["lr"] = group["initial_lr"] * factor
+        for group, lr, beta in zip(self.optimizer.param_groups, self.base_lr, self.base_beta, strict=True):
+            group["lr"] = lr * factor
             if group["role"] == "hidden":
                 group["beta"] = momentum_at(config.schedule, progress.step, beta)
         self.optimizer.zero_grad()
@@ -437,3 +449,5 @@ class Trainer:
         else:
             seed_everything((self.config.seed * 1_000_003 + self.world.rank) ^ (self.progress.step << 20))
         log.info("resumed from %s at step %d", path, self.progress.step)
+        if self.progress.step >= self.config.steps:
+            log.info("nothing is left to do: trainer.steps is %d", self.config.steps)

@@ -28,23 +28,30 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
+def record_in(line: bytes) -> dict[str, Any] | None:
+    """The record of a line of ``metrics.jsonl``, with its step; None for a line that a kill or a bad disk damaged."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return record if type(step) is int and 0 <= step < 2**53 else None
+
+
 class JsonLines:
     """``metrics.jsonl``: one object per line, flushed as it is written, cut back to the checkpoint on resume."""
 
     def __init__(self, path: Path, keep_up_to: int):
-        """Keeps the records of the steps up to ``keep_up_to``: what a killed run logged after its checkpoint goes."""
-        kept = []
+        """Keeps the records of the steps up to ``keep_up_to``: what a killed run logged after its checkpoint goes, and with
+        it every damaged line."""
         if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    break  # the line that a kill cut short
-                if record["step"] <= keep_up_to:
-                    kept.append(line + "\n")
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
+            temporary = path.with_suffix(".tmp")
+            with path.open("rb") as old, temporary.open("wb") as new:
+                for line in old:
+                    record = record_in(line)
+                    if record is not None and record["step"] <= keep_up_to:
+                        new.write(line.rstrip() + b"\n")
+            os.replace(temporary, path)
         self._file = path.open("a")
 
     def write(self, record: dict[str, Any]) -> None:
@@ -211,7 +218,7 @@ class Metrics:
         self.console = Console(config.progress if active else "off", steps, first)
         if not active:
             return
-        self.sinks.append(JsonLines(run_dir / "metrics.jsonl", first))
+        self._add("metrics.jsonl", lambda: JsonLines(run_dir / "metrics.jsonl", first))
         if config.tensorboard:
             self._add("TensorBoard", lambda: TensorBoard(run_dir / "tensorboard"))
         if config.wandb != "disabled":

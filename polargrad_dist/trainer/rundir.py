@@ -9,7 +9,11 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from polargrad_dist.errors import ConfigError
+
+log = logging.getLogger("polargrad_dist.trainer")
 
 # What may differ between two starts of one run without making it another run.
 FREE = (
@@ -39,6 +43,10 @@ FREE = (
 def check(folder: Path, configuration: dict[str, Any], allow_changes: bool, resume: str) -> None:
     """Raises ``ConfigError`` when the folder holds a run of another configuration, naming the first keys that differ, or
     checkpoints that were not to be resumed. Writes nothing."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(
+            f"trainer.run_dir is {folder}, which is a file: expected a folder, or a name for a new one"
+        )
     config_path = folder / "config.yaml"
     known = read(config_path) if config_path.exists() and not allow_changes else configuration
     if differ := differences(known, configuration):
@@ -51,6 +59,43 @@ def check(folder: Path, configuration: dict[str, Any], allow_changes: bool, resu
             f"{folder} already holds checkpoints and trainer.checkpoint.resume is 'never': choose another "
             "trainer.run_dir, or set resume to 'auto'"
         )
+
+
+class Hold:
+    """Keeps other processes out of a run directory while one trains in it; the system lets go when that one dies.
+
+    Two would delete each other's unfinished checkpoints. Held by one rank for all.
+    """
+
+    def __init__(self, folder: Path, patience: float):
+        """patience: seconds to wait for a process that may be on its way out, as after a requeue."""
+        self.folder, self.patience = folder, patience
+        self._lock = FileLock(folder / ".lock")
+
+    def take(self) -> None:
+        """Waits for the directory where it exists; again is harmless. Raises ``ConfigError`` when it stays taken."""
+        if self._lock.is_locked or not self.folder.is_dir():
+            return
+        try:
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                log.warning(
+                    "another process trains in %s: waiting up to %.0f s for it to end",
+                    self.folder,
+                    self.patience,
+                )
+                self._lock.acquire(timeout=self.patience)
+        except Timeout:
+            raise ConfigError(
+                f"another process trains in {self.folder}, expected one at a time: wait for it or end it, or choose another "
+                "trainer.run_dir"
+            ) from None
+        except OSError as error:
+            log.warning("%s cannot be locked (%s): nothing keeps a second process out", self.folder, error)
+
+    def release(self) -> None:
+        self._lock.release()
 
 
 def claim(folder: Path, configuration: dict[str, Any]) -> str:
@@ -69,6 +114,17 @@ def claim(folder: Path, configuration: dict[str, Any]) -> str:
             f"{folder} cannot be written ({error.strerror}): choose another trainer.run_dir"
         ) from error
     return id_path.read_text().strip()
+
+
+def expect(folder: Path, *names: str) -> None:
+    """Raises ``ConfigError`` for a folder that is no run directory: one without these files."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder, expected the run directory (trainer.run_dir) of a run")
+    for name in names:
+        if not (folder / name).is_file():
+            raise ConfigError(
+                f"{folder} is no run directory, it holds no {name}: expected the trainer.run_dir of a run"
+            )
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -47,6 +47,10 @@ def place(model: nn.Module, config: TrainerConfig, world: World, to_owner: bool)
             f"optimizer.gradients is 'to_owner' with strategy {strategy.name!r}, which reduces gradients itself: set it to "
             "'all_reduced', or use strategy 'ddp'"
         )
+    if strategy.cpu_offload and world.device.type == "cpu":
+        raise ConfigError(
+            "trainer.strategy.cpu_offload is true on CPUs, which have no other memory to go to: set it to false"
+        )
     if config.precision == "bf16":
         model.to(torch.bfloat16)
     blocks = list(getattr(model, "blocks", []))

@@ -463,6 +463,29 @@ def test_copies_that_differ_and_models_that_differ_are_refused_on_all_ranks():
         assert "different parameters" in models
 
 
+def _one_bad_rate(rank: int, world: int) -> str:
+    from polargrad_dist.errors import ConfigError
+
+    torch.manual_seed(0)
+    model = nn.Linear(8, 6, bias=False)
+    fully_shard(model)
+    optimizer = PolarGrad(groups(model))
+    model(torch.ones(2, 8)).sum().backward()
+    optimizer.param_groups[0]["lr"] = float("nan") if rank == 1 else 0.1
+    try:
+        optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+    except ConfigError as error:
+        return str(error)
+    return "nothing was said"
+
+
+def test_a_rate_that_is_no_number_on_one_rank_is_refused_on_all_although_they_clip_first():
+    here, there = run_ranks(_one_bad_rate, 2, timeout=60)
+    assert "lr is nan" in there
+    assert "nothing" not in here
+
+
 def _touched(rank: int, world: int, what: str) -> str:
     """Gradients that somebody writes to between backward and step, with gradients="to_owner"."""
     from polargrad_dist.errors import PolarGradError

@@ -49,6 +49,13 @@ def test_lr_schedulers_of_torch_drive_the_step_length():
     assert lengths == pytest.approx([2.0, 1.0, 0.5], rel=1e-5)
 
 
+def test_a_scheduler_starts_from_the_rate_that_a_group_has_then():
+    optimizer = PolarGrad([nn.Parameter(torch.zeros(4, 4))], lr=1.0)
+    optimizer.param_groups[0]["lr"] = 0.5
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5)
+    assert optimizer.param_groups[0]["lr"] == 0.25
+
+
 def test_groups_may_be_added_later_and_keep_what_was_there():
     a, b = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(5))
     optimizer = PolarGradM([a], lr=0.1)
@@ -81,7 +88,9 @@ def test_groups_may_be_added_later_and_keep_what_was_there():
         ({"params": [{"params": [SQUARE], "wieght_decay": 0.1}]}, "did you mean 'weight_decay'"),
         ({"params": [SQUARE, SQUARE]}, "twice"),
         ({"params": [SQUARE], "lr": math.inf}, "finite"),
-        ({"params": [SQUARE], "lr": "0.1"}, "wrong type"),
+        ({"params": [SQUARE], "lr": "0.1"}, "lr is '0.1', expected a number"),
+        ({"params": [SQUARE, ("w", nn.Parameter(torch.zeros(3, 3)))]}, "holds a tuple at place 1"),
+        ({"params": "weights"}, "holds a str at place 0"),
         ({"params": [SQUARE], "betas": (0.9,)}, "two numbers"),
         ({"params": [SQUARE], "oracle_dtype": "float61"}, "oracle_dtype is float61"),
         ({"params": [SQUARE], "comm_dtype": "int8"}, "comm_dtype is 'int8'"),
@@ -201,6 +210,9 @@ def test_clipping_measures_and_scales_the_global_norm():
     optimizer.clip_grad_norm_(1.0)
     after = math.sqrt(sum(float(p.grad.square().sum()) for p in bag.parameters()))
     assert after == pytest.approx(1.0, rel=1e-5)
+    for norm in (-1.0, math.nan):
+        with pytest.raises(ConfigError, match="max_norm is"):
+            optimizer.clip_grad_norm_(norm)
 
 
 def test_state_exists_from_construction_and_round_trips():
@@ -238,7 +250,7 @@ def test_the_state_of_another_model_is_refused_before_anything_changes():
 
 
 @pytest.mark.parametrize(
-    "state", [{}, {"state": {}}, torch.optim.AdamW([nn.Parameter(torch.zeros(3, 3))]).state_dict()]
+    "state", [None, {}, {"state": {}}, torch.optim.AdamW([nn.Parameter(torch.zeros(3, 3))]).state_dict()]
 )
 def test_what_is_no_state_of_this_optimizer_is_refused_in_a_sentence(state):
     with pytest.raises(CheckpointError, match="no state of a PolarGrad"):

@@ -50,7 +50,6 @@ def test_hints_override_roles_and_say_how_fused_matrices_split():
     (qkv,) = [g for g in groups if "qkv.weight" in g["param_names"]]
     assert qkv["split_sizes"] == (8, 8, 8)
     assert qkv["weight_decay"] == pytest.approx(0.2)
-    assert qkv["initial_lr"] == qkv["lr"]
 
 
 def test_a_tied_weight_is_an_embedding_whichever_module_comes_first():

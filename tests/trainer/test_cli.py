@@ -29,7 +29,10 @@ ROOT = Path(__file__).resolve().parents[2]
             ["--optimizer.hidden.betas", "[0.9]"],
             "optimizer.hidden.betas is [0.9], expected a list of 2 values",
         ),
-        (["--trainer.checkpoint.keep", "3"], "did you mean one of trainer.checkpoint.keep_last"),
+        (["--trainer.step", "3"], "did you mean trainer.steps?"),
+        (["--optimizer.hidden.weight", "1"], "did you mean optimizer.hidden.weight_decay?"),
+        (["--trainer.clip_norm", "false"], "trainer.clip_norm is false, expected a number or null"),
+        (["--trainer.checkpoint.keep", "3"], "did you mean one of trainer.checkpoint.keep_best"),
         (["--trainer.clip_norm", ".nan"], "trainer.clip_norm is nan"),
         (["--optimizer.bucket_mb", ".inf"], "optimizer.bucket_mb is inf"),
         (["--trainer.diagnostics.parameters", "[nope]"], "names 'nope'"),
@@ -57,6 +60,14 @@ def test_a_mistake_is_one_sentence_and_a_non_zero_exit(tmp_path, args, expected)
     assert "Traceback" not in found.stderr
     assert len([line for line in found.stderr.splitlines() if "error" in line]) == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("folder", "expected"), [("", "is empty"), ("train.py", "which is a file")])
+def test_a_run_directory_that_cannot_be_one_is_refused(tmp_path, folder, expected):
+    config, cache = str(ROOT / "configs" / "quickstart.yaml"), str(tmp_path / "cache")
+    found = train("--config", config, "--data.cache", cache, f"--trainer.run_dir={folder}")
+    assert found.returncode == 2
+    assert expected in found.stderr
 
 
 def test_an_unknown_key_in_a_file_names_the_nearest_valid_one(tmp_path):

@@ -1,6 +1,9 @@
 """The loop: the same losses on any number of ranks, nothing non-finite in the weights, exact resumes."""
 
 import json
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -219,3 +222,37 @@ def test_metrics_hold_rates_shares_and_the_spectrum_per_role(tmp_path):
     assert sum(record["share"].values()) == pytest.approx(1.0, abs=0.05)
     assert record["polar"]["embed"]["condition"] >= 1
     assert lines[-1]["bits_per_byte"] > 0
+
+
+HOLDER = """
+import sys
+from filelock import FileLock
+with FileLock(sys.argv[1]):
+    print("held", flush=True)
+    input()
+"""
+
+
+def test_a_second_process_is_kept_out_of_a_run_directory_until_the_first_is_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr("polargrad_dist.trainer.loop.PATIENCE", 0.2)
+    trainer(settings(tmp_path, steps=2)).fit()
+    unfinished = tmp_path / "checkpoints" / ".saving-of-the-first"
+    unfinished.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as first:
+        first.stdout.readline()
+        with pytest.raises(ConfigError, match="another process trains in"):
+            trainer(settings(tmp_path, steps=4)).fit()
+        assert unfinished.exists()
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    assert trainer(settings(tmp_path, steps=4)).fit().step == 4
+    assert not unfinished.exists()
+    assert trainer(settings(tmp_path, steps=4)).fit().step == 4  # and lets go itself
+
+
+def test_offloading_from_cpus_is_refused(tmp_path):
+    changes = {"strategy": StrategyConfig("fsdp", cpu_offload=True)}
+    with pytest.raises(ConfigError, match="cpu_offload is true on CPUs"):
+        trainer(settings(tmp_path, **changes))

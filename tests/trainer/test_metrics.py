@@ -36,6 +36,14 @@ def test_a_resume_drops_what_was_logged_after_its_checkpoint_and_a_torn_line(tmp
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
+@pytest.mark.parametrize("damage", [b"123", b'{"loss": 3}', b"\xff\xfe", b"\0\0\0", b'{"step": null}'])
+def test_a_damaged_line_is_dropped_and_costs_no_other(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 2}\n{"step": 3}\n')
+    JsonLines(path, 2).close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
 def test_tensorboard_gets_nested_figures_under_their_path(tmp_path):
     pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

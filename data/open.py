@@ -120,9 +120,8 @@ def _shards(
         manifest = Manifest.load(folder)
         return folder, manifest, manifest.train, manifest.validation
     folders = [Path(path).expanduser() for path in config.paths]
-    if len(folders) == 1 and (folders[0] / MANIFEST).exists():
-        manifest = Manifest.load(folders[0])
-        return folders[0], manifest, manifest.train, manifest.validation
+    if any((folder / MANIFEST).exists() for folder in folders):
+        return _prepared(folders, config)
     found = find_files(config.paths, "data.paths", (".bin",))
     if config.validation_paths:
         train, held_out = found, find_files(config.validation_paths, "data.validation_paths", (".bin",))
@@ -132,6 +131,37 @@ def _shards(
     if not train:
         raise DataError(f"data.paths names no training shards but {held_out[0]} for validation; add some.")
     return Path(), None, tuple(map(_foreign, train)), tuple(map(_foreign, held_out))
+
+
+def _prepared(
+    folders: list[Path], config: DataConfig
+) -> tuple[Path, Manifest, tuple[Shard, ...], tuple[Shard, ...]]:
+    """Folders that ``data.prepare`` wrote, read one after another."""
+    if strange := [str(folder) for folder in folders if not (folder / MANIFEST).exists()]:
+        raise ConfigError(
+            f"data.paths names prepared folders and, with {strange[0]}, shards without a manifest; name one kind only."
+        )
+    if config.validation_paths:
+        raise ConfigError(
+            "data.validation_paths is set, but prepared folders bring their own validation shards; leave it empty."
+        )
+    manifests = [Manifest.load(folder) for folder in folders]
+    for folder, manifest in zip(folders, manifests, strict=True):
+        if manifest.tokenizer.get("hash") != manifests[0].tokenizer.get("hash"):
+            raise DataError(
+                f"{folder} was prepared with another tokenizer than {folders[0]}; prepare both with the same one."
+            )
+    if len(folders) == 1:
+        return folders[0], manifests[0], manifests[0].train, manifests[0].validation
+
+    def of_all(split: str) -> tuple[Shard, ...]:
+        return tuple(
+            replace(shard, name=str((folder / shard.name).absolute()))
+            for folder, manifest in zip(folders, manifests, strict=True)
+            for shard in getattr(manifest, split)
+        )
+
+    return folders[0], manifests[0], of_all("train"), of_all("validation")
 
 
 def _tokenizer(config: DataConfig, manifest: Manifest | None) -> tuple[TokenizerInfo | None, int | None]:

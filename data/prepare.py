@@ -208,7 +208,8 @@ def _write_shards(
     held = sum(shard.tokens for shard in progress.validation)
     if not held and config.validation_fraction:
         report(
-            "no document fell into the validation split: raise data.validation_fraction or set data.validation_paths"
+            "no text fell into the validation split: raise data.validation_fraction, set data.validation_paths, or raise "
+            "data.max_tokens (the validation part of plain text is its end)"
         )
     report(f"prepared {progress.tokens:,} training and {held:,} validation tokens in {folder}")
 

@@ -30,6 +30,11 @@ def open_source(config: DataConfig) -> Source:
     """The corpus that a configuration names. Raises ConfigError or DataError."""
     if not 0 <= config.validation_fraction < 1:
         raise ConfigError(f"data.validation_fraction is {config.validation_fraction}; it must lie in [0, 1).")
+    if config.validation_paths and config.source in ("builtin", "hub"):
+        raise ConfigError(
+            f"data.validation_paths is set with data.source {config.source!r}, which keeps a share of its own documents; "
+            "leave it empty and set data.validation_fraction."
+        )
     if config.source == "builtin":
         return BuiltinSource(config.validation_fraction)
     if config.source == "files":
@@ -203,13 +208,17 @@ def find_files(paths: list[str], key: str, suffixes: tuple[str, ...]) -> list[Pa
             matches = [
                 Path(name)
                 for name in sorted(glob.glob(str(path), recursive=True))
-                if Path(name).suffix in suffixes
+                if Path(name).suffix in suffixes and not Path(name).is_dir()
             ]
         if not matches:
             raise DataError(f"{key}: {pattern} matches no file that ends in {', '.join(suffixes)}.")
         found += matches
     for path in found:
-        if path.stat().st_size == 0:
+        try:
+            empty = path.stat().st_size == 0
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}; remove it from {key}.") from error
+        if empty:
             raise DataError(f"{path} is empty; remove it from {key} or fill it.")
     return found
 
@@ -265,7 +274,7 @@ def read_json_lines(path: Path, field: str) -> Iterator[tuple[str, str]]:
                 record = json.loads(text)
             except UnicodeDecodeError as error:
                 raise DataError(_not_utf8(path, number, error)) from error
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{where} is not JSON ({error}); each line must be one object.") from error
             if not isinstance(record, dict):
                 raise DataError(

@@ -6,6 +6,7 @@ Text that looks like a special token is text: only `data.prepare` writes end-of-
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from polargrad_dist.errors import ConfigError, DataError
 
 END_OF_TEXT = "<|endoftext|>"
 FILE = "tokenizer.json"
+_LONG_WORD = re.compile(r"\S{1000}")
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,8 @@ def _trained(config: TokenizerConfig, source: Source, cache: Path) -> Tokenizer:
         raise ConfigError(
             f"data.tokenizer.vocab_size is {config.vocab_size}; a byte-level BPE has at least 257 entries."
         )
+    if config.train_bytes < 1:
+        raise ConfigError(f"data.tokenizer.train_bytes is {config.train_bytes}; it must be at least 1.")
     key = digest([source.identity(), config.vocab_size, config.train_bytes, "bpe 1"])[:16]
     make_folder(cache)
     path = cache / f"bpe-{key}.json"
@@ -226,12 +230,21 @@ def _train(config: TokenizerConfig, source: Source) -> str:
     return backend.to_str()
 
 
+def _without_long_words(text: str) -> Iterator[str]:
+    """The text, cut where 1,000 characters have no space among them: learning merges takes the square of a word's length."""
+    start = 0
+    for word in _LONG_WORD.finditer(text):
+        yield text[start : word.end()]
+        start = word.end()
+    yield text[start:]
+
+
 def _training_text(source: Source, limit: int) -> Iterator[str]:
     seen = 0
     for piece in source.pieces():
         if piece.validation:
             continue
-        yield piece.text
+        yield from _without_long_words(piece.text)
         seen += piece.size
         if seen >= limit:
             return

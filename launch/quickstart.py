@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/quickstart.yaml"
+ONLY_SHOW = ("--dry_run", "--print_config", "--help", "-h")  # of train.py, which then trains nothing
 
 
 def main() -> int:
@@ -27,12 +29,13 @@ def main() -> int:
         "--standalone",
         f"--nproc_per_node={processes}",
     ]
-    command = [*torchrun, "train.py", "--config", CONFIG, *sys.argv[1:]]
+    train = ["train.py", "--config", CONFIG, *sys.argv[1:]]
+    if any(word.split("=")[0] in ONLY_SHOW for word in sys.argv[1:]):
+        return subprocess.run([sys.executable, *train], cwd=ROOT, check=False).returncode
+    command = [*torchrun, *train]
     threads = str(max(1, (os.cpu_count() or 2) // processes))
     print("$", shlex.join(["torchrun", *command[3:]]), flush=True)
-    code = subprocess.run(
-        command, cwd=ROOT, env={"OMP_NUM_THREADS": threads} | os.environ, check=False
-    ).returncode
+    code = ended(command, {"OMP_NUM_THREADS": threads} | os.environ)
     if code:
         print(
             f"training ended with exit code {code}; what was saved is in the run directory", file=sys.stderr
@@ -41,6 +44,18 @@ def main() -> int:
     sys.path.insert(0, str(ROOT))
     os.chdir(ROOT)
     return summary(processes)
+
+
+def ended(command: list[str], environment: dict[str, str]) -> int:
+    """The exit code of a command. It is a session of its own, so that a signal reaches it once, from here, and
+    however it was sent: this waits until the ranks have saved and gone."""
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: process.send_signal(number))
+    code = process.wait()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    return code if code >= 0 else 128 - code
 
 
 def summary(processes: int) -> int:
@@ -54,14 +69,20 @@ def summary(processes: int) -> int:
     config, _, _ = parse_run(["--config", CONFIG, *sys.argv[1:]])
     run = load_run(config.trainer.run_dir)
     records = map(record_in, (run.folder / "metrics.jsonl").read_bytes().splitlines())
-    reached = [record for record in records if record and "bits_per_byte" in record][-1]
-    baseline = bigram_baseline(run.data)
+    reached = [record for record in records if record and "bits_per_byte" in record]
+    baseline = bigram_baseline(run.data) if reached else None
     sample = run.sample("def ", 120)
     steps = config.trainer.steps
-    print(f"\nvalidation: {reached['bits_per_byte']:.3f} bits per byte after {reached['step']} steps")
-    print(
-        f"bigram model of the same tokens (interpolated Kneser-Ney): {baseline.bits_per_byte:.3f} bits per byte"
-    )
+    if baseline is None:
+        print("\nvalidation: none was asked for")
+    else:
+        print(
+            f"\nvalidation: {reached[-1]['bits_per_byte']:.3f} bits per byte after {reached[-1]['step']} steps"
+        )
+        print(
+            "bigram model of the same tokens (interpolated Kneser-Ney): "
+            f"{baseline.bits_per_byte:.3f} bits per byte"
+        )
     print(f"\nsample:\n{sample}\n")
     print(f"report: {write_report([run.folder], run.folder / 'report.html')}")
     print(f"run directory: {run.folder}")

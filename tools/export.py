@@ -24,15 +24,18 @@ def main() -> int:
     )
     options = parser.parse_args()
     out = Path(options.out)
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not empty, expected a new or an empty folder: choose another")
     opened = load_run(options.run_dir, step=options.step)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be made ({error.strerror}): choose another folder") from error
     if isinstance(opened.model, QwenModel):
         opened.model.save_pretrained(out)
     else:
         from safetensors.torch import save_model
 
-        out.mkdir(parents=True, exist_ok=True)
         save_model(opened.model, str(out / "model.safetensors"))
     text = opened.data.load_tokenizer().json() if opened.data.tokenizer else None
     if text is not None:

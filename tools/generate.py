@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 
+from polargrad_dist.errors import ConfigError
 from polargrad_dist.trainer.cli import run
 from tools.runs import load_run
 
@@ -21,9 +23,25 @@ def main() -> int:
         "--step", type=int, default=None, help="checkpoint to load; default: the newest valid one"
     )
     options = parser.parse_args()
+    for name, good, expected in (
+        ("tokens", options.tokens >= 0, "a whole number >= 0"),
+        ("temperature", 0 <= options.temperature < math.inf, "a finite number >= 0"),
+        ("seed", 0 <= options.seed < 2**63, "a whole number in [0, 2**63)"),
+        ("prompt", _is_utf8(options.prompt), "text in UTF-8"),
+    ):
+        if not good:
+            raise ConfigError(f"--{name} is {getattr(options, name)!r}, expected {expected}")
     opened = load_run(options.run_dir, step=options.step)
     print(opened.sample(options.prompt, options.tokens, options.temperature, options.seed))
     return 0
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of the command line that were no text
+        return False
+    return True
 
 
 if __name__ == "__main__":

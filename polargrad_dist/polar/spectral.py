@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .gram import apply_rows, gram_matrix, inverse_sqrt, needs_fp64
-from .oracle import Options, Oracle, inner_product, inverse_scale, largest_entry, missing_share, working_copy
+from .oracle import Options, Oracle, inner_product, missing_share, working_copy
 
 # A `lower` below this asks for directions that fp32 products do not resolve.
 STRICT = 1e-4
@@ -38,11 +38,8 @@ def svd(A: Tensor, options: Options) -> Oracle:
 def gram(A: Tensor, options: Options) -> Oracle:
     """U = A·S^(-1/2). The last product is fp64 in strict mode, and where it is small beside the eigenproblem."""
     if A.dtype == torch.float64:
-        scale = inverse_scale(largest_entry(A))
-        X, nuclear_norm, sigma_max, sigma_min, _, kept = inverse_sqrt(
-            gram_matrix(A, scale=scale), lower=options.lower
-        )
-        X = X * scale
+        A, scale = working_copy(A)
+        X, nuclear_norm, sigma_max, sigma_min, _, kept = inverse_sqrt(gram_matrix(A), lower=options.lower)
         nuclear_norm, sigma_max, sigma_min = (
             x / scale[:, 0, 0] for x in (nuclear_norm, sigma_max, sigma_min)
         )

@@ -65,11 +65,12 @@ class JsonLines:
 class TensorBoard:
     """Event files in the run directory."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, first: int):
+        """A resume takes the place of what was written after its checkpoint."""
         require("tensorboard", "trainer.logging.tensorboard is true", "tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder))
+        self._writer = SummaryWriter(str(folder), purge_step=first + 1 if first else None)
 
     def write(self, record: dict[str, Any]) -> None:
         for name, value in flat(record).items():
@@ -220,7 +221,7 @@ class Metrics:
             return
         self._add("metrics.jsonl", lambda: JsonLines(run_dir / "metrics.jsonl", first))
         if config.tensorboard:
-            self._add("TensorBoard", lambda: TensorBoard(run_dir / "tensorboard"))
+            self._add("TensorBoard", lambda: TensorBoard(run_dir / "tensorboard", first))
         if config.wandb != "disabled":
             self._add("wandb", lambda: Wandb(config, run_dir, run_id, configuration))
 

@@ -115,6 +115,39 @@ def test_a_prepared_folder_opens_as_shards_with_all_it_knows(tmp_path):
     assert again.load_tokenizer().decode([again.end_of_text]) == "<|endoftext|>"
 
 
+def test_several_prepared_folders_are_one_corpus_if_their_tokenizer_is_one(tmp_path):
+    first = opened(config(tmp_path, json_lines(tmp_path / "a.jsonl", texts(400))))
+    same = TokenizerConfig(name=str(first.folder))
+    more = json_lines(tmp_path / "b.jsonl", texts(300, seed=1))
+    second = opened(config(tmp_path, more, tokenizer=same))
+    other = opened(config(tmp_path, more, tokenizer=TokenizerConfig(vocab_size=320)))
+
+    def together(*folders, **fields):
+        return opened(DataConfig(source="shards", paths=[str(folder) for folder in folders], **fields))
+
+    both = together(first.folder, second.folder)
+    assert both.vocab_size == 300
+    assert both.fingerprint()["shards"] == [*first.fingerprint()["shards"], *second.fingerprint()["shards"]]
+    targets = [data.validation.num_targets for data in (first, second, both)]
+    assert (
+        targets[2] == targets[0] + targets[1] + 1
+    )  # between the last token of one and the first of the other
+    assert both.validation.bytes_per_token
+    assert both.load_tokenizer().encode("ka lo") == first.load_tokenizer().encode("ka lo")
+    with pytest.raises(DataError, match="another tokenizer than"):
+        together(first.folder, other.folder)
+    shard = second.folder / second.shards[0].name
+    with pytest.raises(ConfigError, match="without a manifest"):
+        together(first.folder, shard)
+    with pytest.raises(ConfigError, match="validation_paths is set"):
+        together(first.folder, validation_paths=["nowhere"])
+    damaged = bytearray(shard.read_bytes())
+    damaged[-1] ^= 1
+    shard.write_bytes(damaged)
+    with pytest.raises(DataError, match="is corrupt"):
+        together(first.folder, second.folder)
+
+
 @pytest.fixture
 def foreign(tmp_path):
     """Shards as FineWeb is published for modded-nanoGPT."""

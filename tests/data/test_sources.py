@@ -72,6 +72,7 @@ def test_json_lines_may_have_blank_lines_a_bom_windows_ends_and_no_last_newline(
         ("a.jsonl", b'{"text": "x"}\n["x"]\n', r"line 2 holds a list; each line must be an object"),
         ("a.jsonl", b'{"text": 5}\n', r"line 1: 'text' holds a int, expected text"),
         ("a.jsonl", b'{"text": "\\ud83d"}\n', r"line 1 holds half a surrogate pair \(\\ud83d\)"),
+        ("a.jsonl", b'{"text": ' + b"[" * 200_000 + b"\n", r"line 1 is not JSON"),
         ("a.jsonl", b"", r"a\.jsonl is empty"),
         ("a.parquet", b"PAR1 but not really", r"a\.parquet cannot be read as parquet"),
     ],
@@ -161,6 +162,14 @@ def test_paths_are_folders_and_globs_in_sorted_order_and_must_match(tmp_path):
     (tmp_path / "a.csv").write_text("x")
     with pytest.raises(ConfigError, match=r"ends in '\.csv'; known are \.txt"):
         files(tmp_path / "a.csv")
+    (tmp_path / "d.md").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"d\.md cannot be read: No such file"):
+        files(tmp_path / "*.md")
+    (tmp_path / "d.md").unlink()
+    (tmp_path / "folder.md").mkdir()
+    assert len(list(files(tmp_path / "*.md", validation_fraction=0).pieces())) == 1
+    with pytest.raises(ConfigError, match="validation_paths is set with"):
+        open_source(DataConfig(validation_paths=["a"]))
     with pytest.raises(ConfigError, match=r"validation_fraction is 1\.5"):
         files(tmp_path, validation_fraction=1.5)
 

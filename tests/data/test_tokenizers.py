@@ -1,5 +1,6 @@
 import json
 import os
+import random
 import sys
 import textwrap
 import time
@@ -9,7 +10,7 @@ import pytest
 
 from data.config import DataConfig, TokenizerConfig
 from data.sources import open_source
-from data.tokenizers import open_ready, open_tokenizer
+from data.tokenizers import _without_long_words, open_ready, open_tokenizer
 from polargrad_dist.errors import ConfigError, DataError
 from tests.data.corpus import config, json_lines, texts
 
@@ -53,6 +54,24 @@ def test_the_bpe_learns_from_training_text_only(tmp_path):
     tokenizer = open_tokenizer(settings.tokenizer, open_source(settings), tmp_path / "cache")
     assert len(tokenizer.encode(" bbbb")) == 1
     assert len(tokenizer.encode("zzzz")) == 4
+
+
+def test_a_text_without_spaces_is_learnt_from_in_bearable_time(tmp_path):
+    text = tmp_path / "genome.txt"
+    text.write_text("".join(random.Random(0).choices("ACGT", k=2_000_000)))
+    settings = config(tmp_path, text, tokenizer=TokenizerConfig(vocab_size=300))
+    began = time.monotonic()
+    tokenizer = open_tokenizer(settings.tokenizer, open_source(settings), tmp_path / "cache")
+    assert time.monotonic() - began < 60  # in one word it would be a matter of hours
+    assert len(tokenizer.encode("ACGT" * 100)) < 300
+    with pytest.raises(ConfigError, match="train_bytes is -5"):
+        open_tokenizer(TokenizerConfig(train_bytes=-5), open_source(settings), tmp_path / "cache")
+
+
+def test_the_cuts_of_long_words_lose_nothing():
+    text = " a" * 700 + "b" * 3500 + " c\n" + "d" * 999 + " " + "e" * 1000
+    assert "".join(_without_long_words(text)) == text
+    assert list(_without_long_words("plain text")) == ["plain text"]
 
 
 def test_a_folder_loads_without_transformers_and_its_hash_is_its_content(tmp_path, trained):

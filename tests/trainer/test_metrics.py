@@ -55,6 +55,21 @@ def test_tensorboard_gets_nested_figures_under_their_path(tmp_path):
     assert events.Scalars("lr/hidden")[0].value == pytest.approx(0.1)
 
 
+def test_tensorboard_shows_no_step_twice_after_a_resume(tmp_path):
+    pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from polargrad_dist.trainer.metrics import TensorBoard
+
+    for first, last in ((0, 7), (4, 9)):  # a kill after step 7, a checkpoint of step 4
+        sink = TensorBoard(tmp_path, first)
+        for step in range(first + 1, last + 1):
+            sink.write({"step": step, "loss": float(step)})
+        sink.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 10))
+
+
 def test_a_sink_that_fails_is_named_once_and_dropped(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(

@@ -57,8 +57,8 @@ class DataConfig:
             `hub`: the Hugging Face hub; `shards`: folders that `python -m data.prepare` wrote, or foreign `.bin` shards.
         paths: for `files` (.txt, .md, .jsonl, .ndjson, .parquet) and `shards` (.bin): files, folders or globs, read in the
             given order, each folder and glob sorted by name.
-        validation_paths: separate files or foreign shards for validation, in place of validation_fraction. Where empty, foreign
-            shards in paths with `val` as a word of their name are for validation.
+        validation_paths: separate files or foreign shards for validation, in place of validation_fraction. Where it is
+            empty, foreign shards in paths with `val` as a word of their name are for validation.
         text_field: field of a JSON line, or column of a parquet file or hub data set, that holds the document.
         hub: the data set, when source is `hub`.
         tokenizer: the tokenizer; foreign shards need it only for text samples and the vocabulary's size.

@@ -28,9 +28,8 @@ CUSHION = 0.02407327424182761
 HALF_SAFETY = 1.01
 DEFAULT_STEPS = 5
 LARGE = 1 << 16  # elements of a matrix from which a CPU multiplies a batch faster one by one
-BLOCK_COLUMNS = (
-    256  # of the symmetric products there, whose lower blocks need no work; a GPU prefers large ones
-)
+# Of the symmetric products there: blocks below the diagonal are copied, not multiplied. A GPU prefers one large product.
+BLOCK_COLUMNS = 256
 
 
 def newton_schulz(A: Tensor, options: Options) -> Oracle:

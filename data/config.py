@@ -14,8 +14,8 @@ class TokenizerConfig:
     """Which tokenizer turns text into ids.
 
     Args:
-        name: `bpe`: a byte-level BPE trained on the corpus itself and cached; else a folder or hub name that AutoTokenizer
-            loads, or `tiktoken:NAME`.
+        name: `bpe`: a byte-level BPE of Qwen2's form, trained on the corpus itself and cached; else a folder or hub name that
+            AutoTokenizer loads, or `tiktoken:NAME`.
         vocab_size: entries of the trained BPE, end-of-text included; a ready-made tokenizer brings its own.
         train_bytes: bytes of training text, from the start of the corpus, that the BPE learns its merges from.
         end_of_text: token that opens each document, as its string or its id; null: `<|endoftext|>` where the vocabulary has

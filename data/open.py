@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import DataConfig
+from data.kept import keep
 from data.loader import Loader, Tokens, ValidationSet
 from data.prepare import Report, prepare, say
 from data.shards import MANIFEST, Manifest, Shard, foreign_shard, open_shard, sampled_sha256, verify_shards
@@ -42,6 +43,10 @@ class Data:
         if self.tokenizer is None:
             raise DataError("these shards come without a tokenizer; set data.tokenizer.name to theirs.")
         return self.tokenizer.load(self.folder)
+
+    def keep_tokenizer(self, run_dir: Path) -> None:
+        """Puts the tokenizer into a run's directory, for its tools to work where the data are not."""
+        keep(run_dir, self.load_tokenizer() if self.tokenizer else None, self.end_of_text)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises DataError when a shard holds a token id that a model of this vocabulary does not have."""

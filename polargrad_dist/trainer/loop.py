@@ -164,6 +164,8 @@ class Trainer:
         self._resume()
         self.run_id = self._on_main(lambda: rundir.claim(self.run_dir, self.configuration))
         self._on_main(hold.take)  # a new directory
+        if keep_tokenizer := getattr(self.data, "keep_tokenizer", None):
+            self._on_main(lambda: keep_tokenizer(self.run_dir))
         rundir.start_log(self.run_dir, self.world.rank)
         metrics = Metrics(
             config.logging,

@@ -5,16 +5,17 @@ The same under `torchrun`, `srun` and `accelerate launch`. Every key: `python tr
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 from data import DataConfig, open_data
-from models import ModelConfig, build_model
+from models import ModelConfig, adopt, build_model
 from polargrad_dist.optim import OptimizerConfig
 from polargrad_dist.trainer import Outcome, Trainer, TrainerConfig, join, seed_everything
 from polargrad_dist.trainer.cli import parse, run
 from polargrad_dist.trainer.dry_run import dry_run
+from polargrad_dist.trainer.initial import checkpoint_of, initialize
 
 
 @dataclass
@@ -42,7 +43,9 @@ def parse_run(args: list[str] | None = None) -> tuple[RunConfig, dict[str, Any],
 def main() -> int:
     config, configuration, ranks = parse_run()
     if ranks is not None:
-        build = partial(build_model, config.model, vocab_size=config.data.planned_vocab_size)
+        origin = checkpoint_of(config.model.init_from)
+        model = adopt(config.model, origin.manifest.configuration["model"] if origin else None)
+        build = partial(build_model, model, vocab_size=config.data.planned_vocab_size)
         return dry_run(build, config.optimizer, config.trainer, ranks)
     return pretrain(config, configuration).exit_code
 
@@ -54,6 +57,10 @@ def pretrain(config: RunConfig, configuration: dict[str, Any]) -> Outcome:
     try:
         trainer.check(world.size)
         config.optimizer.check()
+        origin = checkpoint_of(config.model.init_from)
+        adopted = adopt(config.model, origin.manifest.configuration["model"] if origin else None)
+        if adopted != config.model:  # what a name meant when the run began is the run's
+            configuration["model"] = asdict(adopted)
         data = open_data(
             config.data,
             sequence_length=trainer.sequence_length,
@@ -65,8 +72,10 @@ def pretrain(config: RunConfig, configuration: dict[str, Any]) -> Outcome:
             all_gather=world.gather,
         )
         seed_everything(trainer.seed)
-        model = build_model(config.model, vocab_size=data.vocab_size, end_of_text=data.end_of_text)
+        model = build_model(adopted, vocab_size=data.vocab_size, end_of_text=data.end_of_text)
         data.check_vocabulary(model.vocab_size)
+        if adopted.init_from is not None and not trainer.resumes:
+            initialize(model, adopted.init_from, origin, data, world)
         return Trainer(trainer, config.optimizer, model, data, world, configuration).fit()
     finally:
         world.close()

@@ -63,20 +63,37 @@ class LanguageModel(nn.Module, ABC):
         tokens, targets: (B, T) int64. progress: the part of training that is done, in [0, 1]. With a ``cache`` tokens
         go on from those that it holds, and the logits are the last token's alone, (B, 1, V).
         """
-        limit = self.config.max_sequence_length
-        if tokens.shape[1] > limit:
-            raise ConfigError(
-                f"the sequences have {tokens.shape[1]} tokens, model.max_sequence_length allows {limit}: raise it, or "
-                "lower trainer.sequence_length"
-            )
+        self.check_length(tokens)
         hidden = self.hidden(tokens, progress, cache)
         weight = self.get_output_embeddings().weight
         if cache is not None:
             return self.logits(hidden[:, -1:], weight)
         if targets is None:
             return self.logits(hidden, weight)
+        return self.loss(hidden, targets)
+
+    def loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy (fp32, 0-d) of hidden states (B, T, width) over targets (B, T) other than -100."""
+        weight = self.get_output_embeddings().weight
         return (
             loss_sum(hidden.flatten(0, 1), weight, targets.flatten(), self.logits) / (targets != -100).sum()
+        )
+
+    def check_length(self, tokens: torch.Tensor) -> None:
+        """Raises ``ConfigError`` for sequences longer than the model's."""
+        limit = self.config.max_sequence_length
+        if tokens.shape[1] > limit:
+            raise ConfigError(
+                f"the sequences have {tokens.shape[1]} tokens, model.max_sequence_length allows {limit}: raise it, or "
+                "lower trainer.sequence_length"
+            )
+
+    def load_pretrained(self, folder: str) -> None:
+        """Takes over weights in Hugging Face's form. Raises ``ConfigError`` where the architecture has none."""
+        raise ConfigError(
+            f"model.init_from is {folder!r}, weights in Hugging Face's form, which {self.config.architecture!r} does "
+            f"not have: "
+            "expected a run of this trainer"
         )
 
     @property

@@ -44,7 +44,12 @@ class ModelConfig:
     """Which model, and its sizes; null takes the architecture's full-size value, or what follows from the others.
 
     Args:
-        architecture: "qwen2.5", "gpt2-small" or "gpt2-medium".
+        architecture: "qwen2.5", "gpt2-small", "gpt2-medium", or "transformers" for any causal language model of Transformers.
+        config: for "transformers", its configuration: a mapping with model_type and whatever that type's configuration
+            has (as in config.json), or a folder or hub name to take it from. Defaults to that of init_from.
+        init_from: where the first weights come from: a folder or hub name with Qwen2 weights (for "transformers", of any
+            architecture) in Hugging Face's form, or a run directory or checkpoint of this trainer. Weights only: the run
+            starts at step 0 with a fresh optimizer, and sizes that are left open are those of the weights.
         vocab_size: rows of the embedding; null takes the tokenizer's (GPT-2 small: rounded up to 128), or the
             full size.
         width: model dimension.
@@ -60,7 +65,7 @@ class ModelConfig:
         attention_dropout: dropout of attention weights, Qwen2.5 only.
     """
 
-    architecture: Literal["qwen2.5", "gpt2-small", "gpt2-medium"] = "qwen2.5"
+    architecture: Literal["qwen2.5", "gpt2-small", "gpt2-medium", "transformers"] = "qwen2.5"
     vocab_size: int | None = None
     width: int | None = None
     layers: int | None = None
@@ -72,12 +77,40 @@ class ModelConfig:
     end_of_text: int | None = None
     attention: Literal["auto", "flex", "sdpa"] = "auto"
     attention_dropout: float = 0.0
+    config: dict[str, Any] | str | None = None
+    init_from: str | None = None
+
+    def check_transformers(self) -> None:
+        """Raises ``ConfigError`` for sizes set beside ``model.config``, and for a ``model.config`` that would be ignored."""
+        if self.architecture != "transformers":
+            if self.config is not None:
+                raise ConfigError(
+                    f"model.config is set with model.architecture {self.architecture!r}, expected 'transformers': set "
+                    f"that, or "
+                    "leave model.config out"
+                )
+            return
+        if self.config is None:
+            raise ConfigError(
+                "model.architecture is 'transformers' without model.config, expected a configuration of Transformers, "
+                "the name "
+                "of a model, or model.init_from"
+            )
+        for entry in fields(self):
+            if entry.name not in ("architecture", "config", "init_from", "vocab_size", "end_of_text"):
+                value = getattr(self, entry.name)
+                if value != entry.default:
+                    raise ConfigError(
+                        f"model.{entry.name} is {value!r} with model.architecture 'transformers', whose sizes stand in "
+                        "model.config: set it there, under the name it has in Transformers"
+                    )
 
     def resolved(self, vocab_size: int | None = None, end_of_text: int | None = None) -> Sizes:
         """The sizes of the model. Raises ``ConfigError`` for those that make no model.
 
         ``vocab_size`` and ``end_of_text`` are the tokenizer's, used where the configuration says nothing.
         """
+        self.check_transformers()
         if self.architecture not in FULL_SIZE:
             known = ", ".join(FULL_SIZE)
             raise ConfigError(f"model.architecture is {self.architecture!r}, expected one of: {known}")

@@ -93,6 +93,15 @@ class QwenModel(LanguageModel):
         rope.inv_freq = inverse_frequencies(self.config.head_width, rope.inv_freq.device)
         return self
 
+    def load_pretrained(self, folder: str) -> None:
+        """Takes over the weights of a Qwen2 checkpoint; where its head is its embedding, both start as that one table."""
+        from models.start import pretrained
+
+        theirs: Any = pretrained(folder)
+        state = theirs.state_dict()
+        state["lm_head.weight"] = theirs.get_output_embeddings().weight
+        self.qwen.load_state_dict(state)
+
     def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:
         """Writes an ordinary Qwen2 checkpoint that ``AutoModelForCausalLM.from_pretrained(folder)`` loads."""
         self.qwen.save_pretrained(folder, **options)

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 
 from models import LanguageModel
+from models.auto import TransformersModel
 from polargrad_dist.errors import CheckpointError, ConfigError
+from polargrad_dist.trainer.checkpoint.single import MODEL, Checkpoint, find_checkpoint
 from polargrad_dist.trainer.cli import run
-from tools.checkpoints import MODEL, Checkpoint, find_checkpoint
+from polargrad_dist.trainer.initial import fill, weights
 from tools.export_text import DTYPES, add_tokenizer, model_card
-from tools.runs import build, known_tokens, weights
+from tools.runs import build, known_tokens
 
 SHARD_BYTES = 5 * 10**9
 
@@ -86,6 +88,12 @@ def export(
     model = build(checkpoint, known, device="meta")
     kind = DTYPES[dtype] if dtype else _widest(checkpoint)
     config = model.hub_config(checkpoint.progress) | {"dtype": _name(kind), "torch_dtype": _name(kind)}
+    if not (isinstance(model, TransformersModel) and model.renames):
+        _write_weights(checkpoint, model, out, kind, shard_bytes)
+    else:  # its files name weights otherwise than its modules: Transformers writes them, from the whole model
+        whole: Any = build(checkpoint, known)
+        fill(whole, checkpoint, "the run")
+        whole.to(kind).inner.save_pretrained(out, max_shard_size=shard_bytes)
     _write(out / "config.json", config)
     marker = config.get("eos_token_id")
     generation = {"bos_token_id": marker, "eos_token_id": marker, "pad_token_id": marker, "use_cache": True}
@@ -94,7 +102,6 @@ def export(
         shutil.copyfile(model.hub_code, out / model.hub_code.name)
     if tokenizer != "none":
         add_tokenizer(known, out, apart=tokenizer == "apart", trust=model.hub_code is not None)
-    _write_weights(checkpoint, model, out, kind, shard_bytes)
     (out / "README.md").write_text(model_card(checkpoint, model, known, kind), encoding="utf-8")
     ordinary_modes(out)
 
@@ -127,7 +134,7 @@ def _write_weights(
     """One safetensors file, or several below ``shard_bytes`` with an index, as Transformers writes them."""
     from safetensors.torch import save_file
 
-    wanted = set(weights(model))
+    wanted = {MODEL + name for name in weights(model)}
     names = [name for name in map(MODEL.__add__, checkpoint.names()) if name in wanted]
     if missing := sorted(wanted - set(names)):
         raise CheckpointError(

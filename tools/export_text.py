@@ -15,7 +15,7 @@ from data.kept import Kept
 from data.tokenizers import Tokenizer
 from models import LanguageModel
 from polargrad_dist.errors import ConfigError
-from tools.checkpoints import Checkpoint
+from polargrad_dist.trainer.checkpoint.single import Checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,9 +15,9 @@ from data.open import Data
 from data.tokenizers import Tokenizer
 from models import LanguageModel, ModelConfig, build_model
 from polargrad_dist.errors import CheckpointError
-from polargrad_dist.optim.routing import clean_name
+from polargrad_dist.trainer.checkpoint.single import Checkpoint, find_checkpoint
+from polargrad_dist.trainer.initial import fill
 from polargrad_dist.trainer.metrics import quiet
-from tools.checkpoints import MODEL, Checkpoint, find_checkpoint
 from train import RunConfig, parse_run
 
 
@@ -111,7 +110,7 @@ def load_run(path: Path | str, *, step: int | None = None) -> Run:
     checkpoint = find_checkpoint(path, step)
     known = known_tokens(checkpoint)
     model = build(checkpoint, known)
-    fill(model, checkpoint)
+    fill(model, checkpoint, "the run")
     return Run(checkpoint, model.eval(), known)
 
 
@@ -143,27 +142,3 @@ def build(checkpoint: Checkpoint, known: Kept, device: str = "cpu") -> LanguageM
             "of train.py"
         ) from None
     return build_model(config, vocab_size=known.vocab_size, end_of_text=known.end_of_text, device=device)
-
-
-def fill(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
-    """Reads a checkpoint's weights into a model, one tensor at a time. Raises ``CheckpointError`` where they do not fit."""
-    saved = set(checkpoint.names())
-    for name, target in weights(model).items():
-        plain = name.removeprefix(MODEL)
-        if plain not in saved:
-            raise CheckpointError(f"{checkpoint.folder} has no {plain}: it is of another model")
-        found = checkpoint.read(name)
-        if found.shape != target.shape:
-            raise CheckpointError(
-                f"{checkpoint.folder} has {plain} of shape {tuple(found.shape)}, expected {tuple(target.shape)}: it is of "
-                "another model"
-            )
-        with torch.no_grad():
-            target.copy_(found)
-
-
-def weights(model: torch.nn.Module) -> dict[str, Any]:
-    """A model's parameters and persistent buffers under their names in a checkpoint."""
-    persistent = model.state_dict()
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return {MODEL + clean_name(name): p for name, p in named if name in persistent}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from polargrad_dist.diagnostics import DiagnosticsConfig
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.schedules import ScheduleConfig
-from polargrad_dist.trainer.checkpoint import CheckpointConfig
+from polargrad_dist.trainer.checkpoint import CheckpointConfig, checkpoints_in
 
 
 @dataclass
@@ -130,10 +131,23 @@ class TrainerConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     safety: SafetyConfig = field(default_factory=SafetyConfig)
 
+    @property
+    def resumes(self) -> bool:
+        """Whether the run goes on from a checkpoint, whose weights take the place of any first ones."""
+        return self.checkpoint.resume not in ("auto", "never") or bool(
+            checkpoints_in(Path(self.run_dir) / "checkpoints")
+        )
+
     def check(self, world: int) -> None:
         """Raises ``ConfigError`` for what cannot be run on ``world`` ranks, naming the key and what would be right."""
         if not self.run_dir.strip():
             raise ConfigError("trainer.run_dir is empty, expected the folder that this run writes into")
+        if "://" in self.run_dir:
+            raise ConfigError(
+                f"trainer.run_dir is {self.run_dir}, expected a folder on a file system that every rank sees: "
+                f"checkpoints are "
+                "renamed and locked there, which object stores cannot; copy the run there when it has ended"
+            )
         for name in ("steps", "global_batch", "micro_batch", "sequence_length"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"trainer.{name} is {getattr(self, name)}, expected a whole number >= 1")

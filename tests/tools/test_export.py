@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data.kept import keep, kept
 from data.tokenizers import open_ready
 from polargrad_dist.errors import ConfigError
+from polargrad_dist.trainer.checkpoint.single import find_checkpoint
 from tests.commandline import ROOT
 from tests.tools.conftest import tool
-from tools.checkpoints import find_checkpoint
 from tools.export import export, export_dcp
 from tools.export_text import add_tokenizer
 from tools.runs import load_run

@@ -28,6 +28,7 @@ from polargrad_dist.optim.schedules import lr_factor, momentum_at
 from polargrad_dist.trainer import rundir
 from polargrad_dist.trainer.checkpoint import CheckpointStore, restore_rng_state, rng_state
 from polargrad_dist.trainer.config import TrainerConfig
+from polargrad_dist.trainer.evaluation import Evaluator
 from polargrad_dist.trainer.metrics import Metrics
 from polargrad_dist.trainer.phases import Phases, memory_gib, peak_flops
 from polargrad_dist.trainer.signals import PREEMPTED, LeaveRequest
@@ -138,6 +139,7 @@ class Trainer:
         self.phases = Phases(world.device)
         self.peak = peak_flops(world.device) if config.precision != "fp32" else None  # the peaks are bf16's
         self.validated: dict[str, float] = {}
+        self.evaluator = Evaluator(config, self.placed, model, data, world)
         self.store = CheckpointStore(
             self.run_dir / "checkpoints",
             config.checkpoint,
@@ -379,6 +381,8 @@ class Trainer:
             self.validated = self.evaluate()
             loss = self.validated["validation_loss"]
             metrics.write({"step": step, **self.validated})
+        if looked := self.evaluator.look(step, last):
+            metrics.write({"step": step, **looked})
         self._due |= stop or last or bool(config.checkpoint.every and step % config.checkpoint.every == 0)
         if self._due and self._proved(loss if last else None):
             self.save(loss)
@@ -389,29 +393,9 @@ class Trainer:
         push good checkpoints out: the save waits for a step that works, at the very end for a finite validation."""
         return self.progress.skipped_in_a_row == 0 or (final_loss is not None and math.isfinite(final_loss))
 
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Mean loss over the fixed validation tokens, in nats per token and, where known, bits per byte of their text."""
-        validation = self.data.validation
-        model = self.placed.model
-        model.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        done = self.progress.step / self.config.steps
-        for tokens, targets in validation.batches():
-            count = int((targets != -100).sum())
-            tokens, targets = tokens.to(self.world.device), targets.to(self.world.device)
-            with self.placed.autocast():
-                loss = model(tokens, targets, progress=done)
-            if count:
-                total += torch.stack(
-                    [loss.double() * count, torch.full_like(loss, count, dtype=torch.float64)]
-                )
-        model.train()
-        summed, count = self.world.sum(total).tolist()
-        out = {"validation_loss": summed / count}
-        if validation.bytes_per_token:
-            out["bits_per_byte"] = summed / count / math.log(2) / validation.bytes_per_token
-        return out
+    def evaluate(self) -> dict[str, Any]:
+        """The loss over the fixed validation tokens, see `Evaluator.validate`."""
+        return self.evaluator.validate(self.progress.step / self.config.steps)
 
     # Saving and resuming
 

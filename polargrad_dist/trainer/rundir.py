@@ -26,6 +26,7 @@ FREE = (
     "trainer.allow_changes",
     "trainer.strategy",
     "trainer.evaluation",
+    "trainer.samples",
     "trainer.logging",
     "trainer.diagnostics",
     "trainer.checkpoint",

@@ -49,10 +49,8 @@ def read_questions(path: str, limit: int | None = None) -> list[Question]:
 def _question(line: str, where: str) -> Question:
     try:
         record = json.loads(line)
-        if "ctx_a" in record:
-            text = record["ctx_a"] + " " + record["ctx_b"].capitalize()
-        else:
-            text = record["ctx"]
+        two = "ctx_a" in record
+        text = record["ctx_a"] + " " + record["ctx_b"].capitalize() if two else record["ctx"]
         if "activity_label" in record:
             text = f"{record['activity_label']}: {text}"
         endings = tuple(_plain(ending) for ending in record["endings"])

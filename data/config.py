@@ -79,8 +79,8 @@ class DataConfig:
         source: `builtin`: the Python standard library's sources and documentation; `files`: local text, JSON lines, parquet;
             `hub`: the Hugging Face hub; `shards`: folders that `python -m data.prepare` wrote, or foreign `.bin` shards.
         paths: for `files` (.txt, .md, .jsonl, .ndjson, .parquet; text also as .gz or .zst) and `shards` (.bin): files,
-            folders or globs, read in the given order, each folder and glob sorted by name. URLs such as s3://bucket/folder name text
-            and prepared folders wherever fsspec reads them.
+            folders or globs, read in the given order, each folder and glob sorted by name. URLs such as s3://bucket/folder
+            name text and prepared folders wherever fsspec reads them.
         sources: a mixture, in place of source, paths, text_field, hub and max_tokens: several corpora, each with a weight.
             Every source keeps a validation set of its own.
         validation_sets: further validation sets by name, each a list of text files, or of one prepared folder; tokenized with

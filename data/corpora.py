@@ -51,7 +51,7 @@ def find_corpora(config: DataConfig, report: Report) -> list[Corpus]:
                 f"data.validation_sets names {name!r}, expected a name of its own: choose another"
             )
         tokenizer = tokenizer or _tokenizer_of(corpora[0], config)
-        corpora.append(_validation_set(name, paths, config, tokenizer, report))
+        corpora.append(validation_corpus(name, paths, config, tokenizer, report))
     return corpora
 
 
@@ -187,7 +187,7 @@ def _tokenizer_of(corpus: Corpus, config: DataConfig) -> Tokenizer:
     return open_ready(config.tokenizer.name, config.tokenizer.end_of_text)
 
 
-def _validation_set(
+def validation_corpus(
     name: str, paths: list[str], config: DataConfig, tokenizer: Tokenizer, report: Report
 ) -> Corpus:
     """A named validation set: a prepared folder's validation shards, or its training shards where it has none; or text."""

@@ -90,7 +90,7 @@ def open_data(
     )
     first = corpora[0]
     info, end_of_text = _on_rank_0(lambda: _tokenizer(config, first.manifest), rank, all_gather)
-    held = _Validation(sequence_length, micro_batch, rank, world, config.validation_tokens)
+    held = ValidationMaker(sequence_length, micro_batch, rank, world, config.validation_tokens)
     mixed = [corpus for corpus in corpora if corpus.weight]
     order = (sequence_length, global_batch, micro_batch, rank, world, seed, config.prefetch)
     tokenizer_hash = info.hash if info else None
@@ -128,7 +128,7 @@ def open_data(
 
 
 @dataclass(frozen=True)
-class _Validation:
+class ValidationMaker:
     """Makes this rank's validation sets."""
 
     sequence_length: int

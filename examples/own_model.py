@@ -33,10 +33,16 @@ class Recurrent(nn.Module):
 
 config = TrainerConfig(run_dir=sys.argv[1] if sys.argv[1:] else "runs/own", steps=20, sequence_length=64)
 world = join(config.device)
-sizes = {"sequence_length": 64, "global_batch": config.global_batch, "micro_batch": config.micro_batch}
-text = DataConfig(tokenizer=TokenizerConfig(vocab_size=512), max_tokens=200_000, validation_fraction=0.05)
-data = open_data(text, **sizes, rank=world.rank, world=world.size, all_gather=world.gather)
+data = open_data(
+    DataConfig(tokenizer=TokenizerConfig(vocab_size=512), max_tokens=200_000, validation_fraction=0.05),
+    sequence_length=config.sequence_length,
+    global_batch=config.global_batch,
+    micro_batch=config.micro_batch,
+    rank=world.rank,
+    world=world.size,
+    all_gather=world.gather,
+)
 seed_everything(config.seed)
-model = Recurrent(data.vocab_size)
+model = Recurrent(vocabulary=512)
 outcome = Trainer(config, OptimizerConfig(), model, data, world, {"model": {"kind": "GRU"}}).fit()
 print(f"validation loss {outcome.validation['validation_loss']:.3f} after {outcome.step} steps")

@@ -38,7 +38,7 @@ def add_tokenizer(known: Kept, out: Path, *, apart: bool, trust: bool) -> None:
         return
     tokenizer = known.load()
     folder = out / "tokenizer" if apart else out
-    _fast(tokenizer).save_pretrained(folder)
+    fast_tokenizer(tokenizer).save_pretrained(folder)
     (folder / "special_tokens_map.json").unlink(missing_ok=True)  # tokenizer_config.json says the same
     _plain_class(folder / "tokenizer_config.json")
     from transformers import AutoTokenizer
@@ -56,7 +56,7 @@ def add_tokenizer(known: Kept, out: Path, *, apart: bool, trust: bool) -> None:
             )
 
 
-def _fast(tokenizer: Tokenizer) -> Any:
+def fast_tokenizer(tokenizer: Tokenizer) -> Any:
     """The run's tokenizer as Transformers has it; end-of-text is its only special token."""
     from tokenizers import Tokenizer as Backend
     from transformers import PreTrainedTokenizerFast

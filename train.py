@@ -5,8 +5,11 @@ The same under `torchrun`, `srun` and `accelerate launch`. Every key: `python tr
 
 from __future__ import annotations
 
+import re
+import sys
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from data import DataConfig, open_data
@@ -37,7 +40,16 @@ class RunConfig:
 
 def parse_run(args: list[str] | None = None) -> tuple[RunConfig, dict[str, Any], int | None]:
     """The run that a command line describes, its JSON-able form, and the ranks of a dry run or None."""
-    return parse(RunConfig, "Pre-train a language model with polar-gradient optimizers.", args)
+    given = sys.argv[1:] if args is None else args
+    given = [re.sub(r"^--profile(?=$|=)", "--trainer.logging.profile", word) for word in given]
+    return parse(RunConfig, "Pre-train a language model with polar-gradient optimizers.", given)
+
+
+def report(run_dir: Path) -> Path:
+    """Writes the run's page, see `tools.report`."""
+    from tools.report import write_report
+
+    return write_report([run_dir], run_dir / "report.html")
 
 
 def main() -> int:
@@ -76,7 +88,9 @@ def pretrain(config: RunConfig, configuration: dict[str, Any]) -> Outcome:
         data.check_vocabulary(model.vocab_size)
         if adopted.init_from is not None and not trainer.resumes:
             initialize(model, adopted.init_from, origin, data, world)
-        return Trainer(trainer, config.optimizer, model, data, world, configuration).fit()
+        made = Trainer(trainer, config.optimizer, model, data, world, configuration)
+        made.report = report
+        return made.fit()
     finally:
         world.close()
 

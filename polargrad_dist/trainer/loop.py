@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.profiler import record_function
 
 from polargrad_dist.diagnostics import Diagnostics
 from polargrad_dist.errors import ConfigError, PolarGradError
@@ -31,6 +32,7 @@ from polargrad_dist.trainer.config import TrainerConfig
 from polargrad_dist.trainer.evaluation import Evaluator
 from polargrad_dist.trainer.metrics import Metrics
 from polargrad_dist.trainer.phases import Phases, memory_gib, peak_flops
+from polargrad_dist.trainer.profiling import PREFIX, Profile
 from polargrad_dist.trainer.signals import PREEMPTED, LeaveRequest
 from polargrad_dist.trainer.strategies import place
 from polargrad_dist.trainer.world import World, seed_everything
@@ -177,7 +179,9 @@ class Trainer:
             run_id=self.run_id,
             configuration=self.configuration,
             active=self.world.is_main,
+            report=self.report,
         )
+        profile = Profile(config.logging.profile, self.run_dir, self.world.device, self.world.is_main)
         leave = LeaveRequest()
         batches = self.data.train.batches_from(progress.sample)
         try:
@@ -189,7 +193,9 @@ class Trainer:
                     faulthandler.dump_traceback_later(
                         60 * config.strategy.timeout_minutes
                     )  # who hangs shows where
-                record, stop = self._step(batches, leave)
+                with record_function(f"{PREFIX}whole"):
+                    record, stop = self._step(batches, leave)
+                profile.step()
                 progress.step += 1
                 progress.sample += config.global_batch
                 self._report(metrics, record)
@@ -200,6 +206,7 @@ class Trainer:
         finally:
             faulthandler.cancel_dump_traceback_later()
             leave.close()
+            profile.close()
             metrics.close()
             if hasattr(batches, "close"):
                 batches.close()
@@ -369,6 +376,8 @@ class Trainer:
 
     _reported = 0
     _due = False
+    report: Callable[[Path], Path] | None = None
+    """Writes the run's HTML report, for the sinks that take one when it ends."""
 
     def _validate_and_save(self, metrics: Metrics, stop: bool) -> None:
         config, step = self.config, self.progress.step

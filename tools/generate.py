@@ -10,7 +10,8 @@ from polargrad_dist.trainer.cli import run
 from tools.runs import load_run
 
 
-def main() -> int:
+def main(args: list[str] | None = None) -> int:
+    """Runs the command; ``args`` are its words, by default those of the process."""
     parser = argparse.ArgumentParser(description="Continue a prompt with the model of a run.")
     parser.add_argument("run", help="a run directory, or one of its checkpoints")
     parser.add_argument("--prompt", default="", help="text to continue; empty starts a document")
@@ -31,7 +32,7 @@ def main() -> int:
     parser.add_argument(
         "--step", type=int, default=None, help="checkpoint to load; default: the newest valid one"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(args)
     for name, good, expected in (
         ("tokens", options.tokens >= 0, "a whole number >= 0"),
         ("temperature", 0 <= options.temperature < math.inf, "a finite number >= 0"),

@@ -29,7 +29,7 @@ from polargrad_dist.optim.schedules import lr_factor, momentum_at
 from polargrad_dist.trainer import rundir
 from polargrad_dist.trainer.checkpoint import CheckpointStore, restore_rng_state, rng_state
 from polargrad_dist.trainer.config import TrainerConfig
-from polargrad_dist.trainer.evaluation import Evaluator
+from polargrad_dist.trainer.measure import Evaluator
 from polargrad_dist.trainer.metrics import Metrics
 from polargrad_dist.trainer.phases import Phases, memory_gib, peak_flops
 from polargrad_dist.trainer.profiling import PREFIX, Profile
@@ -389,7 +389,7 @@ class Trainer:
         ):
             self.validated = self.evaluate()
             loss = self.validated["validation_loss"]
-            metrics.write({"step": step, **self.validated})
+            metrics.write({"step": step, **self.validated, **self.evaluator.named(step)})
         if looked := self.evaluator.look(step, last):
             metrics.write({"step": step, **looked})
         self._due |= stop or last or bool(config.checkpoint.every and step % config.checkpoint.every == 0)
@@ -402,9 +402,29 @@ class Trainer:
         push good checkpoints out: the save waits for a step that works, at the very end for a finite validation."""
         return self.progress.skipped_in_a_row == 0 or (final_loss is not None and math.isfinite(final_loss))
 
-    def evaluate(self) -> dict[str, Any]:
-        """The loss over the fixed validation tokens, see `Evaluator.validate`."""
-        return self.evaluator.validate(self.progress.step / self.config.steps)
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Mean loss over the fixed validation tokens, in nats per token and, where known, bits per byte of their text."""
+        validation = self.data.validation
+        model = self.placed.model
+        model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        done = self.progress.step / self.config.steps
+        for tokens, targets in validation.batches():
+            count = int((targets != -100).sum())
+            tokens, targets = tokens.to(self.world.device), targets.to(self.world.device)
+            with self.placed.autocast():
+                loss = model(tokens, targets, progress=done)
+            if count:
+                total += torch.stack(
+                    [loss.double() * count, torch.full_like(loss, count, dtype=torch.float64)]
+                )
+        model.train()
+        summed, count = self.world.sum(total).tolist()
+        out = {"validation_loss": summed / count}
+        if validation.bytes_per_token:
+            out["bits_per_byte"] = summed / count / math.log(2) / validation.bytes_per_token
+        return out
 
     # Saving and resuming
 

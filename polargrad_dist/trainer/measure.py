@@ -1,4 +1,4 @@
-"""What a run measures beside its training loss: validation sets, multiple choice, and samples of its text.
+"""What a run measures beside its losses: named validation sets, multiple choice, and samples of its text.
 
 Every rank takes part in every forward pass, so that sharded models gather their weights; nothing here moves a weight or a
 random generator of the run.
@@ -57,17 +57,14 @@ class Evaluator:
             found["samples"] = self.sample(done)
         return found
 
-    def validate(self, done: float) -> dict[str, Any]:
-        """``validation_loss`` in nats per token and, where the text is known, ``bits_per_byte``; ``validation`` holds the
-        same of each further validation set under its name. ``done``: the part of training that is done."""
-        loss, bits = self._mean_loss(self.data.validation, done)
-        out: dict[str, Any] = {"validation_loss": loss} | ({} if bits is None else {"bits_per_byte": bits})
-        named = getattr(self.data, "validations", {})
-        for name, tokens in named.items():
-            loss, bits = self._mean_loss(tokens, done)
-            found = {"loss": loss} | ({} if bits is None else {"bits_per_byte": bits})
-            out.setdefault("validation", {})[name] = found
-        return out
+    def named(self, step: int) -> dict[str, Any]:
+        """``validation``: of each named validation set the ``loss`` in nats per token and, where its text is known, the
+        ``bits_per_byte``. Empty where there are none."""
+        found: dict[str, Any] = {}
+        for name, tokens in getattr(self.data, "validations", {}).items():
+            loss, bits = self._mean_loss(tokens, step / self.config.steps)
+            found[name] = {"loss": loss} | ({} if bits is None else {"bits_per_byte": bits})
+        return {"validation": found} if found else {}
 
     @torch.no_grad()
     def _mean_loss(self, validation: Any, done: float) -> tuple[float, float | None]:

@@ -1,9 +1,10 @@
 """The polar decomposition A = U·H of batches of matrices: pure functions of tensors, importable on their own."""
 
 from .api import Polar, PolarInfo, choose_method, cost, polar
-from .gram import InverseSqrt, apply_rows, gram_matrix, inverse_sqrt
+from .gram import apply_rows, gram_matrix
 from .homogenize import Homogenized, homogenize
 from .polynomial import polar_express_coefficients
+from .root import InverseSqrt, inverse_sqrt
 from .rows import CompressedRows, compress_rows, expand_rows
 from .spectrum import homogenized_spectrum
 

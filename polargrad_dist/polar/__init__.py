@@ -4,6 +4,7 @@ from .api import Polar, PolarInfo, choose_method, cost, polar
 from .gram import apply_rows, gram_matrix
 from .homogenize import Homogenized, homogenize
 from .polynomial import polar_express_coefficients
+from .qdwh import gram_qdwh, norm_bound, norm_parts
 from .root import InverseSqrt, inverse_sqrt
 from .rows import CompressedRows, compress_rows, expand_rows
 from .spectrum import homogenized_spectrum
@@ -20,9 +21,12 @@ __all__ = [
     "cost",
     "expand_rows",
     "gram_matrix",
+    "gram_qdwh",
     "homogenize",
     "homogenized_spectrum",
     "inverse_sqrt",
+    "norm_bound",
+    "norm_parts",
     "polar",
     "polar_express_coefficients",
 ]

@@ -132,7 +132,7 @@ def _eigh_of_own(S: Tensor) -> tuple[Tensor, Tensor]:
 def _by_products(S: Tensor, lower: float) -> InverseSqrt:
     n = S.shape[-1]
     unit, square, top = unit_spectrum(S)
-    Y, X, first = unit, None, dominant_direction(square)
+    Y, X = unit, None
     R, R2 = unit, square
     for a, b, c in root_schedule(lower):
         if X is not None:
@@ -144,9 +144,7 @@ def _by_products(S: Tensor, lower: float) -> InverseSqrt:
         Y = Y @ P
     assert X is not None
     X = (X + X.mT) / 2
-    largest = rayleigh_quotient(unit, first)
-    smallest = torch.minimum(rayleigh_quotient(unit, dominant_direction(X)), largest)
-    smallest = torch.where(smallest <= noise(largest), 0.0, smallest)  # NaN stays
+    largest, smallest = extreme_singular_values(unit, X, square)
     missing = X @ Y  # of U = A·X, whose Gram matrix this is
     missing.diagonal(dim1=-2, dim2=-1).sub_(1.0)
     residual = missing.square().sum((-2, -1)).sqrt() / math.sqrt(n)
@@ -156,8 +154,8 @@ def _by_products(S: Tensor, lower: float) -> InverseSqrt:
     return InverseSqrt(
         X,
         Y.diagonal(dim1=-2, dim2=-1).sum(-1) * back,
-        largest.sqrt() * back,
-        smallest.sqrt() * back,
+        largest * back,
+        smallest * back,
         unseen,
         unseen.bool(),
         residual,
@@ -172,6 +170,17 @@ def unit_spectrum(S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     bound = R2.square().sum((-2, -1)).pow(0.25) * (1 + 1e-12)
     unit = torch.where(bound == 0, 1.0, bound)[..., None, None]
     return R / unit, R2 / unit.square(), trace * bound
+
+
+def extreme_singular_values(S: Tensor, X: Tensor, power: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(σ_max, σ_min) (…) of A, from S = AᵀA and X ≈ S^(-1/2) by power iterations on a power of S (S itself) and on X.
+
+    Rayleigh quotients with S, so inside the spectrum but for rounding; 0 where σ_min² is rounding beside σ_max².
+    """
+    largest = rayleigh_quotient(S, dominant_direction(S if power is None else power))
+    smallest = torch.minimum(rayleigh_quotient(S, dominant_direction(X)), largest)
+    smallest = torch.where(smallest <= noise(largest), 0.0, smallest)  # NaN stays
+    return largest.sqrt(), smallest.sqrt()
 
 
 def dominant_direction(M: Tensor) -> Tensor:

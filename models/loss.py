@@ -63,7 +63,8 @@ def loss_sum(
     hidden, weight = _in_one_dtype(hidden.detach(), weight.detach())
     total = torch.zeros((), device=hidden.device)
     for piece, target in _pieces(hidden, weight, targets):
-        total += _run(normalizer, compiled, piece @ weight.T, target, soft_cap)[0]
+        z = piece @ weight.T
+        total += _run(normalizer, compiled, z, _chosen(z, target), target, soft_cap)[0]
     return total
 
 
@@ -85,7 +86,7 @@ class _LossSum(torch.autograd.Function):
         weight_grad: torch.Tensor | None = None
         for piece, target in _pieces(hidden, weight, targets):
             z = piece @ weight.T
-            loss, lse = _run(normalizer, compiled, z, target, soft_cap)
+            loss, lse = _run(normalizer, compiled, z, _chosen(z, target), target, soft_cap)
             total += loss
             _run(into_gradient, compiled, z, target, lse, soft_cap)
             if for_hidden:
@@ -111,18 +112,19 @@ class _LossSum(torch.autograd.Function):
 
 
 def normalizer(
-    z: torch.Tensor, targets: torch.Tensor, soft_cap: SoftCap
+    z: torch.Tensor, chosen: torch.Tensor, targets: torch.Tensor, soft_cap: SoftCap
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum of the losses, fp32 0-d; log of the sum of exponentials (N, 1) fp32) of uncapped logits z (N, V)."""
+    """(sum of the losses, fp32 0-d; log of the sum of exponentials (N, 1) fp32) of uncapped logits z (N, V).
+
+    chosen: (N, 1), those of the targets (N,), taken out beforehand: capped again here, they need not be kept capped.
+    """
     y = soft_capped(z.float(), soft_cap)
     if soft_cap == "none":
         lse = y.logsumexp(-1, keepdim=True)
     else:  # within ±15 nothing overflows, and a pass for the largest is saved
         lse = y.exp().sum(-1, keepdim=True).log()
-    # The few logits that are asked for are capped again, so that the others need not be kept.
-    chosen = soft_capped(z.gather(1, targets.clamp_min(0)[:, None]).float(), soft_cap)
-    loss = torch.where(targets[:, None] != IGNORED, lse - chosen, 0.0).sum()
-    return loss, lse
+    losses = lse - soft_capped(chosen.float(), soft_cap)
+    return torch.where(targets[:, None] != IGNORED, losses, 0.0).sum(), lse
 
 
 def into_gradient(z: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor, soft_cap: SoftCap) -> None:
@@ -137,6 +139,11 @@ def into_gradient(z: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor, sof
         inverse = torch.rsqrt(x.square() + CAP**2)
         gradient = gradient * (CAP**3 * inverse * inverse * inverse)
     z.copy_(torch.where(targets[:, None] != IGNORED, gradient, 0.0))
+
+
+def _chosen(z: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The logits (N, 1) of the targets; of an ignored target, any."""
+    return z.gather(1, targets.clamp_min(0)[:, None])
 
 
 def _in_one_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -233,7 +233,9 @@ def test_mediums_padding_rows_are_classes_that_never_occur_but_in_samples():
     model = tiny("gpt2-medium")
     tokens = torch.randint(0, 95, (1, 40))
     loss = model(tokens, tokens)
-    assert float(loss.detach()) == pytest.approx(math.log(128), rel=1e-6)  # not ln 96: the head starts at zero
+    assert float(loss.detach()) == pytest.approx(
+        math.log(128), rel=1e-6
+    )  # not ln 96: the head starts at zero
     loss.backward()
     assert model.head.weight.grad[96:].abs().sum() > 0
     assert model(tokens).shape == (1, 40, 128)

@@ -8,7 +8,7 @@ gradients, with as many tokens as a GPU has in one micro-batch and pieces as lar
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -64,18 +64,13 @@ def eager_bytes(case: Case, *, passes: bool) -> int:
     """Bytes of forward and gradients; without ``passes`` those of all but the two passes over the logits."""
     large_pieces = mock.patch.dict(loss.PIECE, {"cpu": loss.PIECE["cuda"]})
     lse = (case.tokens, 1)
-    skipped = mock.patch.object(loss, "_run", lambda *a: (torch.empty(()), torch.empty(lse)))
-    with FakeTensorMode(), large_pieces:
+    skipped = mock.patch.object(loss, "_run", side_effect=lambda *a: (torch.empty(()), torch.empty(lse)))
+    with FakeTensorMode(), large_pieces, nullcontext() if passes else skipped:
         hidden = torch.empty(case.tokens, case.width, dtype=torch.bfloat16, requires_grad=True)
         weight = torch.empty(case.vocabulary, case.width, dtype=torch.bfloat16, requires_grad=True)
         targets = torch.empty(case.tokens, dtype=torch.int64)
         with ByteCount() as count:
-            if passes:
-                total = loss_sum(hidden, weight, targets, case.soft_cap)
-            else:
-                with skipped:
-                    total = loss_sum(hidden, weight, targets, case.soft_cap)
-            total.backward()
+            loss_sum(hidden, weight, targets, case.soft_cap).backward()
     return count.bytes
 
 

@@ -119,10 +119,9 @@ def normalizer(
     chosen: (N, 1), those of the targets (N,), taken out beforehand: capped again here, they need not be kept capped.
     """
     y = soft_capped(z.float(), soft_cap)
-    if soft_cap == "none":
-        lse = y.logsumexp(-1, keepdim=True)
-    else:  # within ±15 nothing overflows, and a pass for the largest is saved
-        lse = y.exp().sum(-1, keepdim=True).log()
+    # Within ±15 nothing overflows, and a pass for the largest is saved.
+    bounded = soft_cap != "none"
+    lse = y.exp().sum(-1, keepdim=True).log() if bounded else y.logsumexp(-1, keepdim=True)
     losses = lse - soft_capped(chosen.float(), soft_cap)
     return torch.where(targets[:, None] != IGNORED, losses, 0.0).sum(), lse
 
@@ -130,15 +129,20 @@ def normalizer(
 def into_gradient(z: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor, soft_cap: SoftCap) -> None:
     """Overwrites uncapped logits z (N, V) with the gradient of `normalizer`'s loss: (softmax − one-hot)·dy/dz."""
     x = z.float()
-    probability = (soft_capped(x, soft_cap) - lse).exp()
-    hot = torch.arange(z.shape[1], device=z.device) == targets[:, None]
-    gradient = torch.where(hot, probability - 1, probability)
+    slope: torch.Tensor | None = None
     if soft_cap == "tanh":
-        gradient = gradient * (1 - torch.tanh(x / CAP).square())
+        unit = torch.tanh(x / CAP)
+        y, slope = CAP * unit, 1 - unit.square()
     elif soft_cap == "algebraic":
         inverse = torch.rsqrt(x.square() + CAP**2)
-        gradient = gradient * (CAP**3 * inverse * inverse * inverse)
-    z.copy_(torch.where(targets[:, None] != IGNORED, gradient, 0.0))
+        y, slope = CAP * x * inverse, inverse.pow(3).mul_(CAP**3)
+    else:
+        y = x
+    gradient = y.sub_(lse).exp_()
+    gradient.add_(torch.arange(z.shape[1], device=z.device) == targets[:, None], alpha=-1)
+    if slope is not None:
+        gradient.mul_(slope)
+    z.copy_(gradient.masked_fill_(targets[:, None] == IGNORED, 0.0))
 
 
 def _chosen(z: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The polar decomposition A = U·H of batches of matrices: pure functions of tensors, importable on their own."""
 
-from .api import Polar, PolarInfo, choose_method, cost, polar
+from .api import Polar, PolarInfo, polar
+from .cost import choose_method, cost, root_cost
 from .gram import apply_rows, gram_matrix
 from .homogenize import Homogenized, homogenize
 from .polynomial import polar_express_coefficients
@@ -29,4 +30,5 @@ __all__ = [
     "norm_parts",
     "polar",
     "polar_express_coefficients",
+    "root_cost",
 ]

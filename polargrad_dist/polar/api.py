@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from ..errors import PolarError
-from .gram import fast_fp64
+from .cost import choose_method
 from .newton import newton
 from .oracle import Options, Oracle, largest_entry, without_tf32
 from .polynomial import newton_schulz, polar_express
 from .qdwh import qdwh
 from .root import choose_root
 from .rows import CompressedRows, compress_rows, expand_rows
-from .spectral import STRICT, gram, svd
+from .spectral import gram, svd
 from .zolo import zolo
 
 ORACLES = {
@@ -142,47 +142,6 @@ def polar(
             H = _hermitian_factor(tall, found.U, wide=m < n).reshape(*batch, n, n)
     norm = found.nuclear_norm.to(torch.promote_types(a.dtype, torch.float32)).reshape(batch)
     return Polar(U, H, norm, _details(found, method, batch) if info else None)
-
-
-def choose_method(shape: tuple[int, ...], device: torch.device | str = "cpu", *, lower: float = 1e-4) -> str:
-    """What `auto` runs on an m×n matrix: "svd" or "gram" (or "qdwh" on a GPU without fast fp64).
-
-    CPU: measured by `python -m benchmarks.polar`; svd wins on nearly square matrices in default mode, gram elsewhere.
-    GPU: reasoned, not measured: gram is matrix products alone there.
-    """
-    m, n = max(shape[-2:]), min(shape[-2:])
-    device = torch.device(device)
-    if device.type == "cpu":
-        return "svd" if lower >= STRICT and m < 2 * n else "gram"
-    return "gram" if fast_fp64(device) or lower < STRICT else "qdwh"
-
-
-def cost(shape: tuple[int, ...], method: str = "auto", steps: int | None = None) -> float:
-    """Work of one call on an m×n matrix in flops of an fp32 product, fitted to CPU timings within about a third.
-
-    Meant for dealing matrices to ranks: only ratios matter. fp64 flops count double, factorizations by their speed.
-    """
-    m, n = max(shape[-2:]), min(shape[-2:])
-    if n == 0:
-        return 0.0
-    if method == "auto":
-        method = choose_method((m, n))
-    product, square = 2.0 * m * n * n, 2.0 * n**3
-    tall_qr = 3 * product if m > n + n // 8 else 0.0
-    match method:
-        case "svd":
-            return 15 * square + 4 * (product - square) + product
-        case "gram":
-            return 2.2 * product + 12 * square
-        case "qdwh":
-            return tall_qr + (6 * (steps or 5)) * square
-        case "zolo":
-            return tall_qr + 40 * square
-        case "newton":
-            return tall_qr + 30 * square
-        case "newton_schulz" | "polar_express":
-            return (steps or 5) * (2 * product + square)
-    raise PolarError(f"method={method!r} is not known; choose one of {', '.join(ORACLES)}")
 
 
 def _nonzero_rows(tall: Tensor) -> CompressedRows | None:

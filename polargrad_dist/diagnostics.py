@@ -12,13 +12,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch.distributed.tensor import DTensor
 
-from polargrad_dist.distributed.plan import Layout
-from polargrad_dist.distributed.transport import Traffic, pack_triangle, reduce_to, unpack_triangle, wait
+from polargrad_dist.distributed.layout import Split, volume
+from polargrad_dist.distributed.transport import Traffic, pack_triangle, unpack_triangle
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim import PolarGrad
-from polargrad_dist.optim.update import NAN, Work, local
+from polargrad_dist.optim.facts import NAN
+from polargrad_dist.optim.member import Member, slices
+from polargrad_dist.optim.planning import split_of
 from polargrad_dist.polar import InverseSqrt, apply_rows, gram_matrix, inverse_sqrt
 
 RANK_CUTOFF = 1e-7  # of the largest singular value: below it an fp64 Gram matrix holds rounding noise
@@ -94,30 +95,47 @@ class Diagnostics:
         out: dict[str, dict[str, dict[str, float]]] = {}
         for work, values in zip(self.works, table.tolist(), strict=True):
             figures = {"gradient": dict(zip(SPECTRUM, values[:k], strict=True))}
-            if work.entry.kind != "everywhere":
+            if work.entry.kind != "elementwise":
                 if work.group["momentum"] in ("momentum_first", "heavy_ball"):
                     figures["momentum"] = dict(zip(SPECTRUM, values[k : 2 * k], strict=True))
                 figures["update"] = dict(zip(UPDATE, values[2 * k :], strict=True))
             out[work.entry.name] = figures
         return out
 
-    def _gradient(self, work: Work) -> list[InverseSqrt] | None:
+    def _gradient(self, work: Member) -> list[InverseSqrt] | None:
         """Spectra of the gradient, at the one rank that works them out."""
-        replica, shard = place = _place(work)
-        here = (work.grid.replica, work.grid.shard) == (replica, shard)
+        team, place = work.team, _place(work)
+        mine = self.optimizer.shard_gradient(work)
         if _by_rows(work):
-            rows, n = local(work.p).shape
-            first, last = work.grid.my_rows(rows)
-            packed = pack_triangle(gram_matrix(work.grad[first * n : last * n].view(-1, n)))
-            wait(reduce_to(packed, place, work.grid, self.traffic))
-            return [_spectrum(unpack_triangle(packed, n))] if here else None
-        grad = torch.zeros_like(work.p) if work.p.grad is None else work.p.grad
-        whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
-        if not here:
+            S = gram_matrix(mine[0])
+            if not work.entry.layout.counted(team.place):
+                S.zero_()
+            if team.group is None:
+                return [_spectrum(S)]
+            at = team.order.index(place)
+            packed = self.traffic.reduce(pack_triangle(S), at, team.group).wait()
+            return [_spectrum(unpack_triangle(packed, S.shape[0]))] if team.place == place else None
+        whole = self._gathered(work, mine)
+        if team.place != place:
             return None
-        return [_spectrum(_small_gram(view)) for view in _layout(work).views(whole.reshape(1, -1))]
+        split = _split(work)
+        views = (whole[deep, down, across] for deep, down, across in map(slices, split.matrices))
+        return [_spectrum(_small_gram(view[0])) for view in views]
 
-    def _update(self, work: Work) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _gathered(self, work: Member, mine: torch.Tensor) -> torch.Tensor:
+        """A gradient put together on every rank that stores the parameter, as (slices, rows, columns)."""
+        team, boxes = work.team, work.entry.rectangles
+        if team.group is None:
+            return mine
+        longest = max(map(volume, boxes))
+        flat = mine.new_zeros(longest)
+        flat[: mine.numel()] = mine.reshape(-1)
+        out = mine.new_zeros(tuple(max(box[axis][1] for box in boxes) for axis in range(3)))
+        for place, part in zip(team.order, self.traffic.all_gather(flat, team.group).wait(), strict=True):
+            out[slices(boxes[place])] = part[: volume(boxes[place])].view(out[slices(boxes[place])].shape)
+        return out
+
+    def _update(self, work: Member) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(spectrum of what the oracle was given, residual and cosine of what it gave), at the owner."""
         facts = self.optimizer.facts
         if work.index in facts.kept_gram:
@@ -150,7 +168,7 @@ class Diagnostics:
         table.copy_(torch.where(both[1] > 0, both[0], NAN))
 
 
-def choose(works: Sequence[Work], config: DiagnosticsConfig) -> list[Work]:
+def choose(works: Sequence[Member], config: DiagnosticsConfig) -> list[Member]:
     """Embeddings and heads, ``config.hidden`` hidden matrices, and those that ``config.parameters`` names."""
     matrices = [w for w in works if len(w.entry.shape) >= 2 and w.entry.numel]
     chosen = {w.index for w in matrices if w.entry.role in ("embed", "value_embed", "head")}
@@ -206,28 +224,23 @@ def judge(gram_of_update: torch.Tensor, inner: torch.Tensor, exact: InverseSqrt)
     return torch.stack([residual.amax(), torch.where(cosine.isfinite(), cosine, NAN)]).cpu()
 
 
-def _place(work: Work) -> tuple[int, int]:
-    """(replica, shard) of the rank that works a parameter's figures out: its owner, or one for each in turn."""
-    if work.entry.owner >= 0:
-        return work.owner
-    return divmod(work.index % work.grid.world, work.grid.shards)
+def _place(work: Member) -> int:
+    """The place of the rank that works a parameter's figures out: its first owner, or one for each in turn."""
+    return work.entry.owners[0] if work.entry.owners else work.index % work.entry.layout.world
 
 
-def _by_rows(work: Work) -> bool:
+def _by_rows(work: Member) -> bool:
     """Whether the Gram matrix of the gradient is summed over row shards, and the gradient never gathered."""
-    if work.entry.kind == "rows":
+    if work.entry.kind == "tall":
         return True
-    layout = _layout(work)
-    alone = layout.matrices == 1 and len(work.entry.shape) == 2
-    return work.entry.kind == "everywhere" and alone and layout.rows >= layout.cols
+    split, e = _split(work), work.entry
+    rows = all(cut in (0, None) for cut in e.layout.state_cuts)
+    return e.kind == "elementwise" and len(e.shape) == 2 and rows and len(split.matrices) == 1 and split.rows >= split.cols
 
 
-def _layout(work: Work) -> Layout:
+def _split(work: Member) -> Split:
     """The matrices that a parameter holds, which do not depend on the algorithm that steps it."""
-    group = work.group
-    return work.entry.layout or Layout.of(
-        work.entry.name, work.entry.shape, group["split_sizes"], group["num_heads"], group["flatten"]
-    )
+    return work.entry.split or split_of(work.group, work.entry.name, work.entry.shape)
 
 
 def _small_gram(x: torch.Tensor) -> torch.Tensor:

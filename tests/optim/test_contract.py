@@ -98,7 +98,7 @@ def test_every_rule_gives_the_weights_of_one_process_in_every_mode(world):
 
 
 def modes_of(world: int) -> list[str]:
-    return ["ddp", "to_owner", "fsdp"] + ["hsdp"] * (world == 4)
+    return ["ddp", "reduce_scatter", "fsdp"] + ["hsdp"] * (world == 4)
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -150,7 +150,7 @@ def _half_present(rank: int, world: int, mode: str) -> dict:
     return {n.removeprefix("module."): whole(p) for n, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("mode", ["ddp", "to_owner"])
+@pytest.mark.parametrize("mode", ["ddp", "reduce_scatter"])
 def test_a_gradient_that_only_some_ranks_have_counts_as_zero_on_the_others(mode):
     results = run_ranks(_half_present, 2, mode)
     assert distance(results[0], results[1]) == 0
@@ -246,8 +246,8 @@ def test_collectives_are_as_many_and_as_large_as_planned(world):
         triangle = (
             4 * 32 * 33 * (2 if mode == "hsdp" else 1)
         )  # HSDP sums within a replica, then between replicas
-        assert result["bytes"]["reduce"] - (parameters if mode == "to_owner" else 0) == triangle
-        if mode in ("ddp", "to_owner"):
+        assert result["bytes"]["reduce"] - (parameters if mode == "reduce_scatter" else 0) == triangle
+        if mode in ("ddp", "reduce_scatter"):
             assert result["bytes"]["all_gather"] == pytest.approx(parameters, rel=0.05)
         if mode == "fsdp":
             travelling = parameters - 2048 * 32 * 4
@@ -276,7 +276,7 @@ class Language(nn.Module):
 
 def _language(rank: int, world: int, mode: str, tied: bool) -> dict:
     model: nn.Module = Language(tied)
-    config = OptimizerConfig(gradients="to_owner" if mode == "to_owner" else "all_reduced")
+    config = OptimizerConfig(gradients="reduce_scatter" if mode == "reduce_scatter" else "all_reduced")
     if mode == "ddp":
         model = nn.parallel.DistributedDataParallel(model)
     elif mode == "fsdp":
@@ -294,7 +294,7 @@ def _language(rank: int, world: int, mode: str, tied: bool) -> dict:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("mode", ["ddp", "to_owner", "fsdp"])
+@pytest.mark.parametrize("mode", ["ddp", "reduce_scatter", "fsdp"])
 def test_a_language_model_with_its_roles_gets_the_weights_of_one_process(mode, tied):
     one = _language(0, 1, "single", tied)
     for world in (2, 3):
@@ -382,7 +382,7 @@ def _clip_with_nothing(rank: int, world: int) -> list[float]:
     sharded(torch.ones(4, 8)).sum().backward()
     first = float(one.clip_grad_norm_(1.0))
     p = nn.Parameter(torch.ones(3, 3))
-    two = PolarGrad([p], lr=0.1, gradients="to_owner")
+    two = PolarGrad([p], lr=0.1, gradients="reduce_scatter")
     if rank == 0:
         p.sum().backward()
     return [first, float(two.clip_grad_norm_(1.0))]
@@ -487,14 +487,14 @@ def test_a_rate_that_is_no_number_on_one_rank_is_refused_on_all_although_they_cl
 
 
 def _touched(rank: int, world: int, what: str) -> str:
-    """Gradients that somebody writes to between backward and step, with gradients="to_owner"."""
+    """Gradients that somebody writes to between backward and step, with gradients="reduce_scatter"."""
     from polargrad_dist.errors import PolarGradError
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 4, bias=False))
-    optimizer = PolarGrad(groups(model), gradients="to_owner")
+    optimizer = PolarGrad(groups(model), gradients="reduce_scatter")
     if what == "rebuilt":
-        optimizer = PolarGrad(groups(model), gradients="to_owner")
+        optimizer = PolarGrad(groups(model), gradients="reduce_scatter")
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(rank))
     call = nn.parallel.DistributedDataParallel(model) if what == "wrapped in DDP" else model
     call(x).square().mean().backward()

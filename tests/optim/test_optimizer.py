@@ -10,7 +10,7 @@ from torch import nn
 
 from polargrad_dist import Muon, PolarGrad, PolarGradM, PolarHB, PolarMuon, PolarSGDM
 from polargrad_dist.errors import CheckpointError, ConfigError, PolarError
-from polargrad_dist.optim.update import join_bf16, split_bf16
+from polargrad_dist.optim.parts import join_bf16, split_bf16
 from tests.optim.bag import Bag, groups, spectrum
 
 SQUARE = nn.Parameter(torch.zeros(3, 3))
@@ -75,7 +75,7 @@ def test_groups_may_be_added_later_and_keep_what_was_there():
     [
         ({"params": [nn.Parameter(torch.zeros(3))]}, "expected a matrix"),
         ({"params": [{"params": []}]}, "empty"),
-        ({"params": [nn.Parameter(torch.zeros(3, 3))], "gradients": "somewhere"}, "to_owner"),
+        ({"params": [nn.Parameter(torch.zeros(3, 3))], "gradients": "somewhere"}, "reduce_scatter"),
         ({"params": [nn.Parameter(torch.zeros(3, 3))], "scale": "nuclaer"}, "scale is 'nuclaer'"),
         ({"params": [nn.Parameter(torch.zeros(3, 3))], "beta": 1.0}, "beta is 1.0"),
         ({"params": [nn.Parameter(torch.zeros(6, 3))], "split_sizes": (4, 4)}, "add up to 8"),

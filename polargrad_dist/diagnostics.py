@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -25,7 +26,6 @@ from polargrad_dist.polar import InverseSqrt, apply_rows, gram_matrix, inverse_s
 RANK_CUTOFF = 1e-7  # of the largest singular value: below it an fp64 Gram matrix holds rounding noise
 SPECTRUM = ("condition", "nuclear_norm", "frobenius_norm", "spectral_norm", "stable_rank")
 UPDATE = ("residual", "cosine")
-COLUMNS = 2 * len(SPECTRUM) + len(UPDATE)
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Diagnostics:
         for work in self.works:
             spectra = self._gradient(work)
             if spectra is not None:
-                self._gradients[work.index] = summary(spectra)
+                self._gradients[work.index] = measured(spectra)
 
     @torch.no_grad()
     def after_step(self) -> dict[str, dict[str, dict[str, float]]]:
@@ -84,22 +84,24 @@ class Diagnostics:
         ``momentum`` is what the oracle was given, and missing where that is the gradient itself or there is no oracle.
         Figures that nobody knows (of a zero matrix, say) are NaN.
         """
-        table = torch.full((len(self.works), COLUMNS), NAN, dtype=torch.float64)
-        k = len(SPECTRUM)
-        for row, work in zip(table, self.works, strict=True):
-            if (gradient := self._gradients.get(work.index)) is not None:
-                row[:k] = gradient
+        here: dict[tuple[int, str], torch.Tensor] = {(i, "gradient"): figures for i, figures in self._gradients.items()}
+        for work in self.works:
             if (seen := self._update(work)) is not None:
-                row[k : 2 * k], row[2 * k :] = seen
-        self._share(table)
+                here[work.index, "momentum"], here[work.index, "update"] = seen
+        agreement, known = self.optimizer.agreement, defaultdict(list)
+        for part in [here] if agreement is None else agreement.gather_objects(here):
+            for key, figures in part.items():
+                known[key].append(figures)
         out: dict[str, dict[str, dict[str, float]]] = {}
-        for work, values in zip(self.works, table.tolist(), strict=True):
-            figures = {"gradient": dict(zip(SPECTRUM, values[:k], strict=True))}
+        for work in self.works:
+            kinds = {"gradient": SPECTRUM}
             if work.entry.kind != "elementwise":
                 if work.group["momentum"] in ("momentum_first", "heavy_ball"):
-                    figures["momentum"] = dict(zip(SPECTRUM, values[k : 2 * k], strict=True))
-                figures["update"] = dict(zip(UPDATE, values[2 * k :], strict=True))
-            out[work.entry.name] = figures
+                    kinds["momentum"] = SPECTRUM
+                kinds["update"] = UPDATE
+            out[work.entry.name] = {
+                kind: dict(zip(names, _together(kind, known[work.index, kind]), strict=True)) for kind, names in kinds.items()
+            }
         return out
 
     def _gradient(self, work: Member) -> list[InverseSqrt] | None:
@@ -119,6 +121,7 @@ class Diagnostics:
         if team.place != place:
             return None
         split = _split(work)
+        whole = whole.reshape(split.stack, split.rows, split.cols)
         views = (whole[deep, down, across] for deep, down, across in map(slices, split.matrices))
         return [_spectrum(_small_gram(view[0])) for view in views]
 
@@ -142,7 +145,7 @@ class Diagnostics:
             S, X = facts.kept_gram[work.index]
             exact = _spectrum(S.clone())
             product = S @ X
-            return summary([exact]), judge(X @ product, (exact.X * product).sum(), exact)
+            return measured([exact]), judge(X @ product, (exact.X * product).sum(), exact)[:, None]
         if work.index not in facts.kept:
             return None
         spectra, verdicts = [], []
@@ -153,19 +156,19 @@ class Diagnostics:
             inner = (best * factor).sum((-2, -1))
             spectra.append(exact)
             verdicts.append(judge(gram_matrix(factor), inner, exact))
-        verdict = torch.stack(verdicts)
-        cosines = verdict[:, 1][verdict[:, 1].isfinite()]
-        least = cosines.amin() if len(cosines) else verdict[0, 1]
-        return summary(spectra), torch.stack([verdict[:, 0].amax(), least])
+        return measured(spectra), torch.stack(verdicts, 1)
 
-    def _share(self, table: torch.Tensor) -> None:
-        """Gives every rank the figures that some rank knows; each is known to one."""
-        agreement = self.optimizer.agreement
-        if agreement is None:
-            return
-        both = torch.stack([table.nan_to_num(0.0), table.isfinite().double()])
-        agreement.total(both)
-        table.copy_(torch.where(both[1] > 0, both[0], NAN))
+
+def _together(kind: str, parts: list[torch.Tensor]) -> list[float]:
+    """The figures of a parameter from those of its matrices, which several ranks may have owned; NaN where nobody knows."""
+    if not parts:
+        return [NAN] * len(UPDATE if kind == "update" else SPECTRUM)
+    columns = torch.cat(parts, 1)
+    if kind != "update":
+        return summary(columns).tolist()
+    residual, cosine = columns
+    cosines = cosine[cosine.isfinite()]
+    return [float(residual.amax()), float(cosines.amin() if len(cosines) else cosine[0])]
 
 
 def choose(works: Sequence[Member], config: DiagnosticsConfig) -> list[Member]:
@@ -187,9 +190,8 @@ def choose(works: Sequence[Member], config: DiagnosticsConfig) -> list[Member]:
     return [w for w in works if w.index in chosen]
 
 
-def summary(spectra: Iterable[InverseSqrt]) -> torch.Tensor:
-    """`SPECTRUM` of a parameter, fp64 on the CPU, from the spectra of its matrices: norms as of one block-diagonal matrix,
-    the condition number of the worst, the mean stable rank."""
+def measured(spectra: Iterable[InverseSqrt]) -> torch.Tensor:
+    """Of each matrix condition number, nuclear norm, squared Frobenius norm, spectral norm, stable rank: (5, k) fp64, CPU."""
     parts = []
     for s in spectra:
         sigma = s.sigma.reshape(-1, s.sigma.shape[-1])
@@ -199,7 +201,13 @@ def summary(spectra: Iterable[InverseSqrt]) -> torch.Tensor:
         parts.append(
             torch.stack([largest / smallest, sigma.sum(-1), square, largest, square / largest.square()])
         )
-    condition, nuclear, square, largest, stable = torch.cat(parts, -1).cpu()
+    return torch.cat(parts, -1).cpu()
+
+
+def summary(figures: torch.Tensor) -> torch.Tensor:
+    """`SPECTRUM` of a parameter from what was `measured` of its matrices: norms as of one block-diagonal matrix, the condition
+    number of the worst, the mean stable rank."""
+    condition, nuclear, square, largest, stable = figures
     condition = torch.where(condition > 0, condition, NAN)  # of a zero matrix there is none
     return torch.stack(
         [

@@ -35,8 +35,9 @@ class Reduced:
 class ShardReducer:
     """Hooks on replicated parameters that average each gradient where it is needed, by buckets.
 
-    Afterwards `shard` gives the average in this rank's optimizer shard; ``p.grad`` is None again. Parameters that every
-    rank works out whole are averaged everywhere, in one all-reduce.
+    Afterwards `shard` gives the average in this rank's optimizer shard. ``p.grad`` is then a NaN that takes no memory and
+    cannot be written to, so that whoever still reads or clips it notices. Parameters that every rank works out whole are
+    averaged everywhere, in one all-reduce.
     """
 
     def __init__(self, parameters: Sequence[Reduced], group: dist.ProcessGroup | None, traffic: Traffic, limit: int):
@@ -69,6 +70,7 @@ class ShardReducer:
         self._next = 0
         self._flying: list[tuple[list[int], Started | torch.Tensor]] = []
         self._shards: dict[torch.Tensor, torch.Tensor] = {}
+        self._spent: dict[torch.Tensor, torch.Tensor] = {}
         self.done = False
         self.present: dict[torch.Tensor, bool] = {}
 
@@ -122,8 +124,12 @@ class ShardReducer:
             torch._foreach_copy_(places, pieces)
         flat.div_(self.copies)
         for i in bucket:
-            self.all[i].p.grad = None
+            self._spend(self.all[i].p)
         self._flying.append((bucket, self.traffic.reduce_scatter(flat, self.group) if self.group else flat[0]))
+
+    def _spend(self, p: torch.Tensor) -> None:
+        """Gives the memory of a gradient that has been sent free."""
+        p.grad = self._spent[p] = torch.full((), torch.nan, dtype=p.dtype, device=p.device).expand(p.shape)
 
     def finish(self) -> None:
         """Starts what backward did not reach, waits for everything. Idempotent until `clear`.
@@ -133,7 +139,7 @@ class ShardReducer:
         if self.done:
             return
         for sent, r in zip(self._sent, self.all, strict=True):
-            if sent and r.p.grad is not None:
+            if sent and r.p.grad is not self._spent[r.p]:
                 raise PolarGradError(
                     f"the gradient of {r.entry.name} was written again after it had been sent to the optimizer shards: call "
                     "the model itself and no DistributedDataParallel around it, clip with optimizer.clip_grad_norm_, and call "
@@ -164,7 +170,8 @@ class ShardReducer:
             if self.group is not None:
                 self.traffic.all_reduce(flat, self.group).wait()
             for p, part in zip(members, flat.split([p.numel() for p in members]), strict=True):
-                self._shards[p], p.grad = part.view(p.shape), None
+                self._shards[p] = part.view(p.shape)
+                self._spend(p)
 
     def clear(self) -> None:
         """Makes ready for the next step's backward; what is still on its way is waited for first."""

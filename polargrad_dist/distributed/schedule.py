@@ -101,11 +101,12 @@ def _filled(entries: Sequence[Entry], numbers: list[int], limit: int) -> list[li
     per_slice = len(like.costs) // like.split.stack
     for number in sorted(numbers, key=lambda i: entries[i].name):
         e = entries[number]
-        for first, last in _slabs(e, limit):
+        slabs = _slabs(e, limit)
+        for first, last in slabs:
             added: dict[int, int] = defaultdict(int)
             for i in range(first * per_slice, last * per_slice):
                 added[e.owners[i]] += math.prod(like.split.stored_shape(i)) * e.itemsize
-            if not buckets or any(loads[t] + size > limit for t, size in added.items() if loads[t]):
+            if not buckets or len(slabs) > 1 or any(loads[t] + n > limit for t, n in added.items() if loads[t]):
                 buckets.append([])
                 loads.clear()
             for t, size in added.items():

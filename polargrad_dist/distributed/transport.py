@@ -51,6 +51,7 @@ class Traffic:
 
     def all_to_all(self, x: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Started:
         """Stretches of flat ``x`` to the group's ranks in turn, of so many elements; what they send comes back."""
+        x = x.contiguous()
         self._count("all_to_all", x.nbytes)
         out = x.new_empty(sum(received))
         return Started(out, dist.all_to_all_single(out, x, received, sent, group=group, async_op=True), x)

@@ -91,11 +91,12 @@ class Layout:
         """Whether what this place works out is counted here, and not at another copy that works out the same."""
         return self.cut is not None or place % self.copies == 0
 
-    def gathered(self) -> int:
+    def gathered(self, place: int) -> int:
         """Elements that a place receives when the copies share their shards, padded to the longest."""
         if self.copies == 1 or self.cut is None:
             return 0
-        return self.copies * max(map(volume, self.shards))
+        first = place - place % self.copies
+        return self.copies * max(map(volume, self.shards[first : first + self.copies]))
 
 
 @lru_cache(maxsize=4096)
@@ -113,7 +114,7 @@ def laid_out(
     if plain.copies == 1 or not among:
         return plain
     found = [Layout(shape, sizes, cuts, dim) for dim in among]
-    return min(found, key=lambda layout: layout.gathered())
+    return min(found, key=lambda layout: max(layout.gathered(place) for place in range(0, layout.world, layout.copies)))
 
 
 Cut3 = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]

@@ -232,13 +232,13 @@ class Plan:
             if e.layout.world == 1:
                 continue
             updates = e.itemsize if e.itemsize < 4 else self.comm_itemsize or e.itemsize
-            if e.layout.gathered():
-                out["all_gather"] += e.layout.gathered() * updates
+            if e.layout.gathered(place):
+                out["all_gather"] += e.layout.gathered(place) * updates
             if self.gradients == "reduce_scatter":
                 if e.layout.cut is None:
                     out["all_reduce"] += e.bytes
                 else:
-                    out["reduce_scatter"] += e.layout.gathered() * e.itemsize
+                    out["reduce_scatter"] += e.layout.gathered(place) * e.itemsize
             if e.kind == "tall":
                 out["reduce"] += 8 * e.triangle
                 out["broadcast"] += 8 * (e.triangle + ROOT_NUMBERS)

@@ -169,11 +169,12 @@ class Owned(Batch):
         self.gaps = [[overlap(self.split.matrices[j], box) for _, j in self.mine] for box in boxes]
         self.sent = [sum(volume(overlap(here, self.split.matrices[j])) for _, j in own) for own in self.owned]
         self.received = [sum(map(volume, cuts)) for cuts in self.gaps]
-        alike = len({tuple(b - a for a, b in box) for box in boxes}) == 1
+        alike = len({tuple(b - a for a, b in box) for box in boxes}) == 1 and boxes == sorted(boxes)
+        axes = [axis for axis in range(3) if len({box[axis] for box in boxes}) > 1]
         in_turn = [ij for own in self.owned for ij in own] == [(i, 0) for i in range(len(self.members))]
-        in_place = boxes == sorted(boxes)
-        self.even = len(e.owners) == 1 and alike and in_turn and in_place
-        self.axis_cut = 1 if boxes[0][1] != (0, self.split.rows) else 2
+        # Then all pieces are of one shape, in the order of ranks, and put together by moving one dimension.
+        self.even = alike and in_turn and len(e.owners) == len(axes) == 1
+        self.axis_cut = axes[0] if axes else 0
 
     def _window(self, box: Cut3) -> Cut3:
         """A place's rectangle, of the bucket's slices only."""

@@ -105,10 +105,10 @@ class Member:
         return tuple(b - a for a, b in self.entry.layout.shards[self.team.place])
 
     @property
-    def counted(self) -> Tensor | None:
-        """The gradient's elements that this rank counts in norms, None where another copy does or there is none."""
-        layout = self.entry.layout
-        return self.gradient() if self.p.grad is not None and layout.counted(self.team.place) else None
+    def misplaced(self) -> bool:
+        """Whether the gradient is placed otherwise than the parameter."""
+        grad, p = self.p.grad, self.p
+        return isinstance(grad, DTensor) and isinstance(p, DTensor) and tuple(grad.placements) != tuple(p.placements)
 
     @property
     def elements(self) -> int:

@@ -260,7 +260,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         if self.agreement is None and (problem := self._check_placed() or self._checks.complaint(self.param_groups)):
             raise problem
         self.finish_reductions()
-        self._redistribute()
+        if self._world.meshes:
+            self._redistribute()
         counted, grads = [], []
         for m in self.works:
             reduced = self._travel.reducer is not None
@@ -268,7 +269,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             if grad is None or grad.layout != torch.strided:
                 continue
             grads.append(grad.to_local() if isinstance(grad, DTensor) else grad)
-            if m.entry.layout.counted(m.team.place):
+            if self._world.counted(m):
                 counted.append(grad if reduced else m.gradient())
         norm = self._norm(counted)
         if max_norm < float("inf"):
@@ -293,23 +294,21 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         """Brings gradients that are placed otherwise than their parameters (sequence parallelism) to where those are."""
         if self.agreement is None:
             return
-        wrong = torch.zeros(len(self._world.entries), dtype=torch.int32)
+        here = torch.zeros(len(self._world.entries), dtype=torch.int32)
         for m in self.works:
-            grad = m.p.grad
-            wrong[m.index] = isinstance(grad, DTensor) and tuple(grad.placements) != tuple(m.p.placements)  # type: ignore[attr-defined]
-        here = wrong.clone()
-        self.agreement.largest(wrong)
-        if not wrong.any():
+            here[m.index] = m.misplaced
+        somewhere = self.agreement.largest(here.clone())
+        if not somewhere.any():
             return
-        unlike = [m for m in self.works if wrong[m.index] and not here[m.index]]
+        unlike = [m.entry.name for m in self.works if somewhere[m.index] and not here[m.index]]
         if int(self.agreement.largest(torch.tensor([len(unlike)]))):
-            name = unlike[0].entry.name if unlike else self._world.entries[int(wrong.nonzero()[0])].name
+            name = unlike[0] if unlike else self._world.entries[int(somewhere.nonzero()[0])].name
             raise ConfigError(
                 f"the gradient of {name} is placed in one way on some ranks and in another, or missing, on others: give every "
                 "rank the same computation, or zero gradients"
             )
         for m in sorted(self.works, key=lambda m: m.index):
-            if wrong[m.index]:
+            if here[m.index]:
                 m.p.grad = m.p.grad.redistribute(m.p.device_mesh, m.p.placements)  # type: ignore[union-attr, attr-defined]
 
     @torch.no_grad()
@@ -349,7 +348,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         reducer, entries = self._travel.reducer, self._world.entries
         present = torch.zeros(len(entries) + 2, dtype=torch.int32)
         for m in self.works:
-            present[m.index] = reducer.present[m.p] if reducer else m.p.grad is not None
+            here = reducer.present[m.p] if reducer else m.p.grad is not None
+            present[m.index] = here + m.misplaced
         late = self._travel.device.type != "cpu" and self._facts.worst()[0] > 0
         present[-2], present[-1] = late, problem is not None
         if self.agreement is not None:
@@ -360,7 +360,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         if failed:
             facts, self._facts = self._facts, Facts()
             self._raise_together(facts)
-        if any(isinstance(m.p, DTensor) for m in self.works) or self._world.sharded:
+        if max(somewhere, default=0) > 1:
             self._redistribute()
         return tuple(map(bool, somewhere))
 

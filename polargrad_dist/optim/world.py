@@ -37,7 +37,8 @@ class World:
         self.agreement: Agreement | None = None
         self.group: dist.ProcessGroup | None = None
         self.plan = Plan(1, gradients, travel.dtype and travel.dtype.itemsize)
-        self.sharded = False
+        self.meshes = False
+        self._counted: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._groups = Groups()
         self._schedules: dict[tuple[bool, ...], tuple[list[Batch], list[int]]] = {}
 
@@ -51,11 +52,15 @@ class World:
         found = {id(p): placing(name, p, self.process_group) for _, _, name, p in given}
         mine = [entry(group, number, name, p, found[id(p)]) for number, group, name, p in given]
         self._meet([found[id(p)] for *_, p in given], [p for *_, p in given])
+        meshes = torch.tensor([any(f.mesh is not None for f in found.values())], dtype=torch.int32)
+        self.meshes |= bool(self.agreement.largest(meshes) if self.agreement else meshes)
         merged = self._merged(mine)
         self.plan.add(merged)
         first = len(self.entries)
         self.entries += merged
         numbers = {e.key: first + i for i, e in enumerate(merged)}
+        for e in merged:  # experts on several meshes of their own are copies of each other: their norm counts once
+            self._counted.setdefault(e.name, e.key)
         new = []
         for e, (_, group, _, p) in zip(mine, given, strict=True):
             number = numbers[e.key]
@@ -211,6 +216,11 @@ class World:
 
     def _batch(self, bucket: Bucket, members: Iterable[Member]) -> Batch:
         return KINDS[bucket.like.kind](bucket, list(members), self.travel)
+
+    def counted(self, member: Member) -> bool:
+        """Whether the elements of this rank's optimizer shard are counted here in norms."""
+        e = member.entry
+        return self._counted[e.name] == e.key and e.layout.counted(member.team.place)
 
     def forget(self) -> None:
         """Looks at states anew: somebody has put others in their place."""

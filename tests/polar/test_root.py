@@ -5,7 +5,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from polargrad_dist.errors import PolarError
-from polargrad_dist.polar import apply_rows, gram_matrix, homogenize, inverse_sqrt, polar
+from polargrad_dist.polar import (
+    apply_rows,
+    gram_matrix,
+    homogenize,
+    inverse_sqrt,
+    polar,
+    polar_express_coefficients,
+)
 from polargrad_dist.polar.root import root_schedule
 
 from .spectra import exact, families, gaussian, generator, log_spaced, with_spectrum
@@ -211,6 +218,20 @@ def test_what_products_cannot_do_is_refused():
     with pytest.raises(PolarError, match="root belongs to gram"):
         polar(gaussian(8, 4), method="svd", root="products")
     assert homogenize(gaussian(20, 8)).Q.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["gram", "qdwh", "zolo", "newton", "newton_schulz", "polar_express"])
+def test_no_method_copies_numbers_to_the_device(method):
+    with OpCount() as ops:  # torch.tensor([...], device=…) ends in lift_fresh, and waits for a GPU
+        polar(torch.empty(2, 48, 16, device="meta"), method=method, lower=3e-3, check=False, info=True)
+    assert "lift_fresh" not in ops.counts
+
+
+def test_coefficients_do_not_depend_on_the_default_device():
+    with torch.device("meta"):
+        on_meta = polar_express_coefficients(3.21e-3, 6)
+    assert on_meta == polar_express_coefficients(3.21e-3, 6)
+    assert abs(sum(on_meta[-1]) - 1) < 1e-2
 
 
 @pytest.mark.parametrize("device", ["meta"])

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from data.network import first_line, unreachable
 from models.base import LanguageModel
 from models.config import Sizes
+from models.loss import PIECE
 from polargrad_dist.errors import ConfigError
 
 
@@ -140,6 +142,10 @@ class TransformersModel(LanguageModel):
             raise ConfigError(
                 f"a model of {config.model_type!r} has no linear head, expected one: choose another"
             )
+        self._scale = (getattr(text, "logit_scale", None) or 1.0) / (
+            getattr(text, "logits_scaling", None) or 1.0
+        )
+        self._cap = getattr(text, "final_logit_softcapping", None)
         self._balance = self._balancing()
         if next(self.inner.parameters()).device.type != "meta":
             self._check_logits()
@@ -233,21 +239,44 @@ class TransformersModel(LanguageModel):
         cache: Any = None,
     ) -> torch.Tensor:
         """As every model's; in training with the router's balancing loss where ``output_router_logits`` asks for it."""
-        if self._balance is None or targets is None or not self.training:
-            return super().forward(tokens, targets, progress=progress, cache=cache)
         self.check_length(tokens)
-        found = self._run(tokens)
-        return self.loss(found.last_hidden_state, targets) + self._balance(found.router_logits)
+        found = self._run(tokens, cache)
+        if targets is None:
+            return self._logits(
+                found.last_hidden_state[:, -1:] if cache is not None else found.last_hidden_state
+            )
+        loss = self.loss(found.last_hidden_state, targets)
+        if self._balance is not None and self.training:
+            loss = loss + self._balance(found.router_logits)
+        return loss
 
-    def logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The head's logits, with the scales and caps that configurations of Transformers name."""
-        z = super().logits(hidden, weight)
-        if (bias := self.get_output_embeddings().bias) is not None:
-            z = z + bias.float()
-        z = z * (getattr(self._text, "logit_scale", None) or 1.0)
-        z = z / (getattr(self._text, "logits_scaling", None) or 1.0)
-        cap = getattr(self._text, "final_logit_softcapping", None)
-        return cap * torch.tanh(z / cap) if cap else z
+    def loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """As every model's, with the scales, caps and biases of logits that configurations and heads of Transformers have."""
+        if self._cap is None:
+            return self.loss_of(*self._scaled(hidden), targets)
+        # A cap of any height is computed piece by piece too, and once more in backward.
+        rows = max(1, PIECE["cpu"] // self.vocab_size)
+        pieces = zip(hidden.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
+        total = sum(
+            checkpoint(self._piece_loss, piece, target, use_reentrant=False) for piece, target in pieces
+        )
+        return total / (targets != -100).sum()
+
+    def _piece_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(self._logits(hidden), targets, reduction="sum")
+
+    def _scaled(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states and a head's weight whose product are the logits before a cap: a bias is one column more."""
+        head = self.get_output_embeddings()
+        hidden, weight = hidden * self._scale if self._scale != 1 else hidden, head.weight
+        if head.bias is not None:
+            ones = hidden.new_full((*hidden.shape[:-1], 1), self._scale)
+            hidden, weight = torch.cat([hidden, ones], -1), torch.cat([weight, head.bias[:, None]], 1)
+        return hidden, weight
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        z = self.logits(*self._scaled(hidden))
+        return z if self._cap is None else self._cap * torch.tanh(z / self._cap)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.inner.get_input_embeddings()

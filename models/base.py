@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
 from models.config import Sizes
-from models.loss import loss_sum
+from models.loss import SoftCap, loss_sum, soft_capped
 from models.sampling import choose
 from polargrad_dist.errors import ConfigError
 
@@ -23,6 +23,8 @@ class LanguageModel(nn.Module, ABC):
     """A causal language model. ``model(tokens, targets)`` is the mean loss in nats, ``model(tokens)`` the logits."""
 
     config: Sizes
+    soft_cap: SoftCap = "none"
+    compiled_loss = False  # on a CPU: by `compile_blocks`; on a GPU it always is
 
     @property
     @abstractmethod
@@ -47,8 +49,8 @@ class LanguageModel(nn.Module, ABC):
         """The head."""
 
     def logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Logits (…, V) in fp32, of hidden states (…, width) and the head's weight."""
-        return F.linear(hidden, weight).float()
+        """Logits (…, V) in fp32, of hidden states (…, width) and the head's weight (V, width)."""
+        return soft_capped(F.linear(hidden, weight).float(), self.soft_cap)
 
     def forward(
         self,
@@ -74,10 +76,13 @@ class LanguageModel(nn.Module, ABC):
 
     def loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy (fp32, 0-d) of hidden states (B, T, width) over targets (B, T) other than -100."""
-        weight = self.get_output_embeddings().weight
-        return (
-            loss_sum(hidden.flatten(0, 1), weight, targets.flatten(), self.logits) / (targets != -100).sum()
-        )
+        return self.loss_of(hidden, self.get_output_embeddings().weight, targets)
+
+    def loss_of(self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The same with a head's weight (V, width) given. The logits of the whole batch never exist."""
+        compiled = self.compiled_loss or hidden.device.type == "cuda"
+        total = loss_sum(hidden.flatten(0, 1), weight, targets.flatten(), self.soft_cap, compiled=compiled)
+        return total / (targets != -100).sum()
 
     def check_length(self, tokens: torch.Tensor) -> None:
         """Raises ``ConfigError`` for sequences longer than the model's."""
@@ -119,11 +124,13 @@ class LanguageModel(nn.Module, ABC):
         return {}
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compiles each block; much quicker to the first step than the whole model, and names stay as they are."""
+        """Compiles each block, and the loss; much quicker to the first step than the whole model, and names stay as they
+        are."""
         # Blocks share their code: up to 4 kinds of them, each in training, in evaluation and in sampling. Beyond the limit
         # (8) PyTorch would go on uncompiled, where FlexAttention holds all scores at once.
         limits = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, 32)
+        self.compiled_loss = True
         for block in self.blocks:
             block.compile(**options)
 
@@ -178,10 +185,10 @@ class LanguageModel(nn.Module, ABC):
             # Blocks may be compiled, for other shapes than these.
             with torch.compiler.set_stance("force_eager"):
                 if cache is not None and tokens.shape[1] <= limit:
-                    logits = self(fresh, progress=progress, cache=cache)[:, -1]
+                    logits = self(fresh, progress=progress, cache=cache)[:, -1, : self.vocab_size]
                 else:
                     cache = None
-                    logits = self(tokens[:, -limit:], progress=progress)[:, -1]
+                    logits = self(tokens[:, -limit:], progress=progress)[:, -1, : self.vocab_size]
             fresh = choose(logits, temperature, top_k, top_p, generator)
             tokens = torch.cat([tokens, fresh], 1)
             yield fresh

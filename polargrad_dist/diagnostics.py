@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import fnmatch
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch.distributed.tensor import DTensor
 
-from polargrad_dist.distributed.plan import Layout
-from polargrad_dist.distributed.transport import Traffic, pack_triangle, reduce_to, unpack_triangle, wait
+from polargrad_dist.distributed.layout import Split, volume
+from polargrad_dist.distributed.transport import Traffic, pack_triangle, unpack_triangle
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim import PolarGrad
-from polargrad_dist.optim.update import NAN, Work, local
+from polargrad_dist.optim.facts import NAN
+from polargrad_dist.optim.member import Member, slices
+from polargrad_dist.optim.planning import split_of
 from polargrad_dist.polar import InverseSqrt, apply_rows, gram_matrix, inverse_sqrt
 
 RANK_CUTOFF = 1e-7  # of the largest singular value: below it an fp64 Gram matrix holds rounding noise
 SPECTRUM = ("condition", "nuclear_norm", "frobenius_norm", "spectral_norm", "stable_rank")
 UPDATE = ("residual", "cosine")
-COLUMNS = 2 * len(SPECTRUM) + len(UPDATE)
 
 
 @dataclass
@@ -74,7 +75,7 @@ class Diagnostics:
         for work in self.works:
             spectra = self._gradient(work)
             if spectra is not None:
-                self._gradients[work.index] = summary(spectra)
+                self._gradients[work.index] = measured(spectra)
 
     @torch.no_grad()
     def after_step(self) -> dict[str, dict[str, dict[str, float]]]:
@@ -83,48 +84,68 @@ class Diagnostics:
         ``momentum`` is what the oracle was given, and missing where that is the gradient itself or there is no oracle.
         Figures that nobody knows (of a zero matrix, say) are NaN.
         """
-        table = torch.full((len(self.works), COLUMNS), NAN, dtype=torch.float64)
-        k = len(SPECTRUM)
-        for row, work in zip(table, self.works, strict=True):
-            if (gradient := self._gradients.get(work.index)) is not None:
-                row[:k] = gradient
+        here: dict[tuple[int, str], torch.Tensor] = {(i, "gradient"): figures for i, figures in self._gradients.items()}
+        for work in self.works:
             if (seen := self._update(work)) is not None:
-                row[k : 2 * k], row[2 * k :] = seen
-        self._share(table)
+                here[work.index, "momentum"], here[work.index, "update"] = seen
+        agreement, known = self.optimizer.agreement, defaultdict(list)
+        for part in [here] if agreement is None else agreement.gather_objects(here):
+            for key, figures in part.items():
+                known[key].append(figures)
         out: dict[str, dict[str, dict[str, float]]] = {}
-        for work, values in zip(self.works, table.tolist(), strict=True):
-            figures = {"gradient": dict(zip(SPECTRUM, values[:k], strict=True))}
-            if work.entry.kind != "everywhere":
+        for work in self.works:
+            kinds = {"gradient": SPECTRUM}
+            if work.entry.kind != "elementwise":
                 if work.group["momentum"] in ("momentum_first", "heavy_ball"):
-                    figures["momentum"] = dict(zip(SPECTRUM, values[k : 2 * k], strict=True))
-                figures["update"] = dict(zip(UPDATE, values[2 * k :], strict=True))
-            out[work.entry.name] = figures
+                    kinds["momentum"] = SPECTRUM
+                kinds["update"] = UPDATE
+            out[work.entry.name] = {
+                kind: dict(zip(names, _together(kind, known[work.index, kind]), strict=True)) for kind, names in kinds.items()
+            }
         return out
 
-    def _gradient(self, work: Work) -> list[InverseSqrt] | None:
+    def _gradient(self, work: Member) -> list[InverseSqrt] | None:
         """Spectra of the gradient, at the one rank that works them out."""
-        replica, shard = place = _place(work)
-        here = (work.grid.replica, work.grid.shard) == (replica, shard)
+        team, place = work.team, _place(work)
+        mine = self.optimizer.shard_gradient(work)
         if _by_rows(work):
-            rows, n = local(work.p).shape
-            first, last = work.grid.my_rows(rows)
-            packed = pack_triangle(gram_matrix(work.grad[first * n : last * n].view(-1, n)))
-            wait(reduce_to(packed, place, work.grid, self.traffic))
-            return [_spectrum(unpack_triangle(packed, n))] if here else None
-        grad = torch.zeros_like(work.p) if work.p.grad is None else work.p.grad
-        whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
-        if not here:
+            S = gram_matrix(mine[0])
+            if not work.entry.layout.counted(team.place):
+                S.zero_()
+            if team.group is None:
+                return [_spectrum(S)]
+            at = team.order.index(place)
+            packed = self.traffic.reduce(pack_triangle(S), at, team.group).wait()
+            return [_spectrum(unpack_triangle(packed, S.shape[0]))] if team.place == place else None
+        whole = self._gathered(work, mine)
+        if team.place != place:
             return None
-        return [_spectrum(_small_gram(view)) for view in _layout(work).views(whole.reshape(1, -1))]
+        split = _split(work)
+        whole = whole.reshape(split.stack, split.rows, split.cols)
+        views = (whole[deep, down, across] for deep, down, across in map(slices, split.matrices))
+        return [_spectrum(_small_gram(view[0])) for view in views]
 
-    def _update(self, work: Work) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _gathered(self, work: Member, mine: torch.Tensor) -> torch.Tensor:
+        """A gradient put together on every rank that stores the parameter, as (slices, rows, columns)."""
+        team, boxes = work.team, work.entry.rectangles
+        if team.group is None:
+            return mine
+        longest = max(map(volume, boxes))
+        flat = mine.new_zeros(longest)
+        flat[: mine.numel()] = mine.reshape(-1)
+        out = mine.new_zeros(tuple(max(box[axis][1] for box in boxes) for axis in range(3)))
+        for place, part in zip(team.order, self.traffic.all_gather(flat, team.group).wait(), strict=True):
+            out[slices(boxes[place])] = part[: volume(boxes[place])].view(out[slices(boxes[place])].shape)
+        return out
+
+    def _update(self, work: Member) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(spectrum of what the oracle was given, residual and cosine of what it gave), at the owner."""
         facts = self.optimizer.facts
         if work.index in facts.kept_gram:
             S, X = facts.kept_gram[work.index]
             exact = _spectrum(S.clone())
             product = S @ X
-            return summary([exact]), judge(X @ product, (exact.X * product).sum(), exact)
+            return measured([exact]), judge(X @ product, (exact.X * product).sum(), exact)[:, None]
         if work.index not in facts.kept:
             return None
         spectra, verdicts = [], []
@@ -135,22 +156,22 @@ class Diagnostics:
             inner = (best * factor).sum((-2, -1))
             spectra.append(exact)
             verdicts.append(judge(gram_matrix(factor), inner, exact))
-        verdict = torch.stack(verdicts)
-        cosines = verdict[:, 1][verdict[:, 1].isfinite()]
-        least = cosines.amin() if len(cosines) else verdict[0, 1]
-        return summary(spectra), torch.stack([verdict[:, 0].amax(), least])
-
-    def _share(self, table: torch.Tensor) -> None:
-        """Gives every rank the figures that some rank knows; each is known to one."""
-        agreement = self.optimizer.agreement
-        if agreement is None:
-            return
-        both = torch.stack([table.nan_to_num(0.0), table.isfinite().double()])
-        agreement.total(both)
-        table.copy_(torch.where(both[1] > 0, both[0], NAN))
+        return measured(spectra), torch.stack(verdicts, 1)
 
 
-def choose(works: Sequence[Work], config: DiagnosticsConfig) -> list[Work]:
+def _together(kind: str, parts: list[torch.Tensor]) -> list[float]:
+    """The figures of a parameter from those of its matrices, which several ranks may have owned; NaN where nobody knows."""
+    if not parts:
+        return [NAN] * len(UPDATE if kind == "update" else SPECTRUM)
+    columns = torch.cat(parts, 1)
+    if kind != "update":
+        return summary(columns).tolist()
+    residual, cosine = columns
+    cosines = cosine[cosine.isfinite()]
+    return [float(residual.amax()), float(cosines.amin() if len(cosines) else cosine[0])]
+
+
+def choose(works: Sequence[Member], config: DiagnosticsConfig) -> list[Member]:
     """Embeddings and heads, ``config.hidden`` hidden matrices, and those that ``config.parameters`` names."""
     matrices = [w for w in works if len(w.entry.shape) >= 2 and w.entry.numel]
     chosen = {w.index for w in matrices if w.entry.role in ("embed", "value_embed", "head")}
@@ -169,9 +190,8 @@ def choose(works: Sequence[Work], config: DiagnosticsConfig) -> list[Work]:
     return [w for w in works if w.index in chosen]
 
 
-def summary(spectra: Iterable[InverseSqrt]) -> torch.Tensor:
-    """`SPECTRUM` of a parameter, fp64 on the CPU, from the spectra of its matrices: norms as of one block-diagonal matrix,
-    the condition number of the worst, the mean stable rank."""
+def measured(spectra: Iterable[InverseSqrt]) -> torch.Tensor:
+    """Of each matrix condition number, nuclear norm, squared Frobenius norm, spectral norm, stable rank: (5, k) fp64, CPU."""
     parts = []
     for s in spectra:
         sigma = s.sigma.reshape(-1, s.sigma.shape[-1])
@@ -181,7 +201,13 @@ def summary(spectra: Iterable[InverseSqrt]) -> torch.Tensor:
         parts.append(
             torch.stack([largest / smallest, sigma.sum(-1), square, largest, square / largest.square()])
         )
-    condition, nuclear, square, largest, stable = torch.cat(parts, -1).cpu()
+    return torch.cat(parts, -1).cpu()
+
+
+def summary(figures: torch.Tensor) -> torch.Tensor:
+    """`SPECTRUM` of a parameter from what was `measured` of its matrices: norms as of one block-diagonal matrix, the condition
+    number of the worst, the mean stable rank."""
+    condition, nuclear, square, largest, stable = figures
     condition = torch.where(condition > 0, condition, NAN)  # of a zero matrix there is none
     return torch.stack(
         [
@@ -206,28 +232,23 @@ def judge(gram_of_update: torch.Tensor, inner: torch.Tensor, exact: InverseSqrt)
     return torch.stack([residual.amax(), torch.where(cosine.isfinite(), cosine, NAN)]).cpu()
 
 
-def _place(work: Work) -> tuple[int, int]:
-    """(replica, shard) of the rank that works a parameter's figures out: its owner, or one for each in turn."""
-    if work.entry.owner >= 0:
-        return work.owner
-    return divmod(work.index % work.grid.world, work.grid.shards)
+def _place(work: Member) -> int:
+    """The place of the rank that works a parameter's figures out: its first owner, or one for each in turn."""
+    return work.entry.owners[0] if work.entry.owners else work.index % work.entry.layout.world
 
 
-def _by_rows(work: Work) -> bool:
+def _by_rows(work: Member) -> bool:
     """Whether the Gram matrix of the gradient is summed over row shards, and the gradient never gathered."""
-    if work.entry.kind == "rows":
+    if work.entry.kind == "tall":
         return True
-    layout = _layout(work)
-    alone = layout.matrices == 1 and len(work.entry.shape) == 2
-    return work.entry.kind == "everywhere" and alone and layout.rows >= layout.cols
+    split, e = _split(work), work.entry
+    rows = all(cut in (0, None) for cut in e.layout.state_cuts)
+    return e.kind == "elementwise" and len(e.shape) == 2 and rows and len(split.matrices) == 1 and split.rows >= split.cols
 
 
-def _layout(work: Work) -> Layout:
+def _split(work: Member) -> Split:
     """The matrices that a parameter holds, which do not depend on the algorithm that steps it."""
-    group = work.group
-    return work.entry.layout or Layout.of(
-        work.entry.name, work.entry.shape, group["split_sizes"], group["num_heads"], group["flatten"]
-    )
+    return work.entry.split or split_of(work.group, work.entry.name, work.entry.shape)
 
 
 def _small_gram(x: torch.Tensor) -> torch.Tensor:
@@ -235,4 +256,4 @@ def _small_gram(x: torch.Tensor) -> torch.Tensor:
 
 
 def _spectrum(S: torch.Tensor) -> InverseSqrt:
-    return inverse_sqrt(S, lower=RANK_CUTOFF)
+    return inverse_sqrt(S, lower=RANK_CUTOFF, root="eigh")  # the whole spectrum: this may wait for a GPU

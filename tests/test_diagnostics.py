@@ -88,7 +88,7 @@ def test_the_update_is_judged_against_the_exact_polar_factor():
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_however_parameters_are_placed_all_ranks_say_what_one_process_says(world, name):
     one = look(0, 1, "single", RULES[name])
-    modes = ["ddp", "to_owner", "fsdp"] + ["hsdp"] * (world == 4)
+    modes = ["ddp", "reduce_scatter", "fsdp"] + ["hsdp"] * (world == 4)
     for mode, ranks in zip(
         modes, zip(*run_ranks(_look_in, world, modes, RULES[name]), strict=True), strict=True
     ):

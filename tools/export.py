@@ -96,7 +96,15 @@ def export(
         whole.to(kind).inner.save_pretrained(out, max_shard_size=shard_bytes)
     _write(out / "config.json", config)
     marker = config.get("eos_token_id")
-    generation = {"bos_token_id": marker, "eos_token_id": marker, "pad_token_id": marker, "use_cache": True}
+    generation: dict[str, Any] = {
+        "bos_token_id": marker,
+        "eos_token_id": marker,
+        "pad_token_id": marker,
+        "use_cache": True,
+    }
+    rows = model.get_output_embeddings().weight.shape[0]
+    if rows > model.vocab_size:  # a head padded to whole blocks: those rows are no tokens
+        generation["suppress_tokens"] = list(range(model.vocab_size, rows))
     _write(out / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
     if model.hub_code is not None:
         shutil.copyfile(model.hub_code, out / model.hub_code.name)

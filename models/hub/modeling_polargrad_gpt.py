@@ -245,10 +245,10 @@ class PolarGradGPTForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Soft-capped at 15, fp32; the rows that pad medium's head predict nothing."""
+        """Soft-capped at 15, fp32; of medium with the rows that pad its head, which are classes that never occur."""
+        z = self.head(hidden).float()
         if self.config.variant == "small":
-            return 15 * torch.tanh(self.head(hidden).float() / 15)
-        z = F.linear(hidden, self.head.weight[: self.config.vocab_size]).float()
+            return 15 * torch.tanh(z / 15)
         return 15 * z * torch.rsqrt(z.square() + 225)
 
     def _hidden(self, tokens: torch.Tensor, attention_mask: torch.Tensor | None, cache: Any) -> torch.Tensor:

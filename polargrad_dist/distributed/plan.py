@@ -1,6 +1,6 @@
-"""Who computes which matrix, and what that costs: pure functions of names, shapes, rules and the world's size.
+"""Who computes which matrix, and what that costs: pure functions of names, shapes, rules and ranks.
 
-A plan knows no process group and no tensor's values, so that it can be made for 128 ranks on a laptop, on meta tensors.
+A plan knows no process group and no tensor's values, so that it can be made for 512 ranks on a laptop, on meta tensors.
 Matrices are dealt longest first over all shapes together (Graham's LPT rule, at most 4/3 of the best possible largest load).
 """
 
@@ -9,133 +9,60 @@ from __future__ import annotations
 import heapq
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
 
 import torch
 
+from polargrad_dist.distributed.layout import Box, Cut3, Layout, Split, rectangle, volume
 from polargrad_dist.errors import ConfigError
-from polargrad_dist.polar import cost as oracle_cost
 
 TALL_ROLES = ("embed", "value_embed", "head")
-
-
-def chunk(length: int, parts: int, index: int) -> tuple[int, int]:
-    """The half-open range of part ``index`` when ``length`` rows are cut as ``torch.chunk`` and DTensor cut them."""
-    size = -(-length // parts)
-    return min(length, index * size), min(length, (index + 1) * size)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a parameter of ``stack * rows * cols`` elements splits into matrices, each with a step scale of its own.
-
-    ``runs`` cuts the rows of each of the ``stack`` slices into equal blocks: (first row, blocks, rows of a block).
-    """
-
-    stack: int
-    rows: int
-    cols: int
-    runs: tuple[tuple[int, int, int], ...]
-
-    @classmethod
-    def of(
-        cls,
-        name: str,
-        shape: Sequence[int],
-        split_sizes: Sequence[int] | None,
-        num_heads: int | None,
-        flatten: bool,
-    ) -> Layout:
-        """Reads a parameter's shape: 2-D one matrix, 3-D a stack of experts, more (or ``flatten``) a convolution.
-
-        Raises ``ConfigError`` when the splits do not add up to the rows.
-        """
-        if len(shape) < 2 or math.prod(shape) == 0:
-            raise ConfigError(
-                f"{name} has shape {tuple(shape)}, expected a matrix with at least one element: "
-                "give it to a group with algorithm 'adamw'"
-            )
-        if len(shape) > 3 or flatten:
-            shape = (shape[0], math.prod(shape[1:]))
-        stack, rows, cols = (1, *shape) if len(shape) == 2 else shape
-        if split_sizes and num_heads:
-            raise ConfigError(f"{name}: split_sizes and num_heads are both set, expected at most one of them")
-        if num_heads:
-            if rows % num_heads:
-                raise ConfigError(f"{name} has {rows} rows, which num_heads={num_heads} does not divide")
-            split_sizes = (rows // num_heads,) * num_heads
-        sizes = tuple(split_sizes or (rows,))
-        if sum(sizes) != rows or min(sizes) < 1:
-            raise ConfigError(f"{name} has {rows} rows, but split_sizes {sizes} add up to {sum(sizes)}")
-        runs: list[tuple[int, int, int]] = []
-        first = 0
-        for size in sizes:
-            if runs and runs[-1][2] == size:
-                runs[-1] = (runs[-1][0], runs[-1][1] + 1, size)
-            else:
-                runs.append((first, 1, size))
-            first += size
-        return cls(stack, rows, cols, tuple(runs))
-
-    @property
-    def matrices(self) -> int:
-        """How many matrices the parameter holds."""
-        return self.stack * sum(blocks for _, blocks, _ in self.runs)
-
-    def views(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Cuts ``x`` (k, numel) into one (k, stack, blocks, m, n) view for each run of equal blocks."""
-        x = x.view(-1, self.stack, self.rows, self.cols)
-        for first, blocks, m in self.runs:
-            yield x[:, :, first : first + blocks * m].unflatten(2, (blocks, m))
-
-    def cost(self, method: str, steps: int | None) -> float:
-        """Flops of the oracle on all matrices of the parameter."""
-        per_slice = sum(blocks * oracle_cost((m, self.cols), method, steps) for _, blocks, m in self.runs)
-        return self.stack * per_slice
+SMALL = 1 << 16  # elements up to which an elementwise parameter is worked out by everyone who stores it
+UNEVEN = 1.1  # where whole matrices lie more unevenly than this, they travel to be dealt anew
+NUMBERS = 2  # per matrix, fp64, beside its direction: scale, and whether it may be stepped
+ROOT_NUMBERS = 4  # beside a root: nuclear norm, largest and smallest singular value, whether it may be used
 
 
 @dataclass
 class Entry:
-    """One parameter in the plan. ``kind`` is ``owner`` (a whole matrix at one rank), ``rows`` (row-sharded polar, its
-    n x n problem at the owner) or ``everywhere`` (elementwise, each rank does what it holds)."""
+    """One parameter in the plan.
+
+    ``kind`` is ``owner`` (whole matrices, each at one place), ``tall`` (its rows stay, their n x n problem goes to one place)
+    or ``elementwise``. ``ranks`` gives the global rank of each place of its layout, ``owners`` the place of each matrix;
+    ``travels`` says whether some matrix does not lie whole in its owner's optimizer shard.
+    """
 
     name: str
     shape: tuple[int, ...]
+    group: int
     role: str
     rule: str
     lr: float
     kind: str
-    itemsize: int
-    state_itemsize: int
+    dtype: torch.dtype
     states: int
-    layout: Layout | None
-    cost: float = 0.0
-    owner: int = -1
-    shards: int = 1
+    layout: Layout
+    ranks: tuple[int, ...]
+    split: Split | None = None
+    costs: tuple[float, ...] = ()
+    in_order: bool = False
+    owners: list[int] = field(default_factory=list)
+    travels: bool = False
 
-    def place(self, rank: int) -> tuple[int, int]:
-        """The (replica, shard) coordinates of a rank on the rectangle that the parameter lives on."""
-        return divmod(rank, self.shards)
+    @property
+    def key(self) -> tuple[str, tuple[int, ...]]:
+        """What tells it from every other parameter of the world: stages and experts may share a name, not ranks."""
+        return self.name, self.ranks
 
-    def held(self, rank: int) -> int:
-        """Elements of the parameter that ``rank`` stores."""
-        if self.shards == 1:
-            return self.numel
-        first, last = chunk(self.shape[0], self.shards, rank % self.shards)
-        return (last - first) * (self.numel // self.shape[0])
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
 
-    def held_state(self, rank: int, world: int) -> int:
-        """Elements of each of the parameter's states that ``rank`` stores, which are those whose step it works out."""
-        if self.kind == "everywhere":
-            return self.held(rank)
-        replica, shard = self.place(rank)
-        if self.kind == "owner":
-            return self.held(rank) if self.place(self.owner)[0] == replica else 0
-        first, last = chunk(self.shape[0], self.shards, shard)
-        low, high = chunk(last - first, world // self.shards, replica)
-        return (high - low) * self.shape[1]
+    @property
+    def state_dtype(self) -> torch.dtype:
+        return torch.float32 if self.itemsize < 4 else self.dtype
 
     @property
     def numel(self) -> int:
@@ -146,176 +73,217 @@ class Entry:
         return self.numel * self.itemsize
 
     @property
+    def cost(self) -> float:
+        return sum(self.costs)
+
+    @property
     def triangle(self) -> int:
-        """Elements of the packed n x n Gram triangle of a row-sharded matrix."""
+        """Elements of the packed n x n Gram triangle of a tall matrix."""
         n = self.shape[-1]
         return n * (n + 1) // 2
 
+    @cached_property
+    def rectangles(self) -> list[Cut3]:
+        """Each place's optimizer shard as ranges of (slice, row, column)."""
+        stacked = self.split is not None and self.split.stacked
+        return [rectangle(box, self.shape, stacked) for box in self.layout.shards]
 
-def entries(groups: Iterable[dict[str, Any]]) -> list[Entry]:
-    """What the planner has to know of each parameter of the optimizer's groups, in their order."""
-    return [
-        entry(group, name, p)
-        for group in groups
-        for name, p in zip(group["param_names"], group["params"], strict=True)
-    ]
-
-
-def entry(group: dict[str, Any], name: str, p: torch.Tensor) -> Entry:
-    """One parameter of a group, its owner not yet dealt."""
-    half = p.dtype in (torch.bfloat16, torch.float16)
-    common = (name, tuple(p.shape), group["role"], describe(group), float(group["lr"]))
-    state_itemsize = 4 if half else p.element_size()
-    if group["algorithm"] == "adamw":
-        return Entry(*common, "everywhere", p.element_size(), state_itemsize, 2, None)
-    layout = Layout.of(name, p.shape, group["split_sizes"], group["num_heads"], group["flatten"])
-    states = int(group["momentum"] != "none")
-    if row_sharded(group, layout):
-        n = layout.cols
-        return Entry(
-            *common,
-            "rows",
-            p.element_size(),
-            state_itemsize,
-            states,
-            layout,
-            oracle_cost((n, n), "svd", None),
-        )
-    cost = layout.cost(group["oracle"], group["steps"])
-    return Entry(*common, "owner", p.element_size(), state_itemsize, states, layout, cost)
+    def candidates(self) -> list[tuple[int, ...]]:
+        """The places among which each matrix may be dealt: where it lies whole, if that is even enough, else all."""
+        assert self.split is not None
+        everywhere = tuple(range(self.layout.world))
+        if self.layout.world == 1 or self.kind == "tall" or self.in_order:
+            return [everywhere] * len(self.costs)
+        holders: list[tuple[int, ...]] = []
+        load = [0] * self.layout.world
+        for matrix in self.split.matrices:
+            holders.append(tuple(t for t in everywhere if _within(matrix, self.rectangles[t])))
+            for place in holders[-1]:
+                load[place] += 1
+        if all(len(h) == 1 for h in holders) and max(load) * len(load) <= UNEVEN * len(holders):
+            return holders
+        return [everywhere] * len(holders)
 
 
-def row_sharded(group: dict[str, Any], layout: Layout) -> bool:
-    """Whether a matrix is computed from the Gram matrix of its row shards instead of travelling to one owner."""
-    if layout.matrices != 1 or layout.rows < layout.cols or group["oracle"] not in ("auto", "gram"):
-        return False
-    wish = group["row_sharded"]
-    return layout.rows >= 8 * layout.cols or group["role"] in TALL_ROLES if wish is None else wish
+def deal(entries: Sequence[Entry], loads: dict[int, float]) -> None:
+    """Gives each matrix its owner: the costliest first (then the largest, then by name) to the least loaded rank.
 
-
-def describe(group: dict[str, Any]) -> str:
-    """A rule in a few words, for tables."""
-    if group["algorithm"] == "adamw":
-        return "adamw"
-    steps = f":{group['steps']}" if group["steps"] else ""
-    nesterov = "+nesterov" if group["nesterov"] else ""
-    factor = "polar" if group.get("spectrum", "polar") == "polar" else "homogenized"
-    return f"{factor} {group['scale']} {group['momentum']}{nesterov} {group['oracle']}{steps}"
-
-
-def deal(items: Sequence[Entry], world: int, loads: list[float] | None = None) -> None:
-    """Gives each item its owner, the costliest first (then the largest, then by name) to the least loaded rank.
-
-    ``loads`` are flops already dealt to each rank, updated in place.
+    ``loads`` are flops already dealt to each global rank, updated in place. Matrices that lie whole at one place stay there.
+    Those whose rule keeps state at the owner are dealt in order, so that alike ones are one stack cut evenly over the ranks.
     """
-    loads = [0.0] * world if loads is None else loads
-    heap = [(load, 0, rank) for rank, load in enumerate(loads)]
-    heapq.heapify(heap)
-    for item in sorted(items, key=lambda e: (-e.cost, -e.bytes, e.name)):
-        load, size, rank = heapq.heappop(heap)
-        item.owner = rank
-        loads[rank] = load + item.cost
-        heapq.heappush(heap, (loads[rank], size + item.bytes, rank))
+    whole = [e for e in entries if e.kind != "elementwise"]
+    items = []
+    for e in whole:
+        e.owners = [-1] * len(e.costs)
+        for i, places in enumerate(e.candidates()):
+            if len(places) == 1:
+                e.owners[i] = places[0]
+                loads[e.ranks[places[0]]] += e.costs[i]
+            else:
+                items.append((e, i, places))
+    for alike in in_order(entries).values():
+        places = index_of(ranks := alike[0][0].ranks)
+        for k, (e, i) in enumerate(alike):
+            e.owners[i] = places[sorted(ranks)[k // -(-len(alike) // len(ranks))]]
+            loads[e.ranks[e.owners[i]]] += e.costs[i]
+    heaps: dict[tuple[int, ...], list[tuple[float, int, int]]] = {}
+    sizes: dict[int, int] = defaultdict(int)
+    items.sort(key=lambda item: (-item[0].costs[item[1]], -item[0].bytes, item[0].name, item[1]))
+    for e, i, places in items:
+        if e.in_order:
+            continue
+        if e.ranks not in heaps:
+            heaps[e.ranks] = [(loads[rank], sizes[rank], place) for place, rank in enumerate(e.ranks)]
+            heapq.heapify(heaps[e.ranks])
+        heap = heaps[e.ranks]
+        while heap[0][:2] != (now := (loads[e.ranks[heap[0][2]]], sizes[e.ranks[heap[0][2]]])):
+            heapq.heapreplace(heap, (*now, heap[0][2]))  # it was dealt something from another mesh meanwhile
+        place = heap[0][2]
+        e.owners[i] = place
+        loads[e.ranks[place]] += e.costs[i]
+        sizes[e.ranks[place]] += e.bytes // len(e.costs)
+        heapq.heapreplace(heap, (loads[e.ranks[place]], sizes[e.ranks[place]], place))
+    for e in whole:
+        if e.kind == "owner" and e.split is not None:
+            pairs = zip(e.split.matrices, e.owners, strict=True)
+            e.travels = not all(_within(matrix, e.rectangles[owner]) for matrix, owner in pairs)
+    if lost := [e.name for e in whole if min(e.owners) < 0]:
+        raise ConfigError(
+            f"{lost[0]} has a matrix that no rank can own, expected one of the ranks that store it"
+        )
+
+
+def in_order(entries: Iterable[Entry]) -> dict[tuple, list[tuple[Entry, int]]]:
+    """Matrices whose rule keeps state at the owner, alike ones together, in an order that no placement changes."""
+    alike: dict[tuple, list[tuple[Entry, int]]] = defaultdict(list)
+    for e in entries:
+        if e.in_order:
+            assert e.split is not None
+            for i in range(len(e.costs)):
+                alike[e.group, e.split.stored_shape(i), e.dtype].append((e, i))
+    for members in alike.values():
+        if len({e.ranks for e, _ in members}) > 1:
+            raise ConfigError(
+                f"{members[0][0].name} and {members[-1][0].name} are alike but on different meshes, and their rule keeps state "
+                "per matrix: give them to different parameter groups"
+            )
+    return alike
 
 
 @dataclass
 class Plan:
-    """Owners, balance, bytes and traffic of a world of ``world`` ranks.
-
-    Every parameter lives on a rectangle of ``replicas x shards`` ranks: DDP is ``W x 1``, FSDP ``1 x W``, HSDP
-    ``R x S``. The owner of an item is rank ``replica * shards + shard``.
-    """
+    """Owners, balance, bytes and traffic of a world of ranks: those of ``ranks``, the first ``world`` without."""
 
     world: int
     gradients: str = "all_reduced"
+    comm_itemsize: int | None = None
     entries: list[Entry] = field(default_factory=list)
-    loads: list[float] = field(default_factory=list)
-
-    @classmethod
-    def build(
-        cls,
-        groups: Iterable[dict[str, Any]],
-        *,
-        replicas: int = 1,
-        shards: int = 1,
-        gradients: str = "all_reduced",
-    ) -> Plan:
-        """Plans the groups that `route` returned, on tensors of any device, meta included."""
-        plan = cls(replicas * shards, gradients)
-        items = entries(groups)
-        for e in items:
-            e.shards = shards
-        plan.add(items)
-        return plan
+    loads: dict[int, float] = field(default_factory=lambda: defaultdict(float))
+    ranks: tuple[int, ...] | None = None
 
     def add(self, items: Sequence[Entry]) -> None:
         """Deals further parameters on top of what is dealt already; nobody's owner changes."""
-        self.loads = self.loads or [0.0] * self.world
-        deal([e for e in items if e.kind != "everywhere"], self.world, self.loads)
+        deal(items, self.loads)
         self.entries.extend(items)
 
     @property
     def imbalance(self) -> float:
         """Largest load of a rank over the mean, in flops of the oracle; 1.0 is perfect."""
-        mean = sum(self.loads) / len(self.loads)
-        return max(self.loads) / mean if mean else 1.0
+        mean = sum(self.loads.values()) / self.world
+        return max(self.loads.values()) / mean if mean else 1.0
+
+    @property
+    def _ranks(self) -> Iterable[int]:
+        return self.ranks or range(self.world)
+
+    def _places(self, rank: int) -> Iterable[tuple[Entry, int]]:
+        for e in self.entries:
+            if rank in (index := index_of(e.ranks)):
+                yield e, index[rank]
 
     def memory(self) -> list[dict[str, int]]:
         """Bytes that each rank keeps through the run: parameters, gradients, optimizer state."""
         rows = []
-        for rank in range(self.world):
-            parameters = sum(e.held(rank) * e.itemsize for e in self.entries)
-            residuals = sum(2 * e.held(rank) for e in self.entries if e.itemsize < e.state_itemsize)
-            states = sum(e.held_state(rank, self.world) * e.states * e.state_itemsize for e in self.entries)
-            rows.append({"parameters": parameters, "gradients": parameters, "optimizer": states + residuals})
+        for rank in self._ranks:
+            parameters = states = 0
+            for e, place in self._places(rank):
+                shard = volume(e.layout.shards[place])
+                parameters += volume(e.layout.stored[place]) * e.itemsize
+                states += shard * (e.states * e.state_dtype.itemsize + 2 * (e.dtype == torch.bfloat16))
+            rows.append({"parameters": parameters, "gradients": parameters, "optimizer": states})
         return rows
 
-    def traffic(self, comm_itemsize: int | None = None) -> dict[str, int]:
+    def traffic(self) -> dict[str, int]:
         """Bytes per step on the busiest rank of each collective that the optimizer starts.
 
         Counted as the buffers handed to it: what a rank sends, for an all-gather what it receives. What DDP or FSDP
         moves for the gradients (2P and 3P in their own counts) comes on top.
         """
-        itemsize = comm_itemsize or max(
-            (e.itemsize for e in self.entries if e.kind != "everywhere"), default=4
-        )
-        ranks = range(self.world)
-        out: dict[str, int] = defaultdict(int)
         if self.world == 1:
             return {}
-        if self.gradients == "to_owner":
-            for e in self.entries:
-                out["all_reduce" if e.kind == "everywhere" else "reduce"] += e.bytes
-        for e in self.entries:
-            if e.kind == "rows":
-                stages = 1 + (1 < e.shards < self.world)  # within a replica, then between them
-                out["reduce"] += stages * 8 * e.triangle
-                out["broadcast"] += stages * 8 * (e.triangle + 3)
-        sharded = [e for e in self.entries if e.kind == "owner" and e.shards > 1]
-        if sharded:
-            sent = [sum(e.held_state(rank, self.world) for e in sharded) for rank in ranks]
-            back = [sum(e.numel for e in sharded if e.owner == rank) for rank in ranks]
-            out["all_to_all"] = itemsize * max(s + b for s, b in zip(sent, back, strict=True))
-        copied = [e for e in self.entries if e.kind != "everywhere" and e.shards < self.world]
-        if copied:
-            share = [sum(e.held_state(rank, self.world) for e in copied) for rank in ranks]
-            out["all_gather"] = itemsize * max(share) * max(self.world // e.shards for e in copied)
+        busiest: dict[str, int] = {}
+        for rank in self._ranks:
+            for kind, size in self.traffic_of(rank).items():
+                busiest[kind] = max(busiest.get(kind, 0), size)
+        return busiest
+
+    def traffic_of(self, rank: int) -> dict[str, int]:
+        """`traffic` of one rank."""
+        out: dict[str, int] = defaultdict(int)
+        for e, place in self._places(rank):
+            if e.layout.world == 1:
+                continue
+            updates = e.itemsize if e.itemsize < 4 else self.comm_itemsize or e.itemsize
+            if e.layout.gathered(place):
+                out["all_gather"] += e.layout.gathered(place) * updates
+            if self.gradients == "reduce_scatter":
+                if e.layout.cut is None:
+                    out["all_reduce"] += e.bytes
+                else:
+                    out["reduce_scatter"] += e.layout.gathered(place) * e.itemsize
+            if e.kind == "tall":
+                out["reduce"] += 8 * e.triangle
+                out["broadcast"] += 8 * (e.triangle + ROOT_NUMBERS)
+            elif e.kind == "owner" and e.travels:
+                assert e.split is not None
+                own = [
+                    math.prod(e.split.stored_shape(i)) for i, owner in enumerate(e.owners) if owner == place
+                ]
+                elements = volume(e.layout.shards[place]) + sum(own)
+                out["all_to_all"] += elements * (self.comm_itemsize or e.itemsize)
+                out["all_to_all"] += 8 * NUMBERS * len(own) * e.layout.world
         return dict(out)
 
     def __str__(self) -> str:
         return self.table()
 
     def table(self) -> str:
-        """One line per parameter (name, shape, role, rule, learning rate, owner, flops), then the balance."""
+        """One line per parameter (name, shape, role, rule, learning rate, owners, flops), then the balance."""
         width = max([len(e.name) for e in self.entries] + [9])
         lines = [
-            f"{'parameter':<{width}} {'shape':>16} {'role':<11} {'rule':<44} {'lr':>9} {'owner':>7} {'GFLOP':>9}"
+            f"{'parameter':<{width}} {'shape':>16} {'role':<11} {'rule':<44} {'lr':>9} {'owner':>9} {'GFLOP':>9}"
         ]
         for e in self.entries:
-            owner = {"everywhere": "all", "rows": f"rows/{e.owner}", "owner": str(e.owner)}[e.kind]
+            ranks = [str(e.ranks[owner]) for owner in e.owners]
+            several = f"{len(set(ranks))} ranks" if len(set(ranks)) > 1 else "".join(ranks[:1])
+            owner = {"elementwise": "all", "tall": f"rows/{several}", "owner": several}[e.kind]
             shape = "x".join(map(str, e.shape)) or "scalar"
             lines.append(
-                f"{e.name:<{width}} {shape:>16} {e.role:<11} {e.rule:<44} {e.lr:>9.3g} {owner:>7} {e.cost / 1e9:>9.2f}"
+                f"{e.name:<{width}} {shape:>16} {e.role:<11} {e.rule:<44} {e.lr:>9.3g} {owner:>9} {e.cost / 1e9:>9.2f}"
             )
         lines.append(f"oracle work per rank, max/mean over {self.world} ranks: {self.imbalance:.3f}")
         return "\n".join(lines)
+
+
+def _within(a: Box, b: Box) -> bool:
+    return all(low <= first and last <= high for (first, last), (low, high) in zip(a, b, strict=True))
+
+
+_indices: dict[tuple[int, ...], dict[int, int]] = {}
+
+
+def index_of(ranks: tuple[int, ...]) -> dict[int, int]:
+    """The place of each global rank."""
+    if ranks not in _indices:
+        _indices[ranks] = {rank: place for place, rank in enumerate(ranks)}
+    return _indices[ranks]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from polargrad_dist.errors import ConfigError
+from polargrad_dist.optim.matrix import RULES
+from polargrad_dist.optim.member import Member
 from polargrad_dist.optim.rules import Rule
 
 RULE_KEYS = tuple(Rule.__dataclass_fields__)
@@ -19,22 +21,24 @@ GROUP_KEYS = (
     "split_sizes",
     "num_heads",
     "flatten",
+    "transposed",
     "role",
     "initial_lr",
     "params",
     "param_names",
 )
 # What owners, travel and state were laid out for; everything else of a group may change between steps.
-FIXED = ("algorithm", "momentum", "oracle", "row_sharded", "split_sizes", "num_heads", "flatten", "role")
+FIXED = ("algorithm", "momentum", "oracle", "row_sharded", "split_sizes", "num_heads", "flatten", "transposed", "role")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_keys(group: Mapping[str, Any], where: str) -> None:
-    """Raises ``ConfigError`` for a key that no rule reads, with the nearest that one does."""
+    """Raises ``ConfigError`` for a key that the group's rule does not read, with the nearest that it does."""
+    known = (*GROUP_KEYS, *getattr(RULES.get(str(group.get("algorithm"))), "options", ()))
     for key in group:
-        if key not in GROUP_KEYS:
-            near = difflib.get_close_matches(str(key), GROUP_KEYS, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(GROUP_KEYS)}"
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
             raise ConfigError(f"{where} has the key {key!r}, which no rule reads: {hint}")
 
 
@@ -78,11 +82,13 @@ def check_parameter(name: str, p: torch.Tensor, gradients: str) -> None:
         raise ConfigError(f"{name} is on the meta device, expected real memory: materialize the model first")
     if not (p.to_local() if isinstance(p, DTensor) else p).is_contiguous():
         raise ConfigError(f"{name} is not contiguous in memory, expected it to be: use .contiguous()")
-    if gradients == "to_owner" and (isinstance(p, DTensor) or not p.requires_grad):
+    if gradients == "reduce_scatter" and (isinstance(p, DTensor) or not p.requires_grad):
         raise ConfigError(
-            f"{name} is {'sharded' if isinstance(p, DTensor) else 'frozen'}, which gradients='to_owner' does not "
+            f"{name} is {'sharded' if isinstance(p, DTensor) else 'frozen'}, which gradients='reduce_scatter' does not "
             "support: use gradients='all_reduced', or leave frozen parameters out"
         )
+    if p.is_nested:
+        raise ConfigError(f"{name} is a nested tensor, expected a dense one: keep it out of the optimizer")
 
 
 def refuse_flat(name: str, p: torch.Tensor) -> None:
@@ -102,23 +108,51 @@ def fixed_part(group: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(tuple(v) if isinstance(v := group[key], list) else v for key in FIXED)
 
 
-def complaint(groups: Sequence[Mapping[str, Any]], fixed: Sequence[tuple[Any, ...]]) -> ConfigError | None:
-    """What keeps this rank from stepping: a value that cannot be meant, one that may not change, a sparse gradient."""
-    for number, (group, before) in enumerate(zip(groups, fixed, strict=True)):
-        try:
-            check_values(group, f"parameter group {number}")
-        except ConfigError as error:
-            return error
-        for key, old, now in zip(FIXED, before, fixed_part(group), strict=True):
-            if now != old:
+class Checks:
+    """What keeps a rank from stepping; a group is looked at again only where it has changed."""
+
+    def __init__(self) -> None:
+        self._fixed: list[tuple[Any, ...]] = []
+        self._seen: list[tuple[Any, ...]] = []
+        self._states: list[int] = []
+
+    def add(self, group: Mapping[str, Any]) -> None:
+        """Takes note of a group as it is at construction."""
+        self._fixed.append(fixed_part(group))
+        self._seen.append(self.numbers(group))
+
+    @staticmethod
+    def numbers(group: Mapping[str, Any]) -> tuple[Any, ...]:
+        """All that may change between steps."""
+        return tuple(v for k, v in group.items() if k not in ("params", "param_names", "initial_lr", *FIXED))
+
+    def complaint(self, groups: Sequence[Mapping[str, Any]]) -> ConfigError | None:
+        """A value that cannot be meant, one that may not change, a gradient that cannot be taken."""
+        for number, group in enumerate(groups):
+            if (now := self.numbers(group)) != self._seen[number]:
+                try:
+                    check_keys(group, f"parameter group {number}")
+                    check_values(group, f"parameter group {number}")
+                except ConfigError as error:
+                    return error
+                self._seen[number] = now
+            if (fixed := fixed_part(group)) != self._fixed[number]:
+                both = zip(FIXED, self._fixed[number], fixed, strict=True)
+                key, old, new = next((k, a, b) for k, a, b in both if a != b)
                 return ConfigError(
-                    f"{key!r} of parameter group {number} became {now!r}, expected {old!r} as at construction: owners "
+                    f"{key!r} of parameter group {number} became {new!r}, expected {old!r} as at construction: owners "
                     "and state were laid out for it, so build a new optimizer"
                 )
-        for name, p in zip(group["param_names"], group["params"], strict=True):
-            if p.grad is not None and p.grad.layout != torch.strided:
-                return ConfigError(
-                    f"the gradient of {name} is sparse, expected a dense one: build nn.Embedding with sparse=False (rows "
-                    "that are zero stay zero, and on CPUs cost nothing)"
-                )
-    return None
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                if p.grad is not None and p.grad.layout != torch.strided:
+                    return ConfigError(
+                        f"the gradient of {name} is sparse, expected a dense one: build nn.Embedding with sparse=False (rows "
+                        "that are zero stay zero, and on CPUs cost nothing)"
+                    )
+        return None
+
+    def states_changed(self, members: Iterable[Member]) -> bool:
+        """Whether somebody has put other tensors into the state since the last look."""
+        now = [id(value) for m in members for value in m.state.values()]
+        changed, self._states = now != self._states, now
+        return changed

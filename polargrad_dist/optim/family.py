@@ -1,4 +1,4 @@
-"""The family's names, each a `PolarGrad` with the defaults that the name stands for.
+"""The family's names, each a `PolarGrad` with the defaults that the name stands for; of a model, for its hidden matrices.
 
 Sources: algorithms C.1-C.4 of Lau, Long, Su (2025); Muon of Jordan et al. (2024) and Liu et al. (2025).
 """
@@ -8,16 +8,29 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from polargrad_dist.optim.optimizer import PolarGrad
+from polargrad_dist.optim.rules import Rule
+
+
+def _named(params: Any, lr: float, rule: dict[str, Any], more: dict[str, Any]) -> PolarGrad:
+    """A name's rule for all parameters given; of a model, for its hidden matrices, the other roles keeping their own."""
+    if isinstance(params, nn.Module):
+        fields = {key: more.pop(key) for key in list(more) if key in Rule.__dataclass_fields__}
+        return PolarGrad(params, hidden={"lr": lr, "momentum": "none"} | HIDDEN | rule | fields, **more)
+    return PolarGrad(params, lr, **(rule | more))
+
+
+# What the default rule of hidden matrices has otherwise than PolarGrad's own defaults.
+HIDDEN = {"nesterov": False, "scale": "nuclear", "oracle": "auto"}
 
 
 def PolarGradM(
     params: Any, lr: float = 1e-3, *, polar_first: bool = False, beta: float = 0.95, **more: Any
 ) -> PolarGrad:
     """PolarGrad with EMA momentum: of the gradient (C.2), or of its polar factor (C.3, ``polar_first``)."""
-    return PolarGrad(
-        params, lr, momentum="polar_first" if polar_first else "momentum_first", beta=beta, **more
-    )
+    return _named(params, lr, {"momentum": "polar_first" if polar_first else "momentum_first", "beta": beta}, more)
 
 
 def PolarSGDM(
@@ -29,14 +42,14 @@ def PolarSGDM(
 
 def PolarHB(params: Any, lr: float = 1e-3, *, beta: float = 0.95, **more: Any) -> PolarGrad:
     """PolarGrad with Polyak's heavy-ball momentum (C.4)."""
-    return PolarGrad(params, lr, momentum="heavy_ball", beta=beta, **more)
+    return _named(params, lr, {"momentum": "heavy_ball", "beta": beta}, more)
 
 
 def PolarMuon(
-    params: Any, lr: float = 1e-3, *, beta: float = 0.95, nesterov: bool = True, **more: Any
+    params: Any, lr: float = 1e-3, *, beta: float = 0.95, nesterov: bool = False, **more: Any
 ) -> PolarGrad:
-    """Muon with the nuclear norm as its scale and an exact oracle (equation 9)."""
-    return PolarGrad(params, lr, momentum="momentum_first", beta=beta, nesterov=nesterov, **more)
+    """Muon with the nuclear norm as its scale and an exact oracle (equation 9, which has no Nesterov momentum)."""
+    return _named(params, lr, {"momentum": "momentum_first", "beta": beta, "nesterov": nesterov}, more)
 
 
 def Muon(
@@ -50,13 +63,5 @@ def Muon(
     **more: Any,
 ) -> PolarGrad:
     """Muon: five Newton-Schulz steps, scale sqrt(max(1, m/n)), or 0.2 sqrt(max(m, n)) with ``scale="moonlight"``."""
-    return PolarGrad(
-        params,
-        lr,
-        momentum="momentum_first",
-        beta=beta,
-        nesterov=nesterov,
-        scale=scale,
-        oracle=oracle,
-        **more,
-    )
+    rule = {"momentum": "momentum_first", "beta": beta, "nesterov": nesterov, "scale": scale, "oracle": oracle}
+    return _named(params, lr, rule, more)

@@ -1,136 +1,139 @@
-"""PolarGrad: one optimizer for every role of a model, on one device, under DDP, FSDP2 and HSDP.
+"""PolarGrad: one optimizer for every role of a model, on one device and on many, however its parameters are placed.
 
-What lives here is what a user touches: groups, clipping, the order of a step, the plan and the facts. The mathematics
-of a step is in `update`, what travels between ranks in `pipeline`, saving and loading in `state`.
+What lives here is what a user touches: groups, clipping, the order of a step, the plan and the facts. The step of a bucket is
+in `buckets`, the mathematics of a rule in `matrix` and `parts`, placement in `world`, saving and loading in `state`.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from polargrad_dist.distributed.gradients import OwnerReducer
-from polargrad_dist.distributed.grid import Grid, Grids
-from polargrad_dist.distributed.plan import Plan, entry
+from polargrad_dist.distributed.plan import Plan
 from polargrad_dist.distributed.transport import Agreement, Traffic
-from polargrad_dist.errors import ConfigError, PolarError
-from polargrad_dist.optim.checks import (
-    check_keys,
-    check_parameter,
-    check_travel,
-    check_values,
-    complaint,
-    fixed_part,
-)
-from polargrad_dist.optim.pipeline import Travel, solve_tall, start_tall, step_grid
+from polargrad_dist.errors import ConfigError
+from polargrad_dist.optim.checks import Checks, check_keys, check_parameter, check_travel, check_values
+from polargrad_dist.optim.facts import FAILED, NAN, NOT_FINITE, Facts
+from polargrad_dist.optim.failures import failure_of
+from polargrad_dist.optim.matrix import RULES
+from polargrad_dist.optim.member import Member, Travel
+from polargrad_dist.optim.planning import split_of
 from polargrad_dist.optim.routing import route
-from polargrad_dist.optim.rules import OptimizerConfig
+from polargrad_dist.optim.rules import ROLES, OptimizerConfig, Rule
 from polargrad_dist.optim.state import NamedState
-from polargrad_dist.optim.update import NAN, Facts, Work, local, make_state, step_adamw
+from polargrad_dist.optim.world import World
 
-NUMBERS = (
-    "lr",
-    "beta",
-    "betas",
-    "eps",
-    "weight_decay",
-    "lower",
-    "steps",
-    "nesterov",
-    "cautious",
-    "scale",
-    "spectrum",
-)
+DEFAULTS = asdict(Rule(lr=1e-3, momentum="none")) | {
+    "split_sizes": None, "num_heads": None, "flatten": False, "transposed": False, "role": None,
+}  # fmt: skip
 COPIES_CHECKED = 1000  # steps between looks at whether copies are still equal
+RATES_CHECKED = 50  # and at whether all ranks have the same learning rates
 
 
 class PolarGrad(NamedState, torch.optim.Optimizer):
-    """The PolarGrad family, Muon and AdamW in one optimizer.
+    """The PolarGrad family, Muon, AdamW and registered rules in one optimizer.
 
     Args:
-        params: a model (routed by `route` with the default rules), an iterable of parameters or of (name, parameter)
-            pairs, or parameter groups; a group may set every field of `Rule` and the three keywords after it.
-        lr, algorithm, momentum, beta, nesterov, scale, spectrum, oracle, steps, oracle_dtype, lower, weight_decay, cautious,
-            betas, eps, row_sharded: see `Rule`; numbers are read from the group at every step.
+        params: a model (routed by `route`), an iterable of parameters or of (name, parameter) pairs, or parameter groups; a
+            group may set every field of `Rule`, its rule's own options, and the four keywords after it.
+        lr: base learning rate of groups that set none, 1e-3; see `Rule`.
+        hidden, embed, head, value_embed, scalar: of a model, what a role's rule is to have otherwise than `OptimizerConfig()`:
+            a dict such as ``hidden={"lr": 0.02}``, or a `Rule`.
+        process_group: ranks that hold copies of plain parameters; the default group where torch.distributed is set up.
+        norm_group: ranks over which `clip_grad_norm_` takes the norm, all pipeline stages say; those of the parameters.
+        gradients: "all_reduced", or "reduce_scatter": the optimizer reduces gradients itself, the model stays out of DDP.
+        comm_dtype: type in which momenta, directions and updates travel, as a dtype or its name; None for that of the
+            parameters, which then travel themselves.
+        bucket_mb: MiB of matrices, and of weights, per collective.
+        **rule: every other field of `Rule` for groups that do not set it (momentum defaults to "none"), and:
         split_sizes: rows of the matrices that a fused parameter holds one below the other, each stepped on its own.
         num_heads: likewise, for equal blocks.
         flatten: treat a 3-D parameter as a convolution (first dimension against the rest), not as a stack of matrices.
-        process_group: ranks that hold copies of plain parameters; the default group where torch.distributed is set up.
-        gradients: "all_reduced", or "to_owner": the optimizer reduces gradients itself, the model stays out of DDP.
-        comm_dtype: type in which momenta and updates travel, as a dtype or its name; None for that of the parameters.
-        bucket_mb: MiB of matrices, and of updates, per collective.
+        transposed: the parameter stores (in, out), as transformers' Conv1D: it splits along columns, and its scale is that of
+            (out, in).
 
-    Build it after DDP, ``fully_shard`` or ``to(device)``, on all ranks alike. Half-precision parameters are stepped in
-    fp32, bf16 ones exactly: the bits that bf16 lacks are kept as state.
+    Build it after DDP, ``fully_shard``, ``parallelize_module`` or ``to(device)``, on all ranks alike. Half-precision
+    parameters are stepped in fp32, bf16 ones exactly: the bits that bf16 lacks are kept as state.
 
-    Raises ``ConfigError`` for parameters that it cannot step. ``step`` raises ``PolarError``, on all ranks together,
-    when a polar factor is not finite (on GPUs at the following step, so that no step waits for the device).
+    Raises ``ConfigError`` for parameters that it cannot step. ``step`` raises on all ranks together when a rule failed or gave
+    something that is not finite (on GPUs at the following step, so that no step waits for the device).
     """
 
     def __init__(
         self,
         params: Any,
-        lr: float = 1e-3,
+        lr: float | None = None,
         *,
-        algorithm: str = "polar",
-        momentum: str = "none",
-        beta: float = 0.95,
-        nesterov: bool = False,
-        scale: str = "nuclear",
-        spectrum: str = "polar",
-        oracle: str = "auto",
-        steps: int | None = None,
-        oracle_dtype: str | None = None,
-        lower: float = 1e-4,
-        weight_decay: float = 0.0,
-        cautious: bool = False,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        row_sharded: bool | None = None,
-        split_sizes: tuple[int, ...] | None = None,
-        num_heads: int | None = None,
-        flatten: bool = False,
+        hidden: Mapping[str, Any] | Rule | None = None,
+        embed: Mapping[str, Any] | Rule | None = None,
+        head: Mapping[str, Any] | Rule | None = None,
+        value_embed: Mapping[str, Any] | Rule | None = None,
+        scalar: Mapping[str, Any] | Rule | None = None,
         process_group: dist.ProcessGroup | None = None,
+        norm_group: dist.ProcessGroup | None = None,
         gradients: str = "all_reduced",
         comm_dtype: torch.dtype | str | None = None,
         bucket_mb: float = 32.0,
+        **rule: Any,
     ):
-        if gradients not in ("all_reduced", "to_owner"):
-            raise ConfigError(f"gradients is {gradients!r}, expected 'all_reduced' or 'to_owner'")
-        defaults = dict(
-            lr=lr, algorithm=algorithm, momentum=momentum, beta=beta, nesterov=nesterov, scale=scale, spectrum=spectrum,
-            oracle=oracle, steps=steps, oracle_dtype=oracle_dtype, lower=lower, weight_decay=weight_decay, cautious=cautious,
-            betas=betas, eps=eps, row_sharded=row_sharded, split_sizes=split_sizes, num_heads=num_heads,
-            flatten=flatten, role=None,
-        )  # fmt: skip
+        if gradients not in ("all_reduced", "reduce_scatter"):
+            raise ConfigError(f"gradients is {gradients!r}, expected 'all_reduced' or 'reduce_scatter'")
+        rule |= {} if lr is None else {"lr": lr}
+        check_keys(rule, "PolarGrad")
+        roles = {"hidden": hidden, "embed": embed, "head": head, "value_embed": value_embed, "scalar": scalar}
+        given = {role: changes for role, changes in roles.items() if changes is not None}
+        if isinstance(params, nn.Module):
+            params = self._routed(params, gradients, given, rule)
+        elif given:
+            raise ConfigError(
+                f"{min(given)} is a role's rule, which belongs to a model, but parameters were given: set the rule in the "
+                "parameter group"
+            )
         self.traffic = Traffic()
         dtype = check_travel(comm_dtype, bucket_mb)
         self._travel = Travel(self.traffic, dtype, max(1, int(bucket_mb * 2**20)))
-        self._gradients = gradients
-        self._grids = Grids(process_group)
-        self._works: list[Work] = []
-        self._plan: Plan | None = None
-        self._agreement: Agreement | None = None
-        self._reducer: OwnerReducer | None = None
-        self._fixed: list[tuple[Any, ...]] = []
+        self._gradients, self._norm_group = gradients, norm_group
+        self._world = World(process_group, self._travel, gradients)
+        self._checks = Checks()
+        self._placed: list[int] | None = None
         self._steps = 0
         self._keep: frozenset[int] = frozenset()
         self._facts = Facts()
-        if gradients == "to_owner" and isinstance(params, nn.parallel.DistributedDataParallel):
+        super().__init__(params, DEFAULTS | rule)
+        self._place(self.param_groups)
+
+    @staticmethod
+    def _routed(
+        model: nn.Module, gradients: str, given: dict[str, Any], rule: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """A model's parameter groups, with changes to the rules of some roles."""
+        if rule:
+            key = min(rule)
             raise ConfigError(
-                "gradients='to_owner' was given a model in DistributedDataParallel, which reduces gradients itself: give "
+                f"{key}={rule[key]!r} was given with a model, whose roles have a rule each: say hidden={{{key!r}: {rule[key]!r}}} "
+                "(or embed, head, value_embed, scalar), or use PolarGrad.from_config(model, OptimizerConfig(…))"
+            )
+        if gradients == "reduce_scatter" and isinstance(model, nn.parallel.DistributedDataParallel):
+            raise ConfigError(
+                "gradients='reduce_scatter' was given a model in DistributedDataParallel, which reduces gradients itself: give "
                 "the bare model, or use gradients='all_reduced'"
             )
-        groups = route(params) if isinstance(params, nn.Module) else params
-        super().__init__(groups, defaults)
-        self._place_and_deal()
+        config = OptimizerConfig()
+        for role, changes in given.items():
+            if not isinstance(changes, Rule):
+                if unknown := sorted(set(changes) - {f.name for f in fields(Rule)}):
+                    raise ConfigError(f"{role} has the key {unknown[0]!r}, which is no field of a Rule")
+                changes = replace(config.rule(role), **changes)
+            setattr(config, role, changes)
+        return route(model, config)
 
     @classmethod
     def from_config(
@@ -147,8 +150,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; on several ranks all of them must. Owners of earlier parameters stay as they are."""
-        number = len(self.param_groups)
-        where = f"parameter group {number}"
+        where = f"parameter group {len(self.param_groups)}"
         group = self._completed(param_group, where)
         taken = [name for other in self.param_groups for name in other["param_names"]]
         names = [*taken, *group["param_names"]]
@@ -157,18 +159,19 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         check_values(group, where)
         for name, p in zip(group["param_names"], group["params"], strict=True):
             check_parameter(name, p, self._gradients)
-            entry(group, name, p)
-        if self._reducer is not None:
-            raise ConfigError("gradients='to_owner' cannot take further parameter groups after construction")
+            if RULES[group["algorithm"]].matrices:
+                split_of(group, name, tuple(p.shape))
+        if self._travel.reducer is not None:
+            raise ConfigError("gradients='reduce_scatter' cannot take further parameter groups after construction")
         named = list(zip(group.pop("param_names"), group.pop("params"), strict=True))
         super().add_param_group(group | {"params": named})
-        self._fixed.append(fixed_part(self.param_groups[-1]))
-        if self._plan is not None:
-            self._place_and_deal()
+        self._checks.add(self.param_groups[-1])
+        if self._placed is not None:
+            self._place(self.param_groups[-1:])
 
     def _completed(self, given: dict[str, Any], where: str) -> dict[str, Any]:
         """A copy of a group with every key, its parameters a list and named."""
-        check_keys(given, where)
+        check_keys(self.defaults | given, where)
         params = [given["params"]] if isinstance(given["params"], torch.Tensor) else list(given["params"])
         if not params:
             raise ConfigError("a parameter group is empty, expected at least one parameter in each")
@@ -190,213 +193,213 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             raise ConfigError(f"{where} has {len(names)} names for {len(params)} parameters")
         if len(set(map(id, params))) < len(params):
             raise ConfigError(f"{where} holds a parameter twice, expected each once")
-        group = self.defaults | given | {"params": params, "param_names": list(names)}
+        options = getattr(RULES.get(given.get("algorithm", self.defaults["algorithm"])), "options", {})
+        group = self.defaults | dict(options) | given | {"params": params, "param_names": list(names)}
         group["role"] = group["role"] or ("scalar" if group["algorithm"] == "adamw" else "hidden")
         return group
 
-    def _place_and_deal(self) -> None:
-        """Finds the grid and the owner of every parameter that has none yet, and makes its state."""
-        new: list[Work] = []
-        known = {work.entry.name for work in self._works}
-        for group in self.param_groups:
-            for name, p in zip(group["param_names"], group["params"], strict=True):
-                if name not in known:
-                    e, grid = entry(group, name, p), self._grids.of(name, p)
-                    e.shards = grid.shards
-                    new.append(Work(e, p, group, grid, self.state[p], len(self._works) + len(new)))
-        self._works += new
-        if len(kinds := {local(work.p).device.type for work in self._works}) > 1:
-            raise ConfigError(
-                f"parameters are on {' and '.join(sorted(kinds))}, expected all on one kind of device"
-            )
-        world = max(work.grid.world for work in self._works)
-        if world > 1:
-            self._agreement = self._agreement or Agreement([w.grid for w in self._works], self._device)
-            self._agree_on_construction()
-        self._plan = self._plan or Plan(world, self._gradients)
-        self._plan.add([work.entry for work in new])
-        for work in new:
-            make_state(work, work.grid.world, work.grid.rank)
-        if self._gradients == "to_owner":
-            entries = [w.entry for w in self._works]
-            self._reducer = OwnerReducer(
-                [w.p for w in self._works], entries, self._works[0].grid, self.traffic
-            )
+    def _place(self, groups: Iterable[dict[str, Any]]) -> None:
+        """Finds the ranks and the owners of these groups' parameters, and makes their state."""
+        numbers = {id(group): number for number, group in enumerate(self.param_groups)}
+        self._world.add(
+            [(numbers[id(group)], group, name, p) for group in groups
+             for name, p in zip(group["param_names"], group["params"], strict=True)],
+            self.state,
+        )  # fmt: skip
+        self._placed = [id(p) for group in self.param_groups for p in group["params"]]
 
-    def _agree_on_construction(self) -> None:
-        assert self._agreement is not None
-        facts = [
-            f"{w.entry.name} {w.entry.shape} {w.entry.rule} {w.p.dtype} {w.grid.shards}" for w in self._works
-        ]
-        digest = torch.tensor([len(facts), zlib.crc32("\n".join(facts).encode())], dtype=torch.int64)
-        if not self._agreement.same(digest).all():
-            raise ConfigError(
-                "the ranks were given different parameters, shapes or rules, expected the same on all: build the same "
-                "model and groups on every rank"
-            )
+    def _check_placed(self) -> ConfigError | None:
+        """Adopts parameters that were swapped before the first step, as Accelerate's FSDP2 does; later ones are an error."""
+        if self._placed != [id(p) for group in self.param_groups for p in group["params"]]:
+            if self._steps or self._travel.reducer is not None:
+                return ConfigError(
+                    "the parameters of the optimizer's groups were replaced after its first step, so that it would step what "
+                    "nobody uses any more: build a new optimizer from the new parameters, and load the old one's state"
+                )
+            self.state.clear()
+            world = self._world
+            self._world = World(world.process_group, self._travel, self._gradients)
+            self._place(self.param_groups)
+        for m in self._world.members:
+            if m.p.dtype != m.entry.dtype or (not isinstance(m.p, DTensor) and m.p.device != m.device):
+                return ConfigError(
+                    f"{m.entry.name} is {m.p.dtype} on {m.p.device}, expected {m.entry.dtype} on {m.device} as at construction: "
+                    "convert and move the model before you build the optimizer"
+                )
+        return None
 
     @property
-    def _device(self) -> torch.device:
-        return local(self._works[0].p).device
-
-    @property
-    def works(self) -> list[Work]:
-        """Every parameter with its plan entry, group, grid and state."""
-        return self._works
+    def works(self) -> list[Member]:
+        """Every parameter of this rank with its plan entry, group, ranks and state."""
+        return self._world.members
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """For gradients="to_owner": backward passes inside accumulate without reducing. Elsewhere it does nothing."""
-        return self._reducer.no_sync() if self._reducer else nullcontext()
+        """For gradients="reduce_scatter": backward passes inside accumulate without reducing. Elsewhere it does nothing."""
+        return self._travel.reducer.no_sync() if self._travel.reducer else nullcontext()
 
     def finish_reductions(self) -> None:
-        """For gradients="to_owner": waits until each gradient is where it is needed, as clipping and stepping do."""
-        if self._reducer:
-            self._reducer.finish()
+        """For gradients="reduce_scatter": waits until each gradient is where it is needed, as clipping and stepping do."""
+        if self._travel.reducer:
+            self._travel.reducer.finish()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        if self._reducer:
-            self._reducer.clear()
+        if self._travel.reducer:
+            self._travel.reducer.clear()
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scales all gradients to a global Euclidean norm of at most ``max_norm``; returns the norm before, 0-d fp64.
 
-        The norm is over all parameters and ranks, each element counted once, and has the same bits on every rank. With
-        an infinite ``max_norm`` it only measures.
+        The norm is over all parameters and ranks (of ``norm_group``), each element counted once, and has the same bits on
+        every rank. With an infinite ``max_norm`` it only measures.
         """
         if not max_norm >= 0:
             raise ConfigError(f"max_norm is {max_norm}, expected a number >= 0")
         # On several ranks the next step() refuses on all of them together; here one would leave the others waiting.
-        if self._agreement is None and (problem := complaint(self.param_groups, self._fixed)):
+        if self.agreement is None and (problem := self._check_placed() or self._checks.complaint(self.param_groups)):
             raise problem
-        if self._reducer:
-            self._reducer.finish()
-        parts: dict[Grid, list[torch.Tensor]] = defaultdict(list)
-        grads = []
-        for work in self._works:
-            mine = parts[work.grid]
-            if work.p.grad is not None and work.p.grad.layout == torch.strided:
-                grads.append(grad := local(work.p.grad))
-                mine.append(self._reduced_here(work, grad) if self._reducer else grad)
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for grid, mine in parts.items():
-            mine = [x.float() if x.element_size() < 4 else x for x in mine if x.numel()]
-            norms = (
-                torch._foreach_norm(mine) if mine else []
-            )  # nothing here still takes part in the sum below
-            square = sum((norm.double().square() for norm in norms), torch.zeros_like(total))
-            for group in grid.groups if self._reducer else [grid.sharding]:
-                if group is not None:
-                    self.traffic.all_reduce(square, group).wait()
-            total += square
-        norm = total.sqrt()
-        # A non-finite norm must not spread to gradients that are well: who looks for the culprit finds only it.
-        coefficient = torch.where(norm.isfinite(), torch.clamp(max_norm / (norm + 1e-6), max=1.0), 1.0)
-        for grad in grads:
-            grad.mul_(coefficient.to(grad.dtype))
+        self.finish_reductions()
+        if self._world.meshes:
+            self._redistribute()
+        counted, grads = [], []
+        for m in self.works:
+            reduced = self._travel.reducer is not None
+            grad = self._travel.gradient(m) if reduced else m.p.grad
+            if grad is None or grad.layout != torch.strided:
+                continue
+            grads.append(grad.to_local() if isinstance(grad, DTensor) else grad)
+            if self._world.counted(m):
+                counted.append(grad if reduced else m.gradient())
+        norm = self._norm(counted)
+        if max_norm < float("inf"):
+            # A non-finite norm must not spread to gradients that are well: who looks for the culprit finds only it.
+            coefficient = torch.where(norm.isfinite(), torch.clamp(max_norm / (norm + 1e-6), max=1.0), 1.0)
+            for dtype in {(g.dtype, g.device) for g in grads}:
+                alike = [g for g in grads if (g.dtype, g.device) == dtype]
+                torch._foreach_mul_(alike, coefficient.to(dtype[1], dtype[0]))
         return norm
 
-    def _reduced_here(self, work: Work, grad: torch.Tensor) -> torch.Tensor:
-        """The part of a gradient that was reduced to this rank; elementwise ones are counted by the first."""
-        if work.entry.kind == "rows":
-            first, last = work.grid.my_rows(grad.shape[0])
-            return grad[first:last]
-        counted = work.grid.rank == (work.entry.owner if work.entry.kind == "owner" else 0)
-        return grad if counted else grad.new_zeros(0)
+    def _norm(self, counted: list[torch.Tensor]) -> torch.Tensor:
+        """The Euclidean norm over all ranks of what each counts, the same bits on each."""
+        parts = [x.float() if x.element_size() < 4 else x for x in counted if x.numel()]
+        norms = [x.to(self._travel.device, torch.float64) for x in torch._foreach_norm(parts)] if parts else []
+        square = torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=self._travel.device)
+        group = self._norm_group or self._world.group
+        if group is not None and group.size() > 1:
+            square = self.traffic.all_gather(square, group).wait().sum()
+        return square.sqrt()
+
+    def _redistribute(self) -> None:
+        """Brings gradients that are placed otherwise than their parameters (sequence parallelism) to where those are."""
+        if self.agreement is None:
+            return
+        here = torch.zeros(len(self._world.entries), dtype=torch.int32)
+        for m in self.works:
+            here[m.index] = m.misplaced
+        somewhere = self.agreement.largest(here.clone())
+        if not somewhere.any():
+            return
+        unlike = [m.entry.name for m in self.works if somewhere[m.index] and not here[m.index]]
+        if int(self.agreement.largest(torch.tensor([len(unlike)]))):
+            name = unlike[0] if unlike else self._world.entries[int(somewhere.nonzero()[0])].name
+            raise ConfigError(
+                f"the gradient of {name} is placed in one way on some ranks and in another, or missing, on others: give every "
+                "rank the same computation, or zero gradients"
+            )
+        for m in sorted(self.works, key=lambda m: m.index):
+            if here[m.index]:
+                m.p.grad = m.p.grad.redistribute(m.p.device_mesh, m.p.placements)  # type: ignore[union-attr, attr-defined]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Steps every parameter that has a gradient on some rank; returns the closure's loss.
 
-        Each rank must call it. Raises ``PolarError`` on all of them when a polar factor was not finite.
+        Each rank must call it. Raises on all of them together when a rule failed on one, or gave something not finite.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        active = self._active()
+        self.finish_reductions()
+        present = self._agreed()
         self._check_copies()
-        facts = self._facts = Facts(keep=self._keep)
+        facts = self._facts = Facts(self._keep)
         self._keep = frozenset()
-        talls = [start_tall(w, self._travel, facts) for w in active if w.entry.kind == "rows"]
-        step_adamw(w for w in active if w.entry.kind == "everywhere")
-        for tall in talls:
-            solve_tall(tall, self._travel, facts)
-        matrices = [w for w in active if w.entry.kind != "everywhere"]
-        for grid in dict.fromkeys(w.grid for w in matrices):
-            whole = [w for w in matrices if w.grid is grid and w.entry.kind == "owner"]
-            step_grid(grid, whole, [t for t in talls if t.work.grid is grid], self._travel, facts)
-        if self._device.type == "cpu":
-            self._raise_together(self._failure())
+        batches, order = self._world.schedule(present)
+        running = [batch.run(facts) for batch in batches]
+        started: list[Any] = [None] * len(running)
+        for number in order:
+            try:
+                on_its_way = started[number]
+                started[number] = running[number].send(on_its_way and on_its_way.wait())
+            except StopIteration:
+                started[number] = None
+        if self._travel.device.type == "cpu":
+            self._raise_together(facts)
         return loss
 
-    def _active(self) -> list[Work]:
-        """The parameters that have a gradient on some rank; raises the last step's failure where that is still owed."""
-        if self._reducer:
-            self._reducer.finish()
-        here = [self._reducer.present[w.p] if self._reducer else w.p.grad is not None for w in self._works]
-        late = self._failure() if self._device.type != "cpu" else 0
-        problem = complaint(self.param_groups, self._fixed)
-        somewhere = torch.tensor([*here, late, problem is not None], dtype=torch.int32)
-        if self._agreement is not None:
-            self._agreement.largest(somewhere)
-        *present, failed, refused = somewhere.tolist()
+    def _agreed(self) -> tuple[bool, ...]:
+        """Which parameters have a gradient on some rank; raises together what keeps a rank from stepping."""
+        problem = self._check_placed() or self._checks.complaint(self.param_groups)
+        if problem is None and self._checks.states_changed(self._world.members):
+            self._world.forget()
+        self._steps += 1
+        reducer, entries = self._travel.reducer, self._world.entries
+        present = torch.zeros(len(entries) + 2, dtype=torch.int32)
+        for m in self.works:
+            here = reducer.present[m.p] if reducer else m.p.grad is not None
+            present[m.index] = here + m.misplaced
+        late = self._travel.device.type != "cpu" and self._facts.worst()[0] > 0
+        present[-2], present[-1] = late, problem is not None
+        if self.agreement is not None:
+            self.agreement.largest(present)
+        *somewhere, failed, refused = present.tolist()
         if refused:
             raise problem or ConfigError("another rank cannot step, so no rank does: see its error")
         if failed:
-            self._facts = Facts()
-            raise self._not_finite(failed)
-        return [w for w, has_gradient in zip(self._works, present, strict=True) if has_gradient]
+            facts, self._facts = self._facts, Facts()
+            self._raise_together(facts)
+        if max(somewhere, default=0) > 1:
+            self._redistribute()
+        return tuple(map(bool, somewhere))
 
-    def _failure(self) -> int:
-        """1 + the number of a parameter whose step this rank found not finite, else 0."""
-        return 0 if self._facts.failed is None else int(self._facts.failed)
-
-    def _raise_together(self, failure: int) -> None:
-        if self._agreement is not None:
-            failure = int(self._agreement.largest(torch.tensor([failure])))
-        if failure:
-            raise self._not_finite(failure)
-
-    def _not_finite(self, failure: int) -> PolarError:
-        name = self._works[failure - 1].entry.name
-        return PolarError(
-            f"the polar factor of {name} is not finite, and so are its weights now: restore them from a checkpoint, and "
-            "step only when clip_grad_norm_ returns a finite norm"
-        )
+    def _raise_together(self, facts: Facts) -> None:
+        """Raises the worst failure of a step on all ranks."""
+        kind, index = facts.worst()
+        worst = kind << 32 | index
+        if self.agreement is not None:
+            worst = int(self.agreement.largest(torch.tensor([worst])))
+        if worst:
+            kind, index = worst >> 32, worst & 0xFFFFFFFF
+            own = facts.error if facts.failure == (kind, index) else None
+            raise failure_of(kind, self._world.entries[index].name, own, self._travel.device) from own
 
     def _check_copies(self) -> None:
-        """At the first two steps and every thousand: what differs between copies would go on doing so in silence."""
-        self._steps += 1
-        if self._agreement is None or (self._steps > 2 and self._steps % COPIES_CHECKED):
+        """At the first two steps and now and then: what differs between ranks would go on doing so in silence."""
+        if self.agreement is None:
             return
-        copied = [w for w in self._works if w.grid.replicas > 1]
-        weights = [_digest(w.flat) for w in copied]
-        grads = [0 if self._reducer or w.p.grad is None else _digest(w.grad) for w in copied]
-        whole = torch.tensor([w.grid.shards == 1 for w in copied] * 2, dtype=torch.bool)
-        same = self._agreement.same_copies(torch.tensor([*weights, *grads], dtype=torch.int64), whole)
-        numbers = [zlib.crc32(repr([group[key] for key in NUMBERS]).encode()) for group in self.param_groups]
-        agreed = self._agreement.same(torch.tensor(numbers))
-        if not agreed.all():
-            number = int((~agreed).nonzero()[0])
-            raise ConfigError(
-                f"the learning rate or another number of parameter group {number} differs between ranks, expected the same "
-                "on all: step the same scheduler on every rank"
-            )
-        if same.all():
+        if self._steps <= 2 or self._steps % RATES_CHECKED == 0:
+            numbers = [zlib.crc32(repr(self._checks.numbers(group)).encode()) for group in self.param_groups]
+            if len(numbers) and not (same := self.agreement.same(torch.tensor(numbers))).all():
+                raise ConfigError(
+                    f"the learning rate or another number of parameter group {int((~same).nonzero()[0])} differs between ranks, "
+                    "expected the same on all: step the same scheduler on every rank"
+                )
+        if self._steps > 2 and self._steps % COPIES_CHECKED:
             return
-        number = int((~same).nonzero()[0])
-        name = copied[number % len(copied)].entry.name
-        if number < len(copied):
+        if (found := self._world.differing()) is None:
+            return
+        what, name = found
+        if what == 0:
             raise ConfigError(
                 f"{name} differs between ranks that should hold copies of it: give them the same weights before the first "
                 "step (DistributedDataParallel does so when it wraps the model, fully_shard does not)"
             )
         raise ConfigError(
             f"the gradient of {name} differs between ranks that hold copies of it: wrap the model in "
-            "DistributedDataParallel, average the gradients before step(), or use gradients='to_owner'; where only some "
-            "ranks train together, give their process_group"
+            "DistributedDataParallel, average the gradients before step(), or use gradients='reduce_scatter'; where only "
+            "some ranks train together, give their process_group"
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -405,77 +408,61 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             "it into a new optimizer"
         )
 
-    def keep_next(self, works: Iterable[Work]) -> None:
+    def keep_next(self, members: Iterable[Member]) -> None:
         """Has the owners of these keep in ``facts``, for one step, what the next step's oracle is given and gives."""
-        self._keep = frozenset(work.index for work in works)
+        self._keep = frozenset(m.index for m in members)
 
     @property
     def agreement(self) -> Agreement | None:
-        """The small reductions over all ranks; None on one."""
-        return self._agreement
+        """The small collectives over all ranks; None on one."""
+        return self._world.agreement
 
     @property
     def facts(self) -> Facts:
         """What the last step learnt on this rank."""
         return self._facts
 
+    def shard_gradient(self, member: Member) -> torch.Tensor:
+        """The gradient of this rank's optimizer shard of a parameter, zeros without one: (slices, rows, columns)."""
+        return self._travel.gradient(member)
+
     def plan(self) -> Plan:
-        """Owner, kind and cost of every parameter, the balance over ranks, memory and expected traffic."""
-        assert self._plan is not None
-        return self._plan
+        """Owners, kind and cost of every parameter, the balance over ranks, memory and expected traffic."""
+        return self._world.plan
 
     def stats(self, by: str = "role") -> dict[str, dict[str, float]]:
         """What the last step learnt, per role or per parameter (``by="parameter"``); nothing is computed again.
 
         ``nuclear_norm`` (summed over a parameter's matrices, averaged over a role), ``condition`` (largest over smallest
         singular value above the cut-off) and ``residual`` (norm of U'U - I), both the largest of a role and NaN where
-        the oracle does not know them; per role also ``seconds`` in the oracle on the busiest rank and ``bytes`` of steps
-        handed on by this rank. One small collective: call it on all ranks.
+        the oracle does not know them; per role also ``seconds`` in the oracle on the busiest rank and ``bytes`` of
+        parameters that left or reached this rank. Two small collectives: call it on all ranks.
         """
         if by not in ("role", "parameter"):
             raise ConfigError(f"stats(by={by!r}), expected 'role' or 'parameter'")
-        table = torch.zeros(len(self._works), 5, dtype=torch.float64)
-        if known := self._facts.values:
-            table[list(known), :4] = torch.stack([values.double() for values in known.values()]).cpu()
-            table[list(known), 4] = 1
-        roles = list(dict.fromkeys(w.entry.role for w in self._works))
+        entries = self._world.entries
+        sums, largest = self._facts.table(len(entries))
+        roles = list(dict.fromkeys(e.role for e in entries))
         seconds = torch.tensor([self._facts.total_seconds(role) for role in roles], dtype=torch.float64)
-        if self._agreement is not None:
-            self._agreement.total(table)
-            self._agreement.largest(seconds)
-        rows = {}
-        for work, (nuclear, largest, smallest, residual, known) in zip(
-            self._works, table.tolist(), strict=True
-        ):
+        if self.agreement is not None:
+            self.agreement.total(sums)
+            both = self.agreement.largest(torch.cat([largest.flatten(), seconds]))
+            largest, seconds = both[: largest.numel()].view_as(largest), both[largest.numel() :]
+        rows: dict[str, dict[str, float]] = {}
+        for e, (nuclear, known), (condition, residual) in zip(entries, sums.tolist(), largest.tolist(), strict=True):
             if known:
-                condition = largest / smallest if smallest > 0 else NAN
-                rows[work.entry.name] = {
-                    "nuclear_norm": nuclear,
-                    "condition": condition,
-                    "residual": residual,
-                }
+                figures = {"condition": condition, "residual": residual}
+                rows[e.name] = {"nuclear_norm": nuclear} | {k: NAN if v < 0 else v for k, v in figures.items()}
         if by == "parameter":
             return rows
         out = {}
         for role, spent in zip(roles, seconds.tolist(), strict=True):
-            mine = [rows[w.entry.name] for w in self._works if w.entry.role == role and w.entry.name in rows]
+            mine = [rows[e.name] for e in entries if e.role == role and e.name in rows]
             if mine:
-                out[role] = {
-                    "nuclear_norm": sum(row["nuclear_norm"] for row in mine) / len(mine),
-                    "condition": max(
-                        (row["condition"] for row in mine if row["condition"] == row["condition"]),
-                        default=NAN,
-                    ),
-                    "residual": max(
-                        (row["residual"] for row in mine if row["residual"] == row["residual"]), default=NAN
-                    ),
-                    "seconds": spent,
-                    "bytes": float(self._facts.bytes[role]),
+                worst = {
+                    key: max((row[key] for row in mine if row[key] == row[key]), default=NAN)
+                    for key in ("condition", "residual")
                 }
+                nuclear = sum(row["nuclear_norm"] for row in mine) / len(mine)
+                out[role] = {"nuclear_norm": nuclear, **worst, "seconds": spent}
         return out
-
-
-def _digest(x: torch.Tensor) -> int:
-    """A sum over the bits of a tensor, the same in whatever order it is taken."""
-    words = {8: torch.int64, 4: torch.int32, 2: torch.int16}[x.element_size()]
-    return int(x.view(words).sum(dtype=torch.int64)) % (1 << 62)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from polargrad_dist.distributed.plan import describe
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.checks import refuse_flat
+from polargrad_dist.optim.matrix import rule_of
 from polargrad_dist.optim.rules import ROLES, OptimizerConfig
 
 _WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod|_checkpoint_wrapped_module)\.")
@@ -112,6 +112,7 @@ def _group(config: OptimizerConfig, key: tuple, parameters: dict[str, torch.Tens
         "split_sizes": split_sizes,
         "num_heads": num_heads,
         "flatten": flatten,
+        "transposed": False,
     }
     group["weight_decay"] *= weight_decay_scale
     return group
@@ -152,7 +153,7 @@ def routing_table(groups: list[dict[str, Any]]) -> str:
         for name, p in zip(group["param_names"], group["params"], strict=True):
             shape = "x".join(map(str, p.shape)) or "scalar"
             lines.append(
-                f"{name:<{width}} {shape:>16} {group['role']:<11} {describe(group):<44} {group['lr']:.3g}"
+                f"{name:<{width}} {shape:>16} {group['role']:<11} {rule_of(group).describe(group):<44} {group['lr']:.3g}"
             )
             totals[group["role"]][0] += 1
             totals[group["role"]][1] += p.numel()

@@ -11,11 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from polargrad_dist.errors import ConfigError
+from polargrad_dist.optim.matrix import RULES
 
-Algorithm = Literal["polar", "adamw"]
 Momentum = Literal["none", "momentum_first", "polar_first", "heavy_ball"]
 Scale = Literal["nuclear", "muon", "moonlight", "spectral", "none"]
-POLYNOMIAL = ("newton_schulz", "polar_express")
 TAKES_STEPS = ("qdwh", "newton_schulz", "polar_express")
 Spectrum = Literal["polar", "homogenized"]
 Oracle = Literal["auto", "gram", "svd", "qdwh", "zolo", "newton", "newton_schulz", "polar_express"]
@@ -27,7 +26,7 @@ class Rule:
 
     Args:
         lr: base learning rate; with scale "nuclear" it multiplies the nuclear norm, so values near 1e-3 x Muon's are usual.
-        algorithm: "polar" for matrices, "adamw" for anything.
+        algorithm: "polar" for matrices, "adamw" for anything, or the name of a registered rule.
         momentum: "none" (C.1), "momentum_first" (C.2, Muon's order), "polar_first" (C.3) or "heavy_ball" (C.4).
         beta: momentum coefficient of the polar algorithm, in [0, 1).
         nesterov: take the polar factor of (1 - beta) G + beta M instead of M, as Muon does.
@@ -48,7 +47,7 @@ class Rule:
     """
 
     lr: float = 0.02
-    algorithm: Algorithm = "polar"
+    algorithm: str = "polar"
     momentum: Momentum = "momentum_first"
     beta: float = 0.95
     nesterov: bool = False
@@ -67,12 +66,13 @@ class Rule:
     def check(self, where: str) -> None:
         """Raises ``ConfigError`` naming ``where`` and the field for a value that cannot be meant."""
         choices = {
-            "algorithm": Algorithm,
             "momentum": Momentum,
             "scale": Scale,
             "spectrum": Spectrum,
             "oracle": Oracle,
         }
+        if self.algorithm not in RULES:
+            raise ConfigError(f"{where}.algorithm is {self.algorithm!r}, expected one of: {', '.join(RULES)}")
         for name, literal in choices.items():
             if getattr(self, name) not in literal.__args__:  # type: ignore[attr-defined]
                 known = ", ".join(literal.__args__)  # type: ignore[attr-defined]
@@ -90,7 +90,7 @@ class Rule:
         for name, (good, expected) in ranges.items():
             if not good:
                 raise ConfigError(f"{where}.{name} is {getattr(self, name)}, expected {expected}")
-        if self.steps is not None and self.algorithm == "polar" and self.oracle not in TAKES_STEPS:
+        if self.steps is not None and self.algorithm != "adamw" and self.oracle not in TAKES_STEPS:
             raise ConfigError(
                 f"{where}.steps is {self.steps} with oracle {self.oracle!r}, which runs to convergence: set steps to null, "
                 f"or take one of the oracles {', '.join(TAKES_STEPS)}"
@@ -138,9 +138,10 @@ class OptimizerConfig:
         scalar: norms, biases, and everything else that is not a matrix.
         head: output embedding; null takes the rule of ``embed``.
         value_embed: value embeddings; null takes the rule of ``embed``.
-        gradients: "all_reduced" where DDP or FSDP reduces the gradients; "to_owner" where the optimizer itself reduces
-            each gradient to the rank that needs it (replicated parameters only).
-        comm_dtype: type in which momenta and updates travel between ranks; null for that of the parameters.
+        gradients: "all_reduced" where DDP or FSDP reduces the gradients; "reduce_scatter" where the optimizer itself
+            reduces each into the shards that need it, during backward (replicated parameters only).
+        comm_dtype: type in which momenta, directions and the updates of fp32 weights travel between ranks; null for that of
+            the parameters, and whole weights.
         bucket_mb: size of the pieces in which they travel, in MiB.
     """
 
@@ -149,7 +150,7 @@ class OptimizerConfig:
     scalar: Rule = field(default_factory=adamw_rule)
     head: Rule | None = None
     value_embed: Rule | None = None
-    gradients: Literal["all_reduced", "to_owner"] = "all_reduced"
+    gradients: Literal["all_reduced", "reduce_scatter"] = "all_reduced"
     comm_dtype: Literal["float32", "bfloat16"] | None = None
     bucket_mb: float = 32.0
 
@@ -166,20 +167,10 @@ class OptimizerConfig:
             raise ConfigError(f"optimizer.bucket_mb is {self.bucket_mb}, expected a size in MiB > 0")
         if self.scalar.algorithm != "adamw":
             raise ConfigError(
-                "optimizer.scalar.algorithm is 'polar', expected 'adamw': scalars and vectors are no matrices"
+                f"optimizer.scalar.algorithm is {self.scalar.algorithm!r}, expected 'adamw': scalars and vectors are no "
+                "matrices"
             )
 
 
 ROLES = ("hidden", "embed", "value_embed", "head", "scalar")
 
-
-def step_scale(scale: str, m: int, n: int) -> float:
-    """The shape's factor of an m x n polar factor; "nuclear" has none here, its factor is the nuclear norm itself."""
-    match scale:
-        case "muon":
-            return math.sqrt(max(1.0, m / n))
-        case "moonlight":
-            return 0.2 * math.sqrt(max(m, n))
-        case "spectral":
-            return math.sqrt(m / n)
-    return 1.0

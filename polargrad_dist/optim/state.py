@@ -1,7 +1,7 @@
-"""Saving and loading the optimizer's state, by parameter name, at any world size and under any strategy.
+"""Saving and loading the optimizer's state, by parameter name, at any world size and however parameters are placed.
 
-`NamedState.named_state` is for checkpoints that many ranks write together (each gives what it holds);
-`full_state_dict` is for one file; ``state_dict`` keeps torch's form and holds what this rank holds.
+Every state is a DTensor over optimizer shards, or a plain tensor where each rank has all of it, and every rank has the same
+keys: `torch.distributed.checkpoint` takes `NamedState.named_state` and torch's own ``get_optimizer_state_dict`` as they are.
 """
 
 from __future__ import annotations
@@ -11,35 +11,30 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from polargrad_dist.distributed.plan import chunk
-from polargrad_dist.distributed.transport import Agreement
+from polargrad_dist.distributed.teams import local
 from polargrad_dist.errors import CheckpointError, ConfigError
 from polargrad_dist.optim.checks import FIXED, check_values, fixed_part
-from polargrad_dist.optim.update import Work, local
+from polargrad_dist.optim.member import Member
+from polargrad_dist.optim.world import World
+
+LAYOUT = {"transposed": False}  # keys that saved groups of earlier versions lack, with what they meant
 
 
 class NamedState:
-    """The part of `PolarGrad` that saves and loads; expects ``_works``, ``param_groups`` and ``state``."""
+    """The part of `PolarGrad` that saves and loads; expects ``_world``, ``param_groups`` and ``state``."""
 
-    _works: list[Work]
-    _agreement: Agreement | None
+    _world: World
     param_groups: list[dict[str, Any]]
 
-    def named_state(self) -> dict[str, torch.Tensor]:
-        """``{"<parameter>.<state>": tensor}`` of what this rank holds: the tensors themselves, DTensors where sharded.
+    def named_state(self) -> dict[str, Tensor]:
+        """``{"<parameter>.<state>": tensor}``: the tensors themselves, DTensors where sharded, the same keys on all ranks that
+        store a parameter. Fill them in place to load."""
+        return {f"{m.entry.name}.{key}": value for m, key, value in self._states()}
 
-        All ranks' dicts together hold every element, whoever owns it; elsewhere than at its owner a matrix has no entry.
-        Fill them in place to load.
-        """
-        return {
-            f"{work.entry.name}.{key}": value
-            for work, key, value in self._states()
-            if isinstance(value, DTensor) or value.numel()
-        }
-
-    def load_named_state(self, saved: Mapping[str, torch.Tensor]) -> None:
+    def load_named_state(self, saved: Mapping[str, Tensor]) -> None:
         """Copies into the state what `named_state` of an optimizer at the same place gave.
 
         Raises ``CheckpointError`` for a missing or misshapen entry, before anything is changed.
@@ -61,19 +56,18 @@ class NamedState:
         """Torch's form of state dict with whole tensors, on the CPU of every rank; loads anywhere. A collective."""
         out: dict[str, Any] = {"state": {}, "param_groups": self.state_dict()["param_groups"]}
         ids = {n: i for g in out["param_groups"] for n, i in zip(g["param_names"], g["params"], strict=True)}
-        for work, key, value in self._states():
-            out["state"].setdefault(ids[work.entry.name], {})[key] = _gather(work, key, value)
+        for m, key, value in self._states():
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            out["state"].setdefault(ids[m.entry.name], {})[key] = whole.detach().cpu().clone()
         return out
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's form, of what this rank holds; it says whose it is, and loads only there (see `full_state_dict`)."""
-        return super().state_dict() | {"place": self._place()}  # type: ignore[misc]
+        return super().state_dict() | {"place": self._place_of_rank()}  # type: ignore[misc]
 
-    def _place(self) -> list[list[Any]]:
-        """Where this rank stands, and what it owns: what its own part of the state depends on."""
-        grids = {w.grid: None for w in self._works}
-        stands = [[g.replicas, g.shards, g.replica, g.shard] for g in grids]
-        return [*stands, [w.entry.owner for w in self._works]]
+    def _place_of_rank(self) -> list[Any]:
+        """Where this rank stands: what its own part of the state depends on."""
+        return [[m.team.place, *m.entry.layout.sizes] for m in self._world.members]
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads a `full_state_dict` of any world size, or the ``state_dict`` of the same rank of the same world.
@@ -88,8 +82,8 @@ class NamedState:
         except Exception as error:  # whatever a damaged dict holds: the other ranks wait for this one's word
             found = None
             problem = CheckpointError(f"this is no state of a PolarGrad ({type(error).__name__}: {error})")
-        if self._agreement is not None:
-            someone = int(self._agreement.largest(torch.tensor([int(problem is not None)])))
+        if self._world.agreement is not None:
+            someone = int(self._world.agreement.largest(torch.tensor([int(problem is not None)])))
             if someone and problem is None:
                 problem = CheckpointError(
                     "another rank could not load its optimizer state, so no rank loads: see its error"
@@ -106,7 +100,7 @@ class NamedState:
 
     def _matched(
         self, state_dict: Mapping[str, Any]
-    ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], dict[tuple, dict[str, Any]]]:
+    ) -> tuple[list[tuple[Tensor, Tensor]], dict[tuple, dict[str, Any]]]:
         """(state here, what it becomes) for every state, and the saved groups by their names."""
         try:
             pairs = [
@@ -120,93 +114,78 @@ class NamedState:
                 f"this is no state of a PolarGrad ({lacks}), expected one of state_dict() or full_state_dict()"
             ) from error
         place = state_dict.get("place")
-        if place is not None and place != self._place():
+        if place is not None and place != self._place_of_rank():
             raise CheckpointError(
                 "this optimizer state holds one rank's part, and another rank's or another placement's: save with "
                 "full_state_dict() or named_state(), which do not depend on the rank"
             )
         parts = []
-        for work, key, value in self._states():
-            name = work.entry.name
-            if name not in saved or key not in saved[name]:
+        for m, key, value in self._states():
+            name = m.entry.name
+            old = "residual" if key == "low_bits" and "residual" in saved.get(name, {}) else key
+            if name not in saved or old not in saved[name]:
                 raise CheckpointError(
                     f"the saved optimizer state has no {key!r} of {name!r}, expected the same model and rules"
                 )
-            parts.append(
-                (local(value), _part(work, key, saved[name][key], local(value), whole=place is None))
-            )
-        groups = {tuple(g["param_names"]): g for g in state_dict["param_groups"]}
+            theirs = saved[name][old]
+            if old == "residual":  # as it was called, as int16, until version 0.1
+                theirs = theirs.view(torch.uint8).view(*theirs.shape, 2)
+            parts.append((local(value), _part(m, key, theirs, value)))
+        groups = {tuple(g["param_names"]): LAYOUT | g for g in state_dict["param_groups"]}
         if len(groups) > len(self.param_groups):
             raise CheckpointError(
                 f"the saved optimizer has {len(groups)} parameter groups, expected {len(self.param_groups)}: build this one "
                 "with the same groups"
             )
         for group in self.param_groups:
-            if tuple(group["param_names"]) not in groups:
-                raise CheckpointError(
-                    f"the saved optimizer has no group that starts with {group['param_names'][0]!r}, expected the same groups"
-                )
-            theirs = groups[tuple(group["param_names"])]
-            try:
-                check_values(group | theirs, f"the saved group of {group['param_names'][0]!r}")
-            except ConfigError as error:
-                raise CheckpointError(str(error)) from error
-            for key, here, there in zip(FIXED, fixed_part(group), fixed_part(group | theirs), strict=True):
-                if here != there:
-                    raise CheckpointError(
-                        f"the saved optimizer has {key} {there!r} for the group of {group['param_names'][0]!r}, expected "
-                        f"{here!r}: build this one with the same rules"
-                    )
+            self._compare(group, groups)
         return parts, groups
 
-    def _states(self) -> Iterator[tuple[Work, str, torch.Tensor]]:
-        for work in self._works:
-            for key, value in work.state.items():
-                yield work, key, value
+    @staticmethod
+    def _compare(group: dict[str, Any], groups: dict[tuple, dict[str, Any]]) -> None:
+        """Raises ``CheckpointError`` where a group was saved with other rules, or not at all."""
+        first = group["param_names"][0]
+        if tuple(group["param_names"]) not in groups:
+            raise CheckpointError(
+                f"the saved optimizer has no group that starts with {first!r}, expected the same groups"
+            )
+        theirs = groups[tuple(group["param_names"])]
+        try:
+            check_values(group | theirs, f"the saved group of {first!r}")
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from error
+        for key, here, there in zip(FIXED, fixed_part(group), fixed_part(group | theirs), strict=True):
+            if here != there:
+                raise CheckpointError(
+                    f"the saved optimizer has {key} {there!r} for the group of {first!r}, expected "
+                    f"{here!r}: build this one with the same rules"
+                )
+
+    def _states(self) -> Iterator[tuple[Member, str, Tensor]]:
+        for m in self._world.members:
+            for key, value in m.state.items():
+                yield m, key, value
 
 
-def _rows(work: Work, key: str) -> tuple[int, int]:
-    """The range of the parameter's first dimension of which this rank holds a state."""
-    entry, grid = work.entry, work.grid
-    first, last = chunk(entry.shape[0], grid.shards, grid.shard)
-    if key == "momentum" and entry.kind == "rows":
-        low, high = grid.my_rows(last - first)
-        return first + low, first + high
-    if key == "momentum" and work.owner[0] != grid.replica:
-        return first, first
-    return first, last
+def _part(m: Member, key: str, saved: Tensor, mine: Tensor) -> Tensor:
+    """What belongs to this rank of a saved state: its stretch of a whole one, or this rank's own part as it is.
 
-
-def _part(work: Work, key: str, saved: torch.Tensor, mine: torch.Tensor, whole: bool) -> torch.Tensor:
-    """What belongs to this rank of a saved state: a stretch of a whole one, or this rank's own part as it is.
-
-    A DTensor is the rank's own part also where nothing says so: `torch.distributed.checkpoint` hands such states over.
+    A DTensor is the rank's own part: torch hands such states over.
     """
-    if isinstance(saved, DTensor) or not whole:
-        part = local(saved)
-    elif mine.ndim and tuple(saved.shape) == work.entry.shape:
-        first, last = _rows(work, key)
-        part = saved[first:last].reshape(mine.shape)
+    here = local(mine)
+    if isinstance(saved, DTensor):
+        part = saved.to_local()
+    elif isinstance(mine, DTensor) and saved.shape == mine.shape:
+        if key in m.rule.states(m.group) or key == "low_bits":
+            part = saved[tuple(slice(*cut) for cut in m.entry.layout.shards[m.team.place])]
+        else:  # kept per matrix, in the order of dealing
+            first = dist.get_rank(m.team.group) * -(-len(saved) // m.entry.layout.world) if m.team.group else 0
+            part = saved[first : first + len(here)]
     else:
         part = saved
-    if part.shape != mine.shape:
+    if part.shape != here.shape:
         raise CheckpointError(
-            f"the saved {key!r} of {work.entry.name!r} has shape {tuple(saved.shape)}, expected {work.entry.shape}: save "
+            f"the saved {key!r} of {m.entry.name!r} has shape {tuple(saved.shape)}, expected {tuple(mine.shape)}: save "
             "with full_state_dict() or named_state(), which do not depend on the rank"
         )
     return part
-
-
-def _gather(work: Work, key: str, value: torch.Tensor) -> torch.Tensor:
-    """A state put together from all ranks: each adds the rows that it alone answers for to zeros."""
-    if value.ndim == 0 or not work.grid.groups:
-        return local(value).detach().cpu().clone().view(work.entry.shape if value.ndim else ())
-    mine = local(value)
-    wide = mine.dtype if mine.dtype.is_floating_point else torch.int32  # gloo knows no int16
-    whole = torch.zeros(work.entry.shape, dtype=wide, device=mine.device)
-    first, last = _rows(work, key)
-    if first < last and (key == "momentum" or work.grid.replica == 0):
-        whole[first:last] = mine.view(whole[first:last].shape)
-    for group in work.grid.groups:
-        dist.all_reduce(whole, group=group)
-    return whole.to(mine.dtype).cpu()

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from polargrad_dist.distributed.plan import Plan
-from polargrad_dist.optim import OptimizerConfig, route
+from polargrad_dist.optim import OptimizerConfig, plan_for, route
 from polargrad_dist.trainer.config import TrainerConfig
 
 
@@ -22,8 +21,14 @@ def dry_run(
         model.to(torch.bfloat16)
     name = trainer.strategy.name if ranks > 1 else "ddp"
     replicas = {"ddp": ranks, "fsdp": 1, "hsdp": trainer.strategy.replicas}[name]
-    plan = Plan.build(
-        route(model, optimizer), replicas=replicas, shards=ranks // replicas, gradients=optimizer.gradients
+    comm = None if optimizer.comm_dtype is None else getattr(torch, optimizer.comm_dtype)
+    shards = ranks // replicas
+    plan = plan_for(
+        route(model, optimizer),
+        replicas=replicas,
+        shards=shards,
+        gradients=optimizer.gradients,
+        comm_dtype=comm,
     )
     count = sum(p.numel() for p in model.parameters())
     print(plan.table())
@@ -36,8 +41,7 @@ def dry_run(
     for part in ("parameters", "gradients", "optimizer"):
         sizes = [row[part] for row in memory]
         print(f"bytes per rank, {part}: {min(sizes):,} to {max(sizes):,} ({max(sizes) / 2**30:.2f} GiB)")
-    comm = {"bfloat16": 2, "float32": 4, None: None}[optimizer.comm_dtype]
-    traffic = plan.traffic(comm)
+    traffic = plan.traffic()
     own = sum(row["parameters"] for row in memory[:1])
     if ranks > 1 and optimizer.gradients == "all_reduced":
         what = "2P by DDP's all-reduce" if name == "ddp" else "3P in FSDP2's gathers and reductions"

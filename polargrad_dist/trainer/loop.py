@@ -131,7 +131,7 @@ class Trainer:
             rundir.start_log(self.run_dir, world.rank)
         self.configuration = configuration
         self.bare = model
-        self.placed = place(model, config, world, optimizer.gradients == "to_owner")
+        self.placed = place(model, config, world, optimizer.gradients == "reduce_scatter")
         self.optimizer = PolarGrad.from_config(self.placed.model, optimizer)
         self.diagnostics = Diagnostics(self.optimizer, config.diagnostics)
         self._parameters = sum(p.numel() for p in model.parameters())

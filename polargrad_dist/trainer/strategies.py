@@ -34,17 +34,18 @@ class Placed:
         return nullcontext() if last else self.quiet()
 
 
-def place(model: nn.Module, config: TrainerConfig, world: World, to_owner: bool) -> Placed:
+def place(model: nn.Module, config: TrainerConfig, world: World, reduces: bool) -> Placed:
     """Puts a model on this rank's device under the configured strategy.
 
-    ``to_owner``: the optimizer reduces gradients itself, so that copies are only made equal, not wrapped.
+    ``reduces``: the optimizer reduces gradients itself, so that copies are only made equal, not wrapped.
     """
     strategy = config.strategy
     mixed = config.precision == "bf16-mixed"
     sharded = strategy.name in ("fsdp", "hsdp") and world.size > 1
-    if to_owner and sharded:
+    if reduces and sharded:
         raise ConfigError(
-            f"optimizer.gradients is 'to_owner' with strategy {strategy.name!r}, which reduces gradients itself: set it to "
+            f"optimizer.gradients is 'reduce_scatter' with strategy {strategy.name!r}, which reduces gradients itself: "
+            f"set it to "
             "'all_reduced', or use strategy 'ddp'"
         )
     if strategy.cpu_offload and world.device.type == "cpu":
@@ -68,7 +69,7 @@ def place(model: nn.Module, config: TrainerConfig, world: World, to_owner: bool)
 
     if world.size == 1:
         return Placed(model, nullcontext, autocast)
-    if to_owner:
+    if reduces:
         for tensor in [*model.parameters(), *model.buffers()]:
             dist.broadcast(tensor.data, 0)
         return Placed(model, nullcontext, autocast)

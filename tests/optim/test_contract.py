@@ -98,7 +98,7 @@ def test_every_rule_gives_the_weights_of_one_process_in_every_mode(world):
 
 
 def modes_of(world: int) -> list[str]:
-    return ["ddp", "to_owner", "fsdp"] + ["hsdp"] * (world == 4)
+    return ["ddp", "reduce_scatter", "fsdp"] + ["hsdp"] * (world == 4)
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -150,7 +150,7 @@ def _half_present(rank: int, world: int, mode: str) -> dict:
     return {n.removeprefix("module."): whole(p) for n, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("mode", ["ddp", "to_owner"])
+@pytest.mark.parametrize("mode", ["ddp", "reduce_scatter"])
 def test_a_gradient_that_only_some_ranks_have_counts_as_zero_on_the_others(mode):
     results = run_ranks(_half_present, 2, mode)
     assert distance(results[0], results[1]) == 0
@@ -240,18 +240,14 @@ def test_collectives_are_as_many_and_as_large_as_planned(world):
     cases = [(mode, {"bag": bag, "rule": RULES["polargradm"], "steps": 1}) for mode in modes_of(world)]
     for (mode, _), result in zip(cases, run_ranks(_cases, world, cases)[0], strict=True):
         for kind, size in result["expected"].items():
-            assert result["bytes"][kind] == pytest.approx(size, rel=0.05), f"{mode} {kind}"
+            assert result["bytes"][kind] == size, f"{mode} {kind}"
         assert set(result["bytes"]) == set(result["expected"]), mode
         parameters = sum(torch.Size(s).numel() for s in shapes.values()) * 4
-        triangle = (
-            4 * 32 * 33 * (2 if mode == "hsdp" else 1)
-        )  # HSDP sums within a replica, then between replicas
-        assert result["bytes"]["reduce"] - (parameters if mode == "to_owner" else 0) == triangle
-        if mode in ("ddp", "to_owner"):
-            assert result["bytes"]["all_gather"] == pytest.approx(parameters, rel=0.05)
-        if mode == "fsdp":
-            travelling = parameters - 2048 * 32 * 4
-            assert result["bytes"]["all_to_all"] == pytest.approx(2 * travelling / world, rel=0.05)
+        assert result["bytes"]["reduce"] == 4 * 32 * 33
+        assert result["bytes"].get("all_gather", 0) == {"fsdp": 0, "hsdp": parameters // 2}.get(mode, parameters)
+        assert result["bytes"].get("reduce_scatter", 0) == (parameters if mode == "reduce_scatter" else 0)
+        travelling = parameters - 2048 * 32 * 4
+        assert result["bytes"]["all_to_all"] == pytest.approx(2 * travelling / world, rel=0.03)
 
 
 class Language(nn.Module):
@@ -276,7 +272,7 @@ class Language(nn.Module):
 
 def _language(rank: int, world: int, mode: str, tied: bool) -> dict:
     model: nn.Module = Language(tied)
-    config = OptimizerConfig(gradients="to_owner" if mode == "to_owner" else "all_reduced")
+    config = OptimizerConfig(gradients="reduce_scatter" if mode == "reduce_scatter" else "all_reduced")
     if mode == "ddp":
         model = nn.parallel.DistributedDataParallel(model)
     elif mode == "fsdp":
@@ -294,7 +290,7 @@ def _language(rank: int, world: int, mode: str, tied: bool) -> dict:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("mode", ["ddp", "to_owner", "fsdp"])
+@pytest.mark.parametrize("mode", ["ddp", "reduce_scatter", "fsdp"])
 def test_a_language_model_with_its_roles_gets_the_weights_of_one_process(mode, tied):
     one = _language(0, 1, "single", tied)
     for world in (2, 3):
@@ -382,7 +378,7 @@ def _clip_with_nothing(rank: int, world: int) -> list[float]:
     sharded(torch.ones(4, 8)).sum().backward()
     first = float(one.clip_grad_norm_(1.0))
     p = nn.Parameter(torch.ones(3, 3))
-    two = PolarGrad([p], lr=0.1, gradients="to_owner")
+    two = PolarGrad([p], lr=0.1, gradients="reduce_scatter")
     if rank == 0:
         p.sum().backward()
     return [first, float(two.clip_grad_norm_(1.0))]
@@ -436,7 +432,7 @@ def _nan(rank: int, world: int, mode: str) -> str:
 def test_a_nan_gradient_raises_on_all_ranks_together_and_names_the_parameter(mode):
     messages = run_ranks(_nan, 3, mode)
     assert len(set(messages)) == 1
-    assert "polar factor of square" in messages[0]
+    assert "momentum of square is not finite" in messages[0]
 
 
 def _unequal(rank: int, world: int) -> tuple[str, str]:
@@ -487,38 +483,34 @@ def test_a_rate_that_is_no_number_on_one_rank_is_refused_on_all_although_they_cl
 
 
 def _touched(rank: int, world: int, what: str) -> str:
-    """Gradients that somebody writes to between backward and step, with gradients="to_owner"."""
+    """Gradients that somebody writes to between backward and step, with gradients="reduce_scatter"."""
     from polargrad_dist.errors import PolarGradError
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 4, bias=False))
-    optimizer = PolarGrad(groups(model), gradients="to_owner")
+    optimizer = PolarGrad(groups(model), gradients="reduce_scatter")
     if what == "rebuilt":
-        optimizer = PolarGrad(groups(model), gradients="to_owner")
+        optimizer = PolarGrad(groups(model), gradients="reduce_scatter")
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(rank))
     call = nn.parallel.DistributedDataParallel(model) if what == "wrapped in DDP" else model
-    call(x).square().mean().backward()
     try:
+        call(x).square().mean().backward()
         if what == "torch's clipping":
             nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
         if what == "finished first":
             optimizer.finish_reductions()
-            for p in model.parameters():
-                p.grad.mul_(0.5)
+            for work in optimizer.works:
+                optimizer.shard_gradient(work).mul_(0.5)
         optimizer.step()
-    except PolarGradError as error:
+    except (PolarGradError, RuntimeError) as error:
         return str(error)
     return str(float(sum(p.double().sum() for p in model.parameters())))
 
 
 def test_a_gradient_on_its_way_to_its_owner_must_not_be_touched():
-    for what, way_out in (
-        ("torch's clipping", "optimizer.clip_grad_norm_"),
-        ("wrapped in DDP", "DistributedDataParallel"),
-    ):
+    for what in ("torch's clipping", "wrapped in DDP"):
         for said in run_ranks(_touched, 2, what, timeout=60):
-            assert "was changed while it was on its way" in said
-            assert way_out in said
+            assert "single memory location" in said  # torch's own words: there is nothing to write to
     plain = run_ranks(_touched, 2, "nothing", timeout=60)
     assert plain[0] == plain[1]
     assert float(plain[0]) != 0

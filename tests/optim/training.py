@@ -19,7 +19,7 @@ def whole(p: torch.Tensor) -> torch.Tensor:
 
 
 def build(mode: str, bag: dict, rule: dict, options: dict | None = None) -> tuple[torch.nn.Module, PolarGrad]:
-    """A bag and its optimizer; ``mode`` is single, ddp, to_owner, fsdp or hsdp."""
+    """A bag and its optimizer; ``mode`` is single, ddp, reduce_scatter, fsdp or hsdp."""
     model: torch.nn.Module = Bag(**bag)
     options = dict(options or {})
     if mode == "ddp":
@@ -28,8 +28,8 @@ def build(mode: str, bag: dict, rule: dict, options: dict | None = None) -> tupl
         fully_shard(model)
     elif mode == "hsdp":
         fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
-    elif mode == "to_owner":
-        options["gradients"] = "to_owner"
+    elif mode == "reduce_scatter":
+        options["gradients"] = "reduce_scatter"
     return model, PolarGrad(groups(model, **rule), **options)
 
 
@@ -44,7 +44,7 @@ def backward(
         last = k == accumulation - 1
         if mode in ("fsdp", "hsdp"):
             model.set_requires_gradient_sync(last)
-        quiet = {"ddp": lambda: model.no_sync(), "to_owner": lambda: optimizer.no_sync()}.get(
+        quiet = {"ddp": lambda: model.no_sync(), "reduce_scatter": lambda: optimizer.no_sync()}.get(
             mode, nullcontext
         )
         with nullcontext() if last else quiet():

@@ -41,7 +41,7 @@ def _run(rank: int, world: int, folder: str, changes: dict, gradients: str = "al
     [
         (2, "ddp", "all_reduced"),
         (4, "ddp", "all_reduced"),
-        (2, "ddp", "to_owner"),
+        (2, "ddp", "reduce_scatter"),
         (2, "fsdp", "all_reduced"),
         (4, "hsdp", "all_reduced"),
     ],

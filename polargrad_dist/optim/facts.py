@@ -1,0 +1,118 @@
+"""What a step learnt in passing: spectra, times, failures."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polargrad_dist.optim.matrix import Direction
+from polargrad_dist.optim.member import Member
+from polargrad_dist.polar import InverseSqrt
+
+NAN = float("nan")
+NOT_FINITE, FAILED, REFUSED, OUT_OF_MEMORY = range(1, 5)
+
+
+@dataclass
+class Facts:
+    """Of the matrices that this rank owns: nuclear norm, largest and smallest singular value, residual ||U'U - I||.
+
+    Of the parameters in ``keep`` the owner also keeps what the oracle was given and gave: pairs (A, U), each (k, m, n), in
+    ``kept``, or of a tall matrix (A'A, X) with U = A X, in ``kept_gram``.
+    """
+
+    keep: frozenset[int] = frozenset()
+    kept: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=lambda: defaultdict(list))
+    kept_gram: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    error: Exception | None = None
+    failure: tuple[int, int] = (0, 0)
+    _spectra: list[tuple[list[int], Tensor]] = field(default_factory=list)
+    _flags: list[tuple[list[int], Tensor]] = field(default_factory=list)
+    _events: list[tuple[str, Any, Any]] = field(default_factory=list)
+
+    @contextmanager
+    def clock(self, role: str, device: torch.device) -> Iterator[None]:
+        """Adds the time of the device's work inside to a role, without waiting for a GPU."""
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self._events.append((role, start, end))
+        else:
+            began = time.perf_counter()
+            yield
+            self.seconds[role] += time.perf_counter() - began
+
+    def total_seconds(self, role: str) -> float:
+        """Time of the rules' matrix work for a role on this rank."""
+        for its_role, start, end in self._events:
+            end.synchronize()
+            self.seconds[its_role] += start.elapsed_time(end) / 1e3
+        self._events.clear()
+        return self.seconds[role]
+
+    def learnt(self, members: Sequence[Member], answer: Direction, ok: Tensor, A: Tensor) -> None:
+        """Takes what a rule told of the matrices A (k, m, n), each of one of the ``members``."""
+        numbers = [m.index for m in members]
+        known = (answer.nuclear_norm, answer.sigma_max, answer.sigma_min, answer.residual)
+        nothing = torch.full_like(answer.scale, NAN)
+        columns = [nothing if x is None else x.to(nothing.dtype) for x in known]
+        self._spectra.append((numbers, torch.stack(columns, 1)))
+        self._flags.append((numbers, ok))
+        if self.keep.intersection(numbers):
+            for i, number in enumerate(numbers):
+                if number in self.keep:
+                    self.kept[number].append((A[i : i + 1].clone(), answer.D[i : i + 1].clone()))
+
+    def learnt_root(self, member: Member, root: InverseSqrt, ok: Tensor, S: Tensor | None) -> None:
+        """Takes what the root of a tall matrix's Gram matrix told; S where it is to be kept."""
+        known = torch.stack([root.nuclear_norm, root.sigma_max, root.sigma_min, torch.full_like(root.nuclear_norm, NAN)])
+        self._spectra.append(([member.index], known[None]))
+        self._flags.append(([member.index], ok[None]))
+        if S is not None:
+            self.kept_gram[member.index] = (S, root.X)
+
+    def finite(self, members: Sequence[Member], ok: Tensor) -> None:
+        """Takes whether the gradients of elementwise parameters are finite: ok (members,)."""
+        self._flags.append(([m.index for m in members], ok))
+
+    def failed(self, member: Member, error: Exception) -> None:
+        """Takes an error of a rule, which all ranks will raise together."""
+        kind = FAILED
+        if isinstance(error, torch.OutOfMemoryError):
+            kind = OUT_OF_MEMORY
+        elif type(error).__name__ == "ConfigError":
+            kind = REFUSED
+        if self.failure[0] < kind:
+            self.failure, self.error = (kind, member.index), error
+
+    def worst(self) -> tuple[int, int]:
+        """(kind, parameter) of the worst failure on this rank, (0, 0) without. Reads flags back from the device."""
+        if self.failure[0] == 0 and self._flags:
+            flags = torch.cat([ok.reshape(-1).cpu() for _, ok in self._flags])
+            if not bool(flags.all()):
+                numbers = [number for numbers, _ in self._flags for number in numbers]
+                self.failure = (NOT_FINITE, numbers[int((~flags).nonzero()[0])])
+        return self.failure
+
+    def table(self, count: int) -> tuple[Tensor, Tensor]:
+        """Of ``count`` parameters, fp64 on the CPU: sums (count, 2) of nuclear norms and of matrices known, and largest
+        (count, 2) condition number and residual, -1 where unknown."""
+        sums, largest = torch.zeros(count, 2, dtype=torch.float64), torch.full((count, 2), -1.0, dtype=torch.float64)
+        for numbers, columns in self._spectra:
+            nuclear, high, low, residual = columns.double().cpu().unbind(1)
+            at = torch.tensor(numbers)
+            sums.index_add_(0, at, torch.stack([nuclear, torch.ones_like(nuclear)], 1))
+            condition = torch.where(low > 0, high / low, -1.0).nan_to_num(-1.0)
+            figures = torch.stack([condition, residual.nan_to_num(-1.0)], 1)
+            largest.scatter_reduce_(0, at[:, None].expand(-1, 2), figures, "amax")
+        return sums, largest

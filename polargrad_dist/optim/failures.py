@@ -1,0 +1,27 @@
+"""What all ranks raise together when a rule failed on one of them: the same words everywhere, the cause where it happened."""
+
+from __future__ import annotations
+
+import torch
+
+from polargrad_dist.errors import ConfigError, PolarError
+from polargrad_dist.optim.facts import NOT_FINITE, OUT_OF_MEMORY, REFUSED
+
+
+def failure_of(kind: int, name: str, cause: Exception | None, device: torch.device) -> Exception:
+    """The error for a failure of this kind at the parameter ``name``; ``cause`` is what was raised, on the rank where it was."""
+    rest = "its weights are as they were, the others have been stepped"
+    if kind == NOT_FINITE:
+        return PolarError(
+            f"the gradient or momentum of {name} is not finite, so {rest}: restore the model and this optimizer from a "
+            "checkpoint, and step only when clip_grad_norm_ returns a finite norm"
+        )
+    words = f"{type(cause).__name__}: {cause}" if cause is not None else "another rank's error tells why"
+    if kind == OUT_OF_MEMORY:
+        return torch.OutOfMemoryError(
+            f"the polar decomposition of {name} ran out of memory on {device.type}, so {rest} ({words}): lower "
+            "bucket_mb or the batch"
+        )
+    if kind == REFUSED:
+        return ConfigError(f"{name} was not stepped, the others have been ({words})")
+    return PolarError(f"the rule of {name} failed, so {rest} ({words})")

@@ -1,0 +1,151 @@
+"""One parameter in the optimizer, as canonical (slices, rows, columns) views of what this rank stores of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from polargrad_dist.distributed.layout import Cut3, rectangle, volume
+from polargrad_dist.distributed.plan import Entry
+from polargrad_dist.distributed.reducer import ShardReducer
+from polargrad_dist.distributed.teams import Team, local
+from polargrad_dist.distributed.transport import Traffic
+from polargrad_dist.optim.matrix import rule_of
+
+
+def slices(cut: Cut3) -> tuple[slice, slice, slice]:
+    """Ranges as an index."""
+    (a, b), (c, d), (e, f) = cut
+    return slice(a, b), slice(c, d), slice(e, f)
+
+
+@dataclass(eq=False)
+class Member:
+    """A parameter: its plan entry, its group, the ranks that store it, its state; ``index`` counts all of the world's."""
+
+    index: int
+    entry: Entry
+    p: nn.Parameter
+    group: dict[str, Any]
+    team: Team
+    state: dict[str, Any]
+    owner_home: Member | None = None
+    owner_rows: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.rule = rule_of(self.group)
+        self.device, self.state_dtype = local(self.p).device, self.entry.state_dtype
+        self.elementwise = [*self.rule.states(self.group), *["low_bits"] * (self.entry.dtype == torch.bfloat16)]
+
+    @cached_property
+    def stacked(self) -> bool:
+        return self.entry.split is not None and self.entry.split.stacked
+
+    @cached_property
+    def window(self) -> Cut3:
+        """This rank's optimizer shard within what it stores."""
+        return self.window_of(self.team.place)
+
+    def window_of(self, place: int) -> Cut3:
+        """The optimizer shard of a place within what that place stores."""
+        layout = self.entry.layout
+        stored = rectangle(layout.stored[place], self.entry.shape, self.stacked)
+        shard = self.entry.rectangles[place]
+        return tuple((a - at, b - at) for (a, b), (at, _) in zip(shard, stored, strict=True))  # type: ignore[return-value]
+
+    @cached_property
+    def _whole(self) -> bool:
+        return self.entry.layout.copies == 1 or self.entry.layout.cut is None
+
+    def canonical(self, x: Tensor) -> Tensor:
+        """A tensor of some of the parameter's elements as (slices, rows, columns)."""
+        if self.stacked:
+            return x
+        return x.flatten(1).unsqueeze(0) if x.ndim > 1 else x.view(1, -1, 1)
+
+    def stored(self) -> Tensor:
+        """What this rank stores of the weights; writes through."""
+        return self.canonical(local(self.p).detach())
+
+    def weight(self) -> Tensor:
+        """The weights of this rank's optimizer shard; writes through."""
+        return self.shard_of(local(self.p).detach())
+
+    def shard_of(self, x: Tensor) -> Tensor:
+        """The optimizer shard of something that is stored as the parameter is."""
+        x = self.canonical(x)
+        return x if self._whole else x[slices(self.window)]
+
+    def gradient(self) -> Tensor:
+        """The gradient of this rank's optimizer shard, zeros where this rank has none."""
+        grad = self.p.grad
+        if grad is None:
+            return torch.zeros_like(self.weight())
+        return self.shard_of(grad.to_local() if isinstance(grad, DTensor) else grad)
+
+    def held(self, key: str) -> Tensor:
+        """This rank's part of an elementwise state; low bits as int16."""
+        here = local(self.state[key])
+        return self.canonical(here.view(torch.int16).squeeze(-1) if key == "low_bits" else here)
+
+    def owner_state(self) -> dict[str, Tensor]:
+        """What the rule keeps with whole matrices, of those owned here: (matrices, ...) for each name."""
+        home = self.owner_home or self
+        return {key: local(home.state[key]) for key in self.rule.owner_states(self.group)}
+
+    @property
+    def shard_shape(self) -> tuple[int, ...]:
+        """The shape of this rank's optimizer shard, in the parameter's dimensions."""
+        return tuple(b - a for a, b in self.entry.layout.shards[self.team.place])
+
+    @property
+    def misplaced(self) -> bool:
+        """Whether the gradient is placed otherwise than the parameter."""
+        grad, p = self.p.grad, self.p
+        return isinstance(grad, DTensor) and isinstance(p, DTensor) and tuple(grad.placements) != tuple(p.placements)
+
+    @property
+    def elements(self) -> int:
+        """Elements of this rank's optimizer shard."""
+        return volume(self.entry.layout.shards[self.team.place])
+
+
+@dataclass
+class Travel:
+    """How things travel in a step: counted by ``traffic``, in ``dtype`` (None: the parameters'), ``device`` computes.
+
+    ``ok`` (0-d bool on the device) says whether the step is to happen at all, None for yes.
+    """
+
+    traffic: Traffic
+    dtype: torch.dtype | None
+    limit: int
+    device: torch.device = torch.device("cpu")
+    reducer: ShardReducer | None = None
+    ok: Tensor | None = None
+
+    def gradient(self, member: Member) -> Tensor:
+        """The reduced gradient of a parameter's optimizer shard, as (slices, rows, columns)."""
+        return member.gradient() if self.reducer is None else member.canonical(self.reducer.shard(member.p))
+
+
+def joined(views: Sequence[Tensor]) -> tuple[Tensor, bool]:
+    """Alike tensors stacked, and whether that is their own memory: it is where they lie one behind the other."""
+    first = views[0]
+    if len(views) == 1:
+        return first.unsqueeze(0), True
+    size, at = first.numel(), first.storage_offset()
+    storage = first.untyped_storage().data_ptr()
+    together = all(
+        v.is_contiguous() and v.untyped_storage().data_ptr() == storage and v.storage_offset() == at + i * size
+        for i, v in enumerate(views)
+    )
+    if together:
+        return first.as_strided((len(views), *first.shape), (size, *first.stride())), True
+    return torch.stack(list(views)), False

@@ -1,0 +1,68 @@
+"""What rules are composed of: momenta, scales, the step's length against the weights, the low bits of bf16 weights.
+
+Pure functions of tensors of any shape. Sources: algorithms C.1-C.4 of Lau, Long, Su (2025); Muon's scale sqrt(max(1, m/n)) of
+Jordan et al. (2024), 0.2 sqrt(max(m, n)) of Liu et al. (2025, "Moonlight"), sqrt(d_out/d_in) of Bernstein and Newhouse (2024).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Momentum = Callable[[Tensor, Tensor, float, bool], Tensor]
+Scale = Callable[[int, int, Tensor], Tensor | float]
+
+
+def ema(m: Tensor, grad: Tensor, beta: float, nesterov: bool) -> Tensor:
+    """M = beta M + (1 - beta) G, in place; returns M, or its look-ahead beta M + (1 - beta) G (C.2, Muon's order)."""
+    m.lerp_(grad, 1 - beta)
+    return grad.lerp(m, beta) if nesterov else m
+
+
+def heavy_ball(m: Tensor, grad: Tensor, beta: float, nesterov: bool) -> Tensor:
+    """M = beta M + G, in place; returns M, or G + beta M (C.4, Polyak's)."""
+    m.mul_(beta).add_(grad)
+    return grad.add(m, alpha=beta) if nesterov else m
+
+
+MOMENTA: dict[str, Momentum] = {"momentum_first": ema, "heavy_ball": heavy_ball}
+
+# The factor of an m x n direction whose matrix has the given nuclear norm.
+SCALES: dict[str, Scale] = {
+    "nuclear": lambda m, n, nuclear: nuclear,
+    "muon": lambda m, n, nuclear: math.sqrt(max(1.0, m / n)),
+    "moonlight": lambda m, n, nuclear: 0.2 * math.sqrt(max(m, n)),
+    "spectral": lambda m, n, nuclear: math.sqrt(m / n),
+    "none": lambda m, n, nuclear: 1.0,
+}
+
+
+def decay_and_step(weights: list[Tensor], steps: list[Tensor], decay: float, cautious: bool) -> None:
+    """w = (1 - decay) w + step, in place; ``cautious`` decays only the entries that the step also shrinks."""
+    if decay and cautious:
+        for w, step in zip(weights, steps, strict=True):
+            w.addcmul_(w, (w * step < 0).to(w.dtype), value=-decay)
+    elif decay:
+        torch._foreach_mul_(weights, 1 - decay)
+    torch._foreach_add_(weights, steps)
+
+
+def join_bf16(high: Tensor, low: Tensor) -> Tensor:
+    """The fp32 value of which ``high`` (bf16) is the rounding and ``low`` (int16) the difference of their bits.
+
+    Where ``high`` is zero ``low`` is left out: whoever set weights to zero between two steps left it behind, and below zero
+    it would make NaN. (Values that round to zero are under 1e-40.) Beside any other ``high`` it is half a unit at most.
+    """
+    bits = (high.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32) * (high != 0)
+    return bits.view(torch.float32)
+
+
+def split_bf16(x: Tensor, low: Tensor) -> Tensor:
+    """The bf16 nearest to fp32 ``x`` (ties away from zero); ``low`` takes the remaining bits, so that `join_bf16` is exact."""
+    bits = x.view(torch.int32)
+    upper = (bits + 0x8000) >> 16
+    low.copy_(bits - (upper << 16))
+    return upper.to(torch.int16).view(torch.bfloat16)

@@ -1,0 +1,62 @@
+"""What the planner has to know of the optimizer's groups: each parameter's kind, layout and cost under its rule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from polargrad_dist.distributed.layout import Split, cuttable, laid_out
+from polargrad_dist.distributed.plan import SMALL, Entry, Plan
+from polargrad_dist.distributed.teams import Placing
+from polargrad_dist.optim.matrix import rule_of
+from polargrad_dist.polar import cost
+
+
+def entry(group: Mapping[str, Any], number: int, name: str, p: torch.Tensor, found: Placing) -> Entry:
+    """One parameter of group ``number``, lying as ``found``, its owners not yet dealt."""
+    rule, shape = rule_of(group), tuple(p.shape)
+    common = (name, shape, number, group["role"], rule.describe(group), float(group["lr"]))
+    states, where = len(rule.states(group)), (found.sizes, found.cuts)
+    if not rule.matrices:
+        among = tuple(range(min(2, len(shape)))) if math.prod(shape) > SMALL else ()
+        return Entry(*common, "elementwise", p.dtype, states, laid_out(shape, *where, among), found.ranks)
+    split = split_of(group, name, shape)
+    sizes = [split.stored_shape(i) for i in range(len(split.matrices))]
+    if rule.tall(group, split) and all(cut in (0, None) for cut in found.cuts):
+        layout, costs = laid_out(shape, *where, (0,)), (cost((split.cols, split.cols), "svd"),)
+        return Entry(*common, "tall", p.dtype, states, layout, found.ranks, split, costs)
+    layout = laid_out(shape, *where, cuttable(shape, group["flatten"]))
+    by_size = {size: rule.cost(size, group) for size in set(sizes)}
+    in_order = bool(rule.owner_states(group))
+    costs = tuple(by_size[size] for size in sizes)
+    return Entry(*common, "owner", p.dtype, states, layout, found.ranks, split, costs, in_order)
+
+
+def split_of(group: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Split:
+    """The matrices that a group takes a parameter to hold."""
+    return Split.of(name, shape, group["split_sizes"], group["num_heads"], group["flatten"], group["transposed"])
+
+
+def plan_for(
+    groups: Iterable[Mapping[str, Any]],
+    *,
+    replicas: int = 1,
+    shards: int = 1,
+    gradients: str = "all_reduced",
+    comm_dtype: torch.dtype | None = None,
+) -> Plan:
+    """The plan of the groups that `route` returned, on tensors of any device, meta included.
+
+    ``shards`` ranks hold the rows of one replica, as FSDP2 cuts them; ``replicas`` such replicas hold copies.
+    """
+    plan = Plan(replicas * shards, gradients, comm_dtype and comm_dtype.itemsize)
+    dims = [(size, cut) for size, cut in ((shards, 0), (replicas, None)) if size > 1]
+    ranks = tuple(r * shards + s for s in range(shards) for r in range(replicas))
+    found = Placing(tuple(size for size, _ in dims), tuple(cut for _, cut in dims), ranks)
+    items = [(group, n, name, p) for n, group in enumerate(groups)
+             for name, p in zip(group["param_names"], group["params"], strict=True)]  # fmt: skip
+    plan.add([entry(*item, found) for item in items])
+    return plan

@@ -1,0 +1,257 @@
+"""The parameters of all ranks, dealt: what this rank has of each, its state, and the buckets in which they are stepped."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from polargrad_dist.distributed.plan import Entry, Plan, in_order, index_of
+from polargrad_dist.distributed.reducer import Reduced, ShardReducer
+from polargrad_dist.distributed.schedule import Bucket, in_buckets
+from polargrad_dist.distributed.schedule import in_order as resumed
+from polargrad_dist.distributed.teams import Groups, Placing, Team, placing, widest
+from polargrad_dist.distributed.transport import Agreement
+from polargrad_dist.errors import ConfigError
+from polargrad_dist.optim.buckets import Batch, Elementwise, Owned, Tall
+from polargrad_dist.optim.member import Member, Travel
+from polargrad_dist.optim.planning import entry
+
+KINDS: dict[str, type[Batch]] = {"owner": Owned, "tall": Tall, "elementwise": Elementwise}
+Given = tuple[int, dict[str, Any], str, torch.nn.Parameter]  # number of the group, the group, name, parameter
+
+
+class World:
+    """Places parameters group by group; on several ranks every method is called by all of them."""
+
+    def __init__(self, process_group: dist.ProcessGroup | None, travel: Travel, gradients: str):
+        if process_group is None and dist.is_available() and dist.is_initialized():
+            process_group = dist.group.WORLD
+        self.process_group, self.travel, self.gradients = process_group, travel, gradients
+        self.members: list[Member] = []
+        self.entries: list[Entry] = []
+        self.agreement: Agreement | None = None
+        self.group: dist.ProcessGroup | None = None
+        self.plan = Plan(1, gradients, travel.dtype and travel.dtype.itemsize)
+        self.meshes = False
+        self._counted: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._groups = Groups()
+        self._schedules: dict[tuple[bool, ...], tuple[list[Batch], list[int]]] = {}
+
+    @property
+    def rank(self) -> int:
+        """This rank, as plans count."""
+        return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+    def add(self, given: list[Given], state: Any) -> None:
+        """Deals further parameters, and makes their state in ``state``. Owners of earlier ones stay as they are."""
+        found = {id(p): placing(name, p, self.process_group) for _, _, name, p in given}
+        mine = [entry(group, number, name, p, found[id(p)]) for number, group, name, p in given]
+        self._meet([found[id(p)] for *_, p in given], [p for *_, p in given])
+        meshes = torch.tensor([any(f.mesh is not None for f in found.values())], dtype=torch.int32)
+        self.meshes |= bool(self.agreement.largest(meshes) if self.agreement else meshes)
+        merged = self._merged(mine)
+        self.plan.add(merged)
+        first = len(self.entries)
+        self.entries += merged
+        numbers = {e.key: first + i for i, e in enumerate(merged)}
+        for e in merged:  # experts on several meshes of their own are copies of each other: their norm counts once
+            self._counted.setdefault(e.name, e.key)
+        new = []
+        for e, (_, group, _, p) in zip(mine, given, strict=True):
+            number = numbers[e.key]
+            if self.rank in index_of(e.ranks):
+                team = self._team(found[id(p)], e, p)
+                new.append(Member(number, self.entries[number], p, group, team, state[p]))
+        self._make_groups(merged)
+        for member in new:
+            self._complete(member.team, member.entry)
+        self._make_state(new)
+        self.members += new
+        self._schedules.clear()
+        if self.gradients == "reduce_scatter":
+            self._reduce()
+
+    def _meet(self, found: list[Placing], params: list[torch.nn.Parameter]) -> None:
+        """Finds the ranks that step together, and the device that computes."""
+        for placed in found:
+            self._groups.learn(placed, self.process_group)
+        ranks = widest(found, self.process_group)
+        kinds = {f.mesh.device_type if f.mesh is not None else p.device.type for f, p in zip(found, params, strict=True)}
+        if self.members:
+            kinds.add(self.travel.device.type)
+        if len(kinds) > 1:
+            raise ConfigError(f"parameters are on {' and '.join(sorted(kinds))}, expected all on one kind of device")
+        kind = kinds.pop()
+        on = next((p.device for p in params if p.device.type == kind), None)
+        self.travel.device = torch.device(kind, torch.cuda.current_device()) if on is None else on
+        if len(ranks) > 1 and self.agreement is None:
+            self.group = self._groups.of(ranks)
+            assert self.group is not None
+            self.agreement = Agreement(self.group, self.travel.device)
+        self.plan.world = max(self.plan.world, len(ranks))
+        self.plan.ranks = ranks
+
+    def _merged(self, mine: list[Entry]) -> list[Entry]:
+        """The parameters of all ranks, each once, in an order that is the same everywhere."""
+        if self.agreement is None:
+            return mine
+        facts = "\n".join(repr((e.key, e.shape, e.rule, e.group, e.dtype, e.layout, e.split)) for e in mine)
+        digest = torch.tensor([len(mine), zlib.crc32(facts.encode())], dtype=torch.int64)
+        alike = bool(self.agreement.same(digest).all())
+        if alike:
+            return mine
+        known: dict[Any, Entry] = {}
+        seen: dict[Any, set[int]] = {}
+        ranks = dist.get_process_group_ranks(self.group)
+        for rank, entries in zip(ranks, self.agreement.gather_objects(mine), strict=True):
+            for e in entries:
+                first = known.setdefault(e.key, e)
+                seen.setdefault(e.key, set()).add(rank)
+                if (first.shape, first.rule, first.dtype, first.layout) != (e.shape, e.rule, e.dtype, e.layout):
+                    self._refuse_difference()
+        if any(not set(e.ranks) <= seen[e.key] for e in known.values()):
+            self._refuse_difference()
+        mine[:] = [known[e.key] for e in mine]
+        return list(known.values())
+
+    def _refuse_difference(self) -> None:
+        raise ConfigError(
+            "the ranks were given different parameters, shapes or rules, expected the same on all that store a parameter: "
+            "build the same model and groups on every rank"
+        )
+
+    def _team(self, found: Placing, e: Entry, p: torch.nn.Parameter) -> Team:
+        return Team(found, index_of(e.ranks)[self.rank], None, None, self.travel.device.type)
+
+    def _make_groups(self, merged: list[Entry]) -> None:
+        """Asks for every process group that some parameter needs, on all its ranks in one order."""
+        for e in merged:
+            if self.rank in index_of(e.ranks):
+                self._groups.of(e.ranks)
+                if e.layout.copies > 1 and e.layout.cut is not None:
+                    self._groups.of(self._copies(e))
+
+    def _copies(self, e: Entry) -> tuple[int, ...]:
+        place = index_of(e.ranks)[self.rank]
+        first = place - place % e.layout.copies
+        return e.ranks[first : first + e.layout.copies]
+
+    def _complete(self, team: Team, e: Entry) -> None:
+        team.group = self._groups.of(e.ranks)
+        team.copies = self._groups.of(self._copies(e)) if e.layout.cut is not None else None
+
+    def _make_state(self, new: list[Member]) -> None:
+        """Zeros for every state; those of one bucket lie together, so that a step takes them as one."""
+        by_key: dict[tuple, list[Member]] = {}
+        entries = [m.entry for m in new]
+        for bucket in in_buckets(entries, [True] * len(entries), self.travel.limit):
+            if bucket.items[0].first == 0:
+                by_key.setdefault((id(bucket),), [new[item.entry] for item in bucket.items])
+        for members in by_key.values():
+            first = members[0]
+            names = {key: first.state_dtype for key in first.rule.states(first.group)}
+            sizes = [m.elements for m in members]
+            for key, dtype in names.items():
+                flat = torch.zeros(sum(sizes), dtype=dtype, device=first.device)
+                for m, here in zip(members, flat.split(sizes), strict=True):
+                    m.state[key] = m.team.state(here.view(m.shard_shape), m.entry.layout, m.p)
+            if first.entry.dtype == torch.bfloat16:
+                flat = torch.zeros(2 * sum(sizes), dtype=torch.uint8, device=first.device)
+                for m, here in zip(members, flat.split([2 * size for size in sizes]), strict=True):
+                    m.state["low_bits"] = m.team.state(here.view(*m.shard_shape, 2), m.entry.layout, m.p, (2,))
+            if not first.rule.matrices:
+                for m in members:
+                    m.state["step"] = torch.zeros((), device=m.device)
+        self._make_owner_state(new)
+
+    def _make_owner_state(self, new: list[Member]) -> None:
+        by_name = {m.entry.key: m for m in new}
+        for (_, shape, _), matrices in in_order(m.entry for m in new).items():
+            home = by_name[matrices[0][0].key]
+            world = home.entry.layout.world
+            each = -(-len(matrices) // world)
+            start = home.team.order.index(home.team.place) * each if home.team.group is not None else 0
+            here = max(0, min(len(matrices) - start, each))
+            m, n = reversed(shape) if home.group["transposed"] else shape
+            for key, shape_of in home.rule.owner_states(home.group).items():
+                zeros = torch.zeros(here, *shape_of(m, n), dtype=home.state_dtype, device=self.travel.device)
+                home.state[key] = home.team.stacked(zeros, len(matrices))
+            for k, (e, i) in enumerate(matrices):
+                member = by_name[e.key]
+                member.owner_home = home
+                if start <= k < start + here:
+                    member.owner_rows[i] = k - start
+
+    def _reduce(self) -> None:
+        if self.travel.reducer is not None:
+            raise ConfigError(
+                "gradients='reduce_scatter' cannot take further parameter groups after construction"
+            )
+        group = self.members[0].team.group
+        copies = self.members[0].team.order if group is not None else [0]
+        reduced = [Reduced(m.p, m.entry, m.team.place, copies) for m in self.members]
+        self.travel.reducer = ShardReducer(reduced, group, self.travel.traffic, self.travel.limit)
+
+    def schedule(self, present: tuple[bool, ...]) -> tuple[list[Batch], list[int]]:
+        """This rank's buckets of the parameters that have a gradient somewhere, and the order in which they are resumed."""
+        if present not in self._schedules:
+            if len(self._schedules) >= 8:
+                self._schedules.pop(next(iter(self._schedules)))
+            here = {m.index: m for m in self.members}
+            batches: dict[int, Batch] = {}
+            buckets = in_buckets(self.entries, present, self.travel.limit)
+            for number, bucket in enumerate(buckets):
+                if all(item.entry in here for item in bucket.items):
+                    members = [here[item.entry] for item in bucket.items]
+                    batches[number] = self._batch(bucket, members)
+            where = {number: i for i, number in enumerate(batches)}
+            order = [where[number] for number in resumed([b.stages for b in buckets]) if number in where]
+            self._schedules[present] = list(batches.values()), order
+        return self._schedules[present]
+
+    def _batch(self, bucket: Bucket, members: Iterable[Member]) -> Batch:
+        return KINDS[bucket.like.kind](bucket, list(members), self.travel)
+
+    def counted(self, member: Member) -> bool:
+        """Whether the elements of this rank's optimizer shard are counted here in norms."""
+        e = member.entry
+        return self._counted[e.name] == e.key and e.layout.counted(member.team.place)
+
+    def forget(self) -> None:
+        """Looks at states anew: somebody has put others in their place."""
+        self._schedules.clear()
+
+    def digests(self) -> Tensor:
+        """Of every parameter of the world a sum over the bits of its weights and of its gradient here, 0 where not stored."""
+        out = torch.zeros(2, len(self.entries), dtype=torch.int64)
+        for m in self.members:
+            if m.entry.layout.copies > 1:
+                out[0, m.index] = digest(m.stored())
+                if m.p.grad is not None:
+                    grad = m.p.grad
+                    out[1, m.index] = digest(grad.to_local() if hasattr(grad, "to_local") else grad)
+        return out
+
+    def differing(self) -> tuple[int, str] | None:
+        """(0 for weights or 1 for gradients, name) of the first parameter whose copies differ. A collective."""
+        assert self.agreement is not None
+        seen = self.agreement.gather(self.digests())
+        ranks = index_of(tuple(dist.get_process_group_ranks(self.group)))
+        for what in (0, 1):
+            for number, e in enumerate(self.entries):
+                if (copies := e.layout.copies) > 1:
+                    values = seen[[ranks[rank] for rank in e.ranks], what, number].view(-1, copies)
+                    if bool((values != values[:, :1]).any()):
+                        return what, e.name
+        return None
+
+
+def digest(x: Tensor) -> int:
+    """A sum over the bits of a tensor, the same in whatever order it is taken."""
+    words = {8: torch.int64, 4: torch.int32, 2: torch.int16}[x.element_size()]
+    return int(x.view(words).sum(dtype=torch.int64)) % (1 << 62)

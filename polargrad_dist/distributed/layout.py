@@ -114,10 +114,7 @@ def laid_out(
     if plain.copies == 1 or not among:
         return plain
     found = [Layout(shape, sizes, cuts, dim) for dim in among]
-    return min(
-        found,
-        key=lambda layout: max(layout.gathered(place) for place in range(0, layout.world, layout.copies)),
-    )
+    return min(found, key=lambda layout: max(layout.gathered(place) for place in range(0, layout.world, layout.copies)))
 
 
 Cut3 = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
@@ -182,9 +179,7 @@ class Split:
     def matrices(self) -> list[Cut3]:
         """Each matrix as ranges of (slice, row, column), in the order of the parameter's elements."""
         blocks = [
-            (first + i * size, first + (i + 1) * size)
-            for first, count, size in self.runs
-            for i in range(count)
+            (first + i * size, first + (i + 1) * size) for first, count, size in self.runs for i in range(count)
         ]
         if self.transposed:
             return [((s, s + 1), (0, self.rows), block) for s in range(self.stack) for block in blocks]

@@ -148,9 +148,7 @@ def deal(entries: Sequence[Entry], loads: dict[int, float]) -> None:
             pairs = zip(e.split.matrices, e.owners, strict=True)
             e.travels = not all(_within(matrix, e.rectangles[owner]) for matrix, owner in pairs)
     if lost := [e.name for e in whole if min(e.owners) < 0]:
-        raise ConfigError(
-            f"{lost[0]} has a matrix that no rank can own, expected one of the ranks that store it"
-        )
+        raise ConfigError(f"{lost[0]} has a matrix that no rank can own, expected one of the ranks that store it")
 
 
 def in_order(entries: Iterable[Entry]) -> dict[tuple, list[tuple[Entry, int]]]:
@@ -246,9 +244,7 @@ class Plan:
                 out["broadcast"] += 8 * (e.triangle + ROOT_NUMBERS)
             elif e.kind == "owner" and e.travels:
                 assert e.split is not None
-                own = [
-                    math.prod(e.split.stored_shape(i)) for i, owner in enumerate(e.owners) if owner == place
-                ]
+                own = [math.prod(e.split.stored_shape(i)) for i, owner in enumerate(e.owners) if owner == place]
                 elements = volume(e.layout.shards[place]) + sum(own)
                 out["all_to_all"] += elements * (self.comm_itemsize or e.itemsize)
                 out["all_to_all"] += 8 * NUMBERS * len(own) * e.layout.world

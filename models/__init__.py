@@ -39,6 +39,10 @@ def build_model(
             from models.qwen import QwenModel
 
             return QwenModel(resolved)
+        if resolved.architecture == "gpt":
+            from models.plain import PlainGPT
+
+            return PlainGPT(resolved)
         from models.gpt2 import GPT2Medium, GPT2Small
 
         return (GPT2Small if resolved.architecture == "gpt2-small" else GPT2Medium)(resolved)

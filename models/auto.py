@@ -266,13 +266,9 @@ class TransformersModel(LanguageModel):
         return nn.functional.cross_entropy(self._logits(hidden), targets, reduction="sum")
 
     def _scaled(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states and a head's weight whose product are the logits before a cap: a bias is one column more."""
-        head = self.get_output_embeddings()
-        hidden, weight = hidden * self._scale if self._scale != 1 else hidden, head.weight
-        if head.bias is not None:
-            ones = hidden.new_full((*hidden.shape[:-1], 1), self._scale)
-            hidden, weight = torch.cat([hidden, ones], -1), torch.cat([weight, head.bias[:, None]], 1)
-        return hidden, weight
+        """As `with_bias`, times the scale that the configuration names."""
+        hidden, weight = self.with_bias(hidden)
+        return (hidden * self._scale if self._scale != 1 else hidden), weight
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         z = self.logits(*self._scaled(hidden))

@@ -67,16 +67,21 @@ class LanguageModel(nn.Module, ABC):
         """
         self.check_length(tokens)
         hidden = self.hidden(tokens, progress, cache)
-        weight = self.get_output_embeddings().weight
-        if cache is not None:
-            return self.logits(hidden[:, -1:], weight)
         if targets is None:
-            return self.logits(hidden, weight)
+            return self.logits(*self.with_bias(hidden if cache is None else hidden[:, -1:]))
         return self.loss(hidden, targets)
 
     def loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy (fp32, 0-d) of hidden states (B, T, width) over targets (B, T) other than -100."""
-        return self.loss_of(hidden, self.get_output_embeddings().weight, targets)
+        return self.loss_of(*self.with_bias(hidden), targets)
+
+    def with_bias(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states and a head's weight whose product are the logits before a cap: a bias is one column more of both."""
+        head = self.get_output_embeddings()
+        if head.bias is None:
+            return hidden, head.weight
+        ones = hidden.new_ones((*hidden.shape[:-1], 1))
+        return torch.cat([hidden, ones], -1), torch.cat([head.weight, head.bias[:, None]], 1)
 
     def loss_of(self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The same with a head's weight (V, width) given. The logits of the whole batch never exist."""

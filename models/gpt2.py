@@ -23,6 +23,35 @@ from models.cache import Cache
 from models.config import Sizes
 from polargrad_dist.errors import ConfigError
 
+HUB_CODE = Path(__file__).parent / "hub" / "modeling_polargrad_gpt.py"
+
+
+def gpt_hub_config(c: Sizes, variant: str, window: int) -> dict[str, Any]:
+    """The ``config.json`` of an export that `HUB_CODE` reads. window: tokens that a query sees back."""
+    marker = c.end_of_text if 0 <= c.end_of_text < c.vocab_size else None
+    return {
+        "model_type": "polargrad_gpt",
+        "architectures": ["PolarGradGPTForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{HUB_CODE.stem}.PolarGradGPTConfig",
+            "AutoModelForCausalLM": f"{HUB_CODE.stem}.PolarGradGPTForCausalLM",
+        },
+        "variant": variant,
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.width,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "head_dim": c.head_width,
+        "intermediate_size": c.mlp_width,
+        "max_position_embeddings": c.max_sequence_length,
+        "window": window,
+        "document_token_id": c.end_of_text,
+        "bos_token_id": marker,
+        "eos_token_id": marker,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+    }
+
 
 def norm(x: torch.Tensor) -> torch.Tensor:
     """RMSNorm without weights, in x's own type (autocast would hand back fp32)."""
@@ -192,33 +221,11 @@ class GPT2(LanguageModel):
         self.head = nn.Linear(c.width, head_rows, bias=False)
         nn.init.zeros_(self.head.weight)
 
-    hub_code = Path(__file__).parent / "hub" / "modeling_polargrad_gpt.py"
+    hub_code = HUB_CODE
 
     def hub_config(self, progress: float) -> dict[str, Any]:
-        c, file = self.config, self.hub_code.stem
-        marker = c.end_of_text if c.end_of_text >= 0 else None
-        return {
-            "model_type": "polargrad_gpt",
-            "architectures": ["PolarGradGPTForCausalLM"],
-            "auto_map": {
-                "AutoConfig": f"{file}.PolarGradGPTConfig",
-                "AutoModelForCausalLM": f"{file}.PolarGradGPTForCausalLM",
-            },
-            "variant": c.architecture.removeprefix("gpt2-"),
-            "vocab_size": c.vocab_size,
-            "hidden_size": c.width,
-            "num_hidden_layers": c.layers,
-            "num_attention_heads": c.heads,
-            "head_dim": c.head_width,
-            "intermediate_size": c.mlp_width,
-            "max_position_embeddings": c.max_sequence_length,
-            "window": self.window(progress),
-            "document_token_id": c.end_of_text,
-            "bos_token_id": marker,
-            "eos_token_id": marker,
-            "tie_word_embeddings": False,
-            "use_cache": True,
-        }
+        variant = self.config.architecture.removeprefix("gpt2-")
+        return gpt_hub_config(self.config, variant, self.window(progress))
 
     @abstractmethod
     def window(self, progress: float) -> int:

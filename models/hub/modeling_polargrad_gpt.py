@@ -21,7 +21,7 @@ PADDING = -1  # the document of padding tokens
 
 
 class PolarGradGPTConfig(PretrainedConfig):
-    """Sizes of a GPT-2 "small" or "medium", and what inference needs to know of its training.
+    """Sizes of a GPT-2 "small" or "medium" or of the "plain" GPT, and what inference needs to know of its training.
 
     window: tokens that a query sees back, in whole blocks of 128. document_token_id: the token that opens a document; -1:
     a sequence is one document.
@@ -44,8 +44,8 @@ class PolarGradGPTConfig(PretrainedConfig):
         use_cache: bool = True,
         **kwargs: Any,
     ):
-        if variant not in ("small", "medium"):
-            raise ValueError(f"variant is {variant!r}, expected 'small' or 'medium'")
+        if variant not in ("small", "medium", "plain"):
+            raise ValueError(f"variant is {variant!r}, expected 'small', 'medium' or 'plain'")
         self.variant = variant
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
@@ -100,10 +100,10 @@ class Context:
 
 
 class MLP(nn.Module):
-    def __init__(self, width: int, inner: int):
+    def __init__(self, width: int, inner: int, bias: bool):
         super().__init__()
-        self.up = nn.Linear(width, inner, bias=False)
-        self.down = nn.Linear(inner, width, bias=False)
+        self.up = nn.Linear(width, inner, bias=bias)
+        self.down = nn.Linear(inner, width, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(self.up(x).relu().square())
@@ -152,7 +152,7 @@ class Block(nn.Module):
         small = c.variant == "small"
         attention = SmallAttention if small else MediumAttention
         self.attention = attention(c) if has_attention else None
-        self.mlp = MLP(c.hidden_size, c.intermediate_size)
+        self.mlp = MLP(c.hidden_size, c.intermediate_size, bias=False)
         if small:
             self.mix = nn.Parameter(torch.tensor([1.0, 0.0]))
 
@@ -172,23 +172,60 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))
 
 
+class PlainBlock(nn.Module):
+    def __init__(self, c: PolarGradGPTConfig):
+        super().__init__()
+        self.attention_norm, self.mlp_norm = nn.RMSNorm(c.hidden_size), nn.RMSNorm(c.hidden_size)
+        self.attention = PlainAttention(c)
+        self.mlp = MLP(c.hidden_size, c.intermediate_size, bias=True)
+
+    def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x).to(x.dtype), context)
+        return x + self.mlp(self.mlp_norm(x).to(x.dtype))
+
+
+class PlainAttention(nn.Module):
+    def __init__(self, c: PolarGradGPTConfig):
+        super().__init__()
+        self.heads, inner = c.num_attention_heads, c.num_attention_heads * c.head_dim
+        self.q, self.k, self.v = (nn.Linear(c.hidden_size, inner) for _ in range(3))
+        self.o = nn.Linear(inner, c.hidden_size)
+
+    def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
+        q, k, v = (split(linear(x), self.heads) for linear in (self.q, self.k, self.v))
+        return self.o(context.attend(context.turn(norm(q)), context.turn(norm(k)), v, 0.12, False))
+
+
 class PolarGradGPTForCausalLM(PreTrainedModel, GenerationMixin):
     """``model(input_ids, attention_mask, past_key_values, labels)``, and ``generate`` with a cache."""
 
     config_class = PolarGradGPTConfig
     base_model_prefix = ""
-    _no_split_modules = ["Block"]  # noqa: RUF012
+    _no_split_modules = ["Block", "PlainBlock"]  # noqa: RUF012
     _supports_sdpa = True
     all_tied_weights_keys: dict[str, str] = {}  # noqa: RUF012
 
     def __init__(self, config: PolarGradGPTConfig):
         super().__init__(config)
-        c, layers = config, config.num_hidden_layers
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.variant == "plain":
+            self._build_plain(config)
+        else:
+            self._build(config)
+        self.post_init()
+
+    def _build_plain(self, c: PolarGradGPTConfig) -> None:
+        self.embed_norm, self.norm = nn.RMSNorm(c.hidden_size), nn.RMSNorm(c.hidden_size)
+        self.layers = nn.ModuleList(PlainBlock(c) for _ in range(c.num_hidden_layers))
+        self.head = nn.Linear(c.hidden_size, c.vocab_size)
+        self.attention_layers = c.num_hidden_layers
+
+    def _build(self, c: PolarGradGPTConfig) -> None:
+        layers = c.num_hidden_layers
         full = 12 if c.variant == "small" else 16
         bare = 7 * layers // full if layers >= 4 else None
         tables = max(1, min(3, layers // 4))
         self.value_of = {i: i for i in range(tables)} | {layers - tables + i: i for i in range(tables)}
-        self.embed = nn.Embedding(c.vocab_size, c.hidden_size)
         inner = c.num_attention_heads * c.head_dim
         self.value_embeds = nn.ModuleList(nn.Embedding(c.vocab_size, inner) for _ in range(tables))
         self.layers = nn.ModuleList(Block(c, i != bare) for i in range(layers))
@@ -203,7 +240,6 @@ class PolarGradGPTForCausalLM(PreTrainedModel, GenerationMixin):
             self.skip_from = {at(to): at(of) for to, of in ((9, 6), (10, 4), (11, 2)) if at(of) < at(to)}
             self.long = {at(0), at(4), at(11), layers - 1}
         self.attention_layers = layers - (bare is not None)
-        self.post_init()
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -254,6 +290,11 @@ class PolarGradGPTForCausalLM(PreTrainedModel, GenerationMixin):
     def _hidden(self, tokens: torch.Tensor, attention_mask: torch.Tensor | None, cache: Any) -> torch.Tensor:
         c, layers = self.config, self.config.num_hidden_layers
         context = self._context(tokens, attention_mask, cache)
+        if c.variant == "plain":
+            x = self.embed_norm(self.embed(tokens)).to(self.head.weight.dtype)
+            for layer in self.layers:
+                x = layer(x, context)
+            return self.norm(x).to(x.dtype)
         x0 = norm(self.embed(tokens)).to(self.head.weight.dtype)
         values = [table(tokens).to(x0.dtype) for table in self.value_embeds]
         if c.variant == "small":

@@ -23,7 +23,7 @@ from tools.export import export, export_dcp
 from tools.export_text import add_tokenizer
 from tools.runs import load_run
 
-ARCHITECTURES = ["qwen2.5", "gpt2-small", "gpt2-medium"]
+ARCHITECTURES = ["qwen2.5", "gpt2-small", "gpt2-medium", "gpt"]
 PROSE = "It's 12345 tests; naïve café 日本語 text, def f(x):\n\n    return x  # 🙂\r\n\t'LL"
 
 

@@ -98,7 +98,13 @@ def identity_of(configuration: dict[str, Any], data: Data) -> dict[str, Any]:
     """What a checkpoint must share with a run to be loaded by it. Other data may be allowed, another tokenizer not."""
     fingerprint = dict(data.fingerprint())
     tokenizer = {"tokenizer": fingerprint.pop("tokenizer", None)}
-    return {"model": configuration.get("model", {}), "tokenizer": tokenizer, "data": fingerprint}
+    # Where the first weights came from makes no other model, nor does a key that is newer than the checkpoint and not set.
+    model = {
+        k: v
+        for k, v in configuration.get("model", {}).items()
+        if k != "init_from" and (k, v) != ("config", None)
+    }
+    return {"model": model, "tokenizer": tokenizer, "data": fingerprint}
 
 
 class Trainer:

@@ -31,6 +31,8 @@ FREE = (
     "trainer.diagnostics",
     "trainer.checkpoint",
     "trainer.safety.max_skipped",
+    "model.init_from",
+    "data.validation_sets",
     "data.cache",
     "data.workers",
     "data.prefetch",

@@ -126,16 +126,16 @@ def deal(entries: Sequence[Entry], loads: dict[int, float]) -> None:
                 e.owners[i] = places[0]
                 loads[e.ranks[places[0]]] += e.costs[i]
             else:
-                items.append((e, i, places))
+                items.append((e, i))
     for alike in in_order(entries).values():
-        places = index_of(ranks := alike[0][0].ranks)
+        where = index_of(ranks := alike[0][0].ranks)
         for k, (e, i) in enumerate(alike):
-            e.owners[i] = places[sorted(ranks)[k // -(-len(alike) // len(ranks))]]
+            e.owners[i] = where[sorted(ranks)[k // -(-len(alike) // len(ranks))]]
             loads[e.ranks[e.owners[i]]] += e.costs[i]
     heaps: dict[tuple[int, ...], list[tuple[float, int, int]]] = {}
     sizes: dict[int, int] = defaultdict(int)
     items.sort(key=lambda item: (-item[0].costs[item[1]], -item[0].bytes, item[0].name, item[1]))
-    for e, i, places in items:
+    for e, i in items:
         if e.in_order:
             continue
         if e.ranks not in heaps:
@@ -153,7 +153,9 @@ def deal(entries: Sequence[Entry], loads: dict[int, float]) -> None:
         if e.kind == "owner" and e.split is not None:
             e.travels = e.layout.world > 1 and e.owners != whole_at(e.layout, e.split)
     if lost := [e.name for e in whole if min(e.owners) < 0]:
-        raise ConfigError(f"{lost[0]} has a matrix that no rank can own, expected one of the ranks that store it")
+        raise ConfigError(
+            f"{lost[0]} has a matrix that no rank can own, expected one of the ranks that store it"
+        )
 
 
 def in_order(entries: Iterable[Entry]) -> dict[tuple, list[tuple[Entry, int]]]:
@@ -167,8 +169,8 @@ def in_order(entries: Iterable[Entry]) -> dict[tuple, list[tuple[Entry, int]]]:
     for members in alike.values():
         if len({e.ranks for e, _ in members}) > 1:
             raise ConfigError(
-                f"{members[0][0].name} and {members[-1][0].name} are alike but on different meshes, and their rule keeps state "
-                "per matrix: give them to different parameter groups"
+                f"{members[0][0].name} and {members[-1][0].name} are alike but on different meshes, and their rule keeps "
+                "state per matrix: give them to different parameter groups"
             )
     return alike
 
@@ -249,7 +251,9 @@ class Plan:
                 out["broadcast"] += 8 * (e.triangle + ROOT_NUMBERS)
             elif e.kind == "owner" and e.travels:
                 assert e.split is not None
-                own = [math.prod(e.split.stored_shape(i)) for i, owner in enumerate(e.owners) if owner == place]
+                own = [
+                    math.prod(e.split.stored_shape(i)) for i, owner in enumerate(e.owners) if owner == place
+                ]
                 elements = volume(e.layout.shards[place]) + sum(own)
                 out["all_to_all"] += elements * (self.comm_itemsize or e.itemsize)
                 out["all_to_all"] += 8 * NUMBERS * len(own) * e.layout.world

@@ -41,6 +41,10 @@ class Batch:
         if bucket.shares:
             self._find_copies()
 
+    def run(self, facts: Facts) -> Steps:
+        """The bucket's step."""
+        raise AssertionError("each kind of bucket has its own")
+
     def _join(self, keys: Sequence[str]) -> None:
         """Stacks these states: their own memory where they lie together, else copies that are written back."""
         for key in keys:
@@ -78,7 +82,9 @@ class Batch:
             decay_and_step(weights, list(step.to(weights[0].dtype).unbind(0)), decay, cautious)
             return None
         old = torch.stack(weights) if len(weights) > 1 else weights[0].unsqueeze(0)
-        fresh = len(weights) > 1 and self.travel.dtype is None  # a copy already, of which nobody needs the old values
+        fresh = (
+            len(weights) > 1 and self.travel.dtype is None
+        )  # a copy already, of which nobody needs the old values
         x = join_bf16(old, low) if low is not None else old.to(self.first.state_dtype, copy=not fresh)
         before = None if sure else x.clone()
         decay_and_step([x], [step.to(x.dtype)], decay, cautious)
@@ -118,7 +124,11 @@ class Batch:
         ours, theirs = [], []
         if self.axis is not None:
             for w, messages in zip(stored, gathered.unbind(1), strict=True):
-                ours.append(w.unflatten(self.axis, (len(self.boxes), -1)).movedim(self.axis, 0)[:, self.slab, part.rows])
+                ours.append(
+                    w.unflatten(self.axis, (len(self.boxes), -1)).movedim(self.axis, 0)[
+                        :, self.slab, part.rows
+                    ]
+                )
                 theirs.append(messages.view(ours[-1].shape))
         else:
             for box, messages in zip(self.boxes, gathered, strict=True):
@@ -133,12 +143,17 @@ class Batch:
 
     def kept(self) -> dict[str, Tensor]:
         """Copies of the states, where the step may turn out not to happen."""
-        return {} if self.travel.ok is None else {k: v.clone() for k, v in self.states.items() if k != "low_bits"}
+        return (
+            {}
+            if self.travel.ok is None
+            else {k: v.clone() for k, v in self.states.items() if k != "low_bits"}
+        )
 
     def settle(self, kept: dict[str, Tensor]) -> None:
         """Undoes the states where the step was not to happen, and writes back those that do not lie together."""
         for key, old in kept.items():
-            self.states[key].copy_(torch.where(self.travel.ok, self.states[key], old))  # type: ignore[arg-type]
+            assert self.travel.ok is not None
+            self.states[key].copy_(torch.where(self.travel.ok, self.states[key], old))
         for views, stack in self.loose:
             torch._foreach_copy_(views, list(stack.unbind(0)))
 
@@ -166,7 +181,9 @@ class Owned(Batch):
         self._index(self._window(e.rectangles[self.place]))
         here = self._window(e.rectangles[self.place])
         # The same pieces go to an owner and come back: of all matrices what lies here, of those owned here what lies where.
-        self.parts = [[(i, slices(overlap(here, self.split.matrices[j]))) for i, j in own] for own in self.owned]  # type: ignore[arg-type]
+        self.parts = [
+            [(i, slices(overlap(here, self.split.matrices[j]))) for i, j in own] for own in self.owned
+        ]
         self.gaps = [[overlap(self.split.matrices[j], box) for _, j in self.mine] for box in boxes]
         self.sent = [sum(volume(overlap(here, self.split.matrices[j])) for _, j in own) for own in self.owned]
         self.received = [sum(map(volume, cuts)) for cuts in self.gaps]
@@ -189,10 +206,13 @@ class Owned(Batch):
             return
         several = len(self.split.matrices) > self.split.stack
         depth, rows, cols = (b - a for a, b in here)
-        rows, cols = (1 if self.split.transposed or not several else rows), (cols if self.split.transposed and several else 1)
+        rows, cols = (
+            (1 if self.split.transposed or not several else rows),
+            (cols if self.split.transposed and several else 1),
+        )
         index = torch.zeros(len(self.members), depth, rows, cols, dtype=torch.int64)
         for at, (i, j) in enumerate(arrival):
-            deep, down, across = slices(overlap(here, self.split.matrices[j]))  # type: ignore[arg-type]
+            deep, down, across = slices(overlap(here, self.split.matrices[j]))
             index[i, deep, down if rows > 1 else slice(None), across if cols > 1 else slice(None)] = at
         self.index = index.to(self.travel.device)
 
@@ -244,7 +264,11 @@ class Owned(Batch):
 
     def _ruled(self, A: Tensor, owners: list[Member], at: int, facts: Facts) -> tuple[Tensor, Tensor]:
         """The rule on alike matrices A (k, m, n) of these parameters, the first of them number ``at`` of this rank's."""
-        rows = [self.members[i].owner_rows[j] for i, j in self.mine[at : at + len(A)]] if self.entry.in_order else []
+        rows = (
+            [self.members[i].owner_rows[j] for i, j in self.mine[at : at + len(A)]]
+            if self.entry.in_order
+            else []
+        )
         held = self.first.owner_state() if rows else {}
         with facts.clock(self.entry.role, A.device):
             answer = self.rule.direction(A, {key: value[rows] for key, value in held.items()}, self.group)
@@ -257,7 +281,9 @@ class Owned(Batch):
         ok = ok.isfinite() & answer.scale.isfinite()
         keep = ok if self.travel.ok is None else ok & self.travel.ok
         for key, value in held.items():
-            value[rows] = torch.where(keep.view(-1, *[1] * (value.ndim - 1)), answer.state[key].to(value.dtype), value[rows])
+            value[rows] = torch.where(
+                keep.view(-1, *[1] * (value.ndim - 1)), answer.state[key].to(value.dtype), value[rows]
+            )
         facts.learnt(owners, answer, ok, A)
         return answer.D, torch.stack([answer.scale.double(), ok.double()], 1)
 
@@ -265,7 +291,7 @@ class Owned(Batch):
         """Starts sending this rank's pieces of all matrices."""
         flat = A.reshape(-1) if self.even else A.new_empty(sum(self.sent))
         if not self.even:
-            _copy(flat, [A[(i, *cut)] for own in self.parts for i, cut in own], into_views=False)
+            _copy(flat, [A[i][cut] for own in self.parts for i, cut in own], into_views=False)
         assert self.team.group is not None
         return self.travel.traffic.all_to_all(flat, self.sent, self.received, self.team.group)
 
@@ -288,7 +314,7 @@ class Owned(Batch):
     def _gap_views(self, batches: list[Tensor]) -> list[Tensor]:
         """Of this rank's matrices, rank by rank of the group, the pieces that lie there."""
         matrices = [matrix.unsqueeze(0) for batch in batches for matrix in batch]
-        return [m[slices(cut)] for cuts in self.gaps for m, cut in zip(matrices, cuts, strict=True)]  # type: ignore[arg-type]
+        return [m[slices(cut)] for cuts in self.gaps for m, cut in zip(matrices, cuts, strict=True)]
 
     def _to_shards(self, D: list[Tensor], numbers: Tensor) -> Started:
         """Starts sending each rank its pieces of this rank's directions, behind the numbers of these matrices."""
@@ -297,8 +323,16 @@ class Owned(Batch):
             parts = D[0].unflatten(self.axis_cut, (ranks, -1)).movedim(self.axis_cut, 0).reshape(ranks, -1)
             flat = torch.cat([bits.expand(ranks, -1), parts], 1).view(-1)
         else:
-            flat, views, count = D[0].new_empty(ranks * len(bits) + sum(self.received)), self._gap_views(D), len(self.mine)
-            _copy(flat, [x for k in range(ranks) for x in (bits, *views[k * count : (k + 1) * count])], into_views=False)
+            flat, views, count = (
+                D[0].new_empty(ranks * len(bits) + sum(self.received)),
+                self._gap_views(D),
+                len(self.mine),
+            )
+            _copy(
+                flat,
+                [x for k in range(ranks) for x in (bits, *views[k * count : (k + 1) * count])],
+                into_views=False,
+            )
         each = 8 // bits.element_size() * NUMBERS
         back = [each * len(own) + sent for own, sent in zip(self.owned, self.sent, strict=True)]
         given = [len(bits) + received for received in self.received]
@@ -309,14 +343,18 @@ class Owned(Batch):
         """This rank's shards of the directions (items, slices, rows, columns), and the numbers of all matrices."""
         each = 8 // received.element_size() * NUMBERS
         stretches = received.split(
-            [size for own, sent in zip(self.owned, self.sent, strict=True) for size in (each * len(own), sent)]
+            [
+                size
+                for own, sent in zip(self.owned, self.sent, strict=True)
+                for size in (each * len(own), sent)
+            ]
         )
         numbers = torch.cat(stretches[::2]).view(torch.float64).view(-1, NUMBERS)
         if self.even:
             return torch.cat(stretches[1::2]).view(shape), numbers
         D = received.new_empty(shape)
         for own, stretch in zip(self.parts, stretches[1::2], strict=True):
-            _copy(stretch, [D[(i, *cut)] for i, cut in own], into_views=True)
+            _copy(stretch, [D[i][cut] for i, cut in own], into_views=True)
         return D, numbers
 
     @property
@@ -332,7 +370,7 @@ class Owned(Batch):
         batches = self._new_batches(A)
         matrices = [m for batch in batches for m in batch]
         if matrices:
-            torch._foreach_copy_(matrices, [A[(i, *cut)].squeeze(0) for i, cut in self._cuts_here()])
+            torch._foreach_copy_(matrices, [A[i][cut].squeeze(0) for i, cut in self._cuts_here()])
         return batches
 
     def _as_shards(self, D: list[Tensor], shape: torch.Size) -> Tensor:
@@ -341,12 +379,14 @@ class Owned(Batch):
             return D[0].reshape(shape)
         out = D[0].new_zeros(shape)
         if self.mine:
-            torch._foreach_copy_([out[(i, *cut)].squeeze(0) for i, cut in self._cuts_here()], [d for batch in D for d in batch])
+            torch._foreach_copy_(
+                [out[i][cut].squeeze(0) for i, cut in self._cuts_here()], [d for batch in D for d in batch]
+            )
         return out
 
-    def _cuts_here(self) -> list[tuple[int, tuple[slice, slice, slice]]]:
+    def _cuts_here(self) -> list[tuple[int, tuple[slice, ...]]]:
         here = self._window(self.entry.rectangles[self.place])
-        return [(i, slices(overlap(here, self.split.matrices[j]))) for i, j in self.mine]  # type: ignore[arg-type]
+        return [(i, slices(overlap(here, self.split.matrices[j]))) for i, j in self.mine]
 
 
 class Tall(Batch):
@@ -378,10 +418,10 @@ class Tall(Batch):
         numbers = numbers.to(self.first.device)
         for part in self.bucket.portions:
             with facts.clock(e.role, device):
-                D = apply_rows(A[part.rows].to(device), X, precise=precise)[None, None]
-            message = self.advance(part, D.to(self.first.device), numbers[0], numbers[3] > 0)
-            if message is not None:
-                self.arrived(part, (yield self.share(part, message)))
+                D = apply_rows(A[part.rows].to(device), X, precise=precise).to(self.first.device)
+            changed = self.advance(part, D[None, None], numbers[0], numbers[3] > 0)
+            if changed is not None:
+                self.arrived(part, (yield self.share(part, changed)))
         self.settle(kept)
 
     def _root(self, S: Tensor, facts: Facts) -> tuple[Tensor, Tensor]:
@@ -419,15 +459,23 @@ class Elementwise(Batch):
         host = sure.device.type == "cpu" and ok is None
         if host and not bool(sure):  # the copies wait for a message all the same: that nothing has changed
             updates = self.travel.dtype if self.entry.itemsize >= 4 else None
-            new = torch.stack(weights) if updates is None else torch.zeros_like(torch.stack(weights), dtype=updates)
+            new = (
+                torch.stack(weights)
+                if updates is None
+                else torch.zeros_like(torch.stack(weights), dtype=updates)
+            )
             return new if self.bucket.shares else None
-        values, low, old = weights, None, None
+        values = weights
+        low: Tensor | None = None
+        old: Tensor | None = None
         if self.bucket.shares or weights[0].element_size() < 4:
             old = torch.cat([w.reshape(-1) for w in weights])
             if self.entry.dtype == torch.bfloat16:
                 low = torch.cat([m.held("low_bits").reshape(-1) for m in self.members])
             x = join_bf16(old, low) if low is not None else old.to(dtype, copy=True)
-            values = [v.view(w.shape) for v, w in zip(x.split([w.numel() for w in weights]), weights, strict=True)]
+            values = [
+                v.view(w.shape) for v, w in zip(x.split([w.numel() for w in weights]), weights, strict=True)
+            ]
         some = [i for i, w in enumerate(weights) if w.numel()]
         self.rule.update(
             [values[i] for i in some], [grads[i] for i in some],
@@ -446,12 +494,16 @@ class Elementwise(Batch):
             torch._foreach_copy_(held, [v.view(h.shape) for v, h in zip(low.split(sizes), held, strict=True)])
         if self.bucket.shares:
             return new.view(len(weights), *weights[0].shape)
-        torch._foreach_copy_(weights, [v.view(w.shape) for v, w in zip(new.split(sizes), weights, strict=True)])
+        torch._foreach_copy_(
+            weights, [v.view(w.shape) for v, w in zip(new.split(sizes), weights, strict=True)]
+        )
         return None
 
 
 def _copy(flat: Tensor, views: list[Tensor], *, into_views: bool) -> None:
     """The views in turn from stretches of ``flat``, or the other way round."""
     if views:
-        stretches = [s.view(v.shape) for s, v in zip(flat.split([v.numel() for v in views]), views, strict=True)]
+        stretches = [
+            s.view(v.shape) for s, v in zip(flat.split([v.numel() for v in views]), views, strict=True)
+        ]
         torch._foreach_copy_(views, stretches) if into_views else torch._foreach_copy_(stretches, views)

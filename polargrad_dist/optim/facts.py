@@ -75,7 +75,9 @@ class Facts:
 
     def learnt_root(self, member: Member, root: InverseSqrt, ok: Tensor, S: Tensor | None) -> None:
         """Takes what the root of a tall matrix's Gram matrix told; S where it is to be kept."""
-        known = torch.stack([root.nuclear_norm, root.sigma_max, root.sigma_min, torch.full_like(root.nuclear_norm, NAN)])
+        known = torch.stack(
+            [root.nuclear_norm, root.sigma_max, root.sigma_min, torch.full_like(root.nuclear_norm, NAN)]
+        )
         self._spectra.append(([member.index], known[None]))
         self._flags.append(([member.index], ok[None]))
         if S is not None:
@@ -107,7 +109,10 @@ class Facts:
     def table(self, count: int) -> tuple[Tensor, Tensor]:
         """Of ``count`` parameters, fp64 on the CPU: sums (count, 2) of nuclear norms and of matrices known, and largest
         (count, 2) condition number and residual, -1 where unknown."""
-        sums, largest = torch.zeros(count, 2, dtype=torch.float64), torch.full((count, 2), -1.0, dtype=torch.float64)
+        sums, largest = (
+            torch.zeros(count, 2, dtype=torch.float64),
+            torch.full((count, 2), -1.0, dtype=torch.float64),
+        )
         for numbers, columns in self._spectra:
             nuclear, high, low, residual = columns.double().cpu().unbind(1)
             at = torch.tensor(numbers)

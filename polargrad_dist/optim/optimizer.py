@@ -22,13 +22,13 @@ from polargrad_dist.distributed.transport import Agreement, Started, Traffic
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.buckets import Steps
 from polargrad_dist.optim.checks import Checks, check_keys, check_parameter, check_travel, check_values
-from polargrad_dist.optim.facts import FAILED, NAN, NOT_FINITE, Facts
+from polargrad_dist.optim.facts import NAN, Facts
 from polargrad_dist.optim.failures import failure_of
 from polargrad_dist.optim.matrix import RULES
 from polargrad_dist.optim.member import Member, Travel
 from polargrad_dist.optim.planning import split_of
 from polargrad_dist.optim.routing import route
-from polargrad_dist.optim.rules import ROLES, OptimizerConfig, Rule
+from polargrad_dist.optim.rules import OptimizerConfig, Rule
 from polargrad_dist.optim.state import NamedState
 from polargrad_dist.optim.world import World
 
@@ -46,8 +46,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         params: a model (routed by `route`), an iterable of parameters or of (name, parameter) pairs, or parameter groups; a
             group may set every field of `Rule`, its rule's own options, and the four keywords after it.
         lr: base learning rate of groups that set none, 1e-3; see `Rule`.
-        hidden, embed, head, value_embed, scalar: of a model, what a role's rule is to have otherwise than `OptimizerConfig()`:
-            a dict such as ``hidden={"lr": 0.02}``, or a `Rule`.
+        hidden, embed, head, value_embed, scalar: of a model, what a role's rule has otherwise than `OptimizerConfig()`: a
+            dict such as ``hidden={"lr": 0.02}``, or a `Rule`.
         process_group: ranks that hold copies of plain parameters; the default group where torch.distributed is set up.
         norm_group: ranks over which `clip_grad_norm_` takes the norm, all pipeline stages say; those of the parameters.
         gradients: "all_reduced", or "reduce_scatter": the optimizer reduces gradients itself, the model stays out of DDP.
@@ -64,8 +64,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
     Build it after DDP, ``fully_shard``, ``parallelize_module`` or ``to(device)``, on all ranks alike. Half-precision
     parameters are stepped in fp32, bf16 ones exactly: the bits that bf16 lacks are kept as state.
 
-    Raises ``ConfigError`` for parameters that it cannot step. ``step`` raises on all ranks together when a rule failed or gave
-    something that is not finite (on GPUs at the following step, so that no step waits for the device).
+    Raises ``ConfigError`` for parameters that it cannot step. ``step`` raises on all ranks together when a rule failed or
+    gave something that is not finite (on GPUs at the following step, so that no step waits for the device).
     """
 
     def __init__(
@@ -119,13 +119,14 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         if rule:
             key = min(rule)
             raise ConfigError(
-                f"{key}={rule[key]!r} was given with a model, whose roles have a rule each: say hidden={{{key!r}: {rule[key]!r}}} "
-                "(or embed, head, value_embed, scalar), or use PolarGrad.from_config(model, OptimizerConfig(…))"
+                f"{key}={rule[key]!r} was given with a model, whose roles have a rule each: say "
+                f"hidden={{{key!r}: {rule[key]!r}}} (or embed, head, value_embed, scalar), or "
+                "use PolarGrad.from_config(model, OptimizerConfig(…))"
             )
         if gradients == "reduce_scatter" and isinstance(model, nn.parallel.DistributedDataParallel):
             raise ConfigError(
-                "gradients='reduce_scatter' was given a model in DistributedDataParallel, which reduces gradients itself: give "
-                "the bare model, or use gradients='all_reduced'"
+                "gradients='reduce_scatter' was given a model in DistributedDataParallel, which reduces gradients itself: "
+                "give the bare model, or use gradients='all_reduced'"
             )
         config = OptimizerConfig()
         for role, changes in given.items():
@@ -163,7 +164,9 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             if RULES[group["algorithm"]].matrices:
                 split_of(group, name, tuple(p.shape))
         if self._travel.reducer is not None:
-            raise ConfigError("gradients='reduce_scatter' cannot take further parameter groups after construction")
+            raise ConfigError(
+                "gradients='reduce_scatter' cannot take further parameter groups after construction"
+            )
         named = list(zip(group.pop("param_names"), group.pop("params"), strict=True))
         super().add_param_group(group | {"params": named})
         self._checks.add(self.param_groups[-1])
@@ -224,8 +227,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         for m in self._world.members:
             if m.p.dtype != m.entry.dtype or (not isinstance(m.p, DTensor) and m.p.device != m.device):
                 return ConfigError(
-                    f"{m.entry.name} is {m.p.dtype} on {m.p.device}, expected {m.entry.dtype} on {m.device} as at construction: "
-                    "convert and move the model before you build the optimizer"
+                    f"{m.entry.name} is {m.p.dtype} on {m.p.device}, expected {m.entry.dtype} on {m.device} as at "
+                    "construction: convert and move the model before you build the optimizer"
                 )
         return None
 
@@ -258,7 +261,9 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         if not max_norm >= 0:
             raise ConfigError(f"max_norm is {max_norm}, expected a number >= 0")
         # On several ranks the next step() refuses on all of them together; here one would leave the others waiting.
-        if self.agreement is None and (problem := self._check_placed() or self._checks.complaint(self.param_groups)):
+        if self.agreement is None and (
+            problem := self._check_placed() or self._checks.complaint(self.param_groups)
+        ):
             raise problem
         self.finish_reductions()
         if self._world.meshes:
@@ -284,8 +289,14 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
     def _norm(self, counted: list[torch.Tensor]) -> torch.Tensor:
         """The Euclidean norm over all ranks of what each counts, the same bits on each."""
         parts = [x.float() if x.element_size() < 4 else x for x in counted if x.numel()]
-        norms = [x.to(self._travel.device, torch.float64) for x in torch._foreach_norm(parts)] if parts else []
-        square = torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=self._travel.device)
+        norms = (
+            [x.to(self._travel.device, torch.float64) for x in torch._foreach_norm(parts)] if parts else []
+        )
+        square = (
+            torch.stack(norms).square().sum()
+            if norms
+            else torch.zeros((), dtype=torch.float64, device=self._travel.device)
+        )
         group = self._norm_group or self._world.group
         if group is not None and group.size() > 1:
             square = self.traffic.all_gather(square, group).wait().sum()
@@ -305,8 +316,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         if int(self.agreement.largest(torch.tensor([len(unlike)]))):
             name = unlike[0] if unlike else self._world.entries[int(somewhere.nonzero()[0])].name
             raise ConfigError(
-                f"the gradient of {name} is placed in one way on some ranks and in another, or missing, on others: give every "
-                "rank the same computation, or zero gradients"
+                f"the gradient of {name} is placed in one way on some ranks and in another, or missing, on others: give "
+                "every rank the same computation, or zero gradients"
             )
         for m in sorted(self.works, key=lambda m: m.index):
             if here[m.index]:
@@ -332,7 +343,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         started: list[Started | None] = [None] * len(running)
         for number in order:
             on_its_way, started[number] = started[number], None
-            arrived = on_its_way and on_its_way.wait()
+            arrived = None if on_its_way is None else on_its_way.wait()
             del on_its_way  # and what it was sent from
             started[number] = next_of(running[number], arrived)
             del arrived
@@ -384,8 +395,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             numbers = [zlib.crc32(repr(self._checks.numbers(group)).encode()) for group in self.param_groups]
             if len(numbers) and not (same := self.agreement.same(torch.tensor(numbers))).all():
                 raise ConfigError(
-                    f"the learning rate or another number of parameter group {int((~same).nonzero()[0])} differs between ranks, "
-                    "expected the same on all: step the same scheduler on every rank"
+                    f"the learning rate or another number of parameter group {int((~same).nonzero()[0])} differs between "
+                    "ranks, expected the same on all: step the same scheduler on every rank"
                 )
         if self._steps > 2 and self._steps % COPIES_CHECKED:
             return
@@ -450,10 +461,14 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             both = self.agreement.largest(torch.cat([largest.flatten(), seconds]))
             largest, seconds = both[: largest.numel()].view_as(largest), both[largest.numel() :]
         rows: dict[str, dict[str, float]] = {}
-        for e, (nuclear, known), (condition, residual) in zip(entries, sums.tolist(), largest.tolist(), strict=True):
+        for e, (nuclear, known), (condition, residual) in zip(
+            entries, sums.tolist(), largest.tolist(), strict=True
+        ):
             if known:
                 figures = {"condition": condition, "residual": residual}
-                rows[e.name] = {"nuclear_norm": nuclear} | {k: NAN if v < 0 else v for k, v in figures.items()}
+                rows[e.name] = {"nuclear_norm": nuclear} | {
+                    k: NAN if v < 0 else v for k, v in figures.items()
+                }
         if by == "parameter":
             return rows
         out = {}

@@ -30,8 +30,8 @@ class NamedState:
     param_groups: list[dict[str, Any]]
 
     def named_state(self) -> dict[str, Tensor]:
-        """``{"<parameter>.<state>": tensor}``: the tensors themselves, DTensors where sharded, the same keys on all ranks that
-        store a parameter. Fill them in place to load."""
+        """``{"<parameter>.<state>": tensor}``: the tensors themselves, DTensors where sharded, the same keys on all ranks
+        that store a parameter. Fill them in place to load."""
         return {f"{m.entry.name}.{key}": value for m, key, value in self._states()}
 
     def load_named_state(self, saved: Mapping[str, Tensor]) -> None:
@@ -179,7 +179,9 @@ def _part(m: Member, key: str, saved: Tensor, mine: Tensor) -> Tensor:
         if key in m.rule.states(m.group) or key == "low_bits":
             part = saved[tuple(slice(*cut) for cut in m.entry.layout.shards[m.team.place])]
         else:  # kept per matrix, in the order of dealing
-            first = dist.get_rank(m.team.group) * -(-len(saved) // m.entry.layout.world) if m.team.group else 0
+            first = (
+                dist.get_rank(m.team.group) * -(-len(saved) // m.entry.layout.world) if m.team.group else 0
+            )
             part = saved[first : first + len(here)]
     else:
         part = saved

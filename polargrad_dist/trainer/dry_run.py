@@ -24,7 +24,11 @@ def dry_run(
     comm = None if optimizer.comm_dtype is None else getattr(torch, optimizer.comm_dtype)
     shards = ranks // replicas
     plan = plan_for(
-        route(model, optimizer), replicas=replicas, shards=shards, gradients=optimizer.gradients, comm_dtype=comm
+        route(model, optimizer),
+        replicas=replicas,
+        shards=shards,
+        gradients=optimizer.gradients,
+        comm_dtype=comm,
     )
     count = sum(p.numel() for p in model.parameters())
     print(plan.table())

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.gpu.measure import Line, Setting, launches_and_idle, peak, seconds
+from benchmarks.gpu.measure import Line, Setting, launches_and_idle, seconds
 from models import LanguageModel, ModelConfig, build_model
 from models.loss import loss_sum
 from polargrad_dist import OptimizerConfig, PolarGrad
+from polargrad_dist.trainer.phases import peak_flops
 
 SECTION = "steps"
 
@@ -103,7 +104,7 @@ def on_a_gpu(
         Line(SECTION, name, "peak memory", memory, "GiB"),
         Line(SECTION, name, "GPU idle during the optimizer step", idle, ""),
     ]
-    best = peak(setting.device, 0)
+    best = peak_flops(setting.device)
     if best is not None:
         count = case.sequences * case.length
         mfu = model.flops_per_token(case.length) * count / whole / best

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,13 +110,15 @@ def attention(setting: Setting) -> list[Line]:
     from models import ModelConfig, build_model
 
     length = 256 if setting.reduced else 1024
-    sizes = dict(layers=4, width=64, heads=2, vocab_size=256, end_of_text=0, max_sequence_length=length)
+    sizes: dict[str, Any] = dict(
+        layers=4, width=64, heads=2, vocab_size=256, end_of_text=0, max_sequence_length=length
+    )
     tokens = torch.randint(0, 256, (2, length), generator=torch.Generator().manual_seed(0)).to(setting.device)
     tokens[:, ::100] = 0
     found = []
     for kind in ("sdpa", "flex"):
         torch.manual_seed(0)
-        model = build_model(ModelConfig("gpt2-small", attention=kind, **sizes), device=setting.device)  # type: ignore[arg-type]
+        model = build_model(ModelConfig("gpt2-small", attention=kind, **sizes), device=setting.device)
         for p in model.parameters():
             if p.ndim >= 2:
                 torch.nn.init.normal_(p, std=0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -140,10 +141,15 @@ def losses(name: str, case: Run, model: LanguageModel, tokens: torch.Tensor, set
 
     kinds = [False] if setting.device.type == "cpu" else [False, True]
     return [
-        Line(SECTION, name, f"loss, {'compiled' if kind else 'eager'}",
-             1e3 * seconds(lambda kind=kind: loss(kind), setting, 3), "ms")
+        Line(
+            SECTION,
+            name,
+            f"loss, {'compiled' if kind else 'eager'}",
+            1e3 * seconds(partial(loss, kind), setting, 3),
+            "ms",
+        )
         for kind in kinds
-    ]  # fmt: skip
+    ]
 
 
 def adamw(model: LanguageModel, case: Run, setting: Setting) -> float:

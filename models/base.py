@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.attention import BLOCK
 from models.config import Sizes
-from models.loss import SoftCap, loss_sum, soft_capped
+from models.loss import Backend, SoftCap, loss_sum, soft_capped
 from polargrad_dist.errors import ConfigError
 
 
@@ -22,7 +22,8 @@ class LanguageModel(nn.Module, ABC):
 
     config: Sizes
     soft_cap: SoftCap = "none"
-    compiled_loss = False  # on a CPU: by `compile_blocks`; on a GPU it always is
+    # What compiles the loss: `compile_blocks` sets it; on a GPU it is always compiled.
+    loss_backend: Backend | None = None
 
     @property
     @abstractmethod
@@ -62,8 +63,8 @@ class LanguageModel(nn.Module, ABC):
         weight = self.get_output_embeddings().weight
         if targets is None:
             return self.logits(hidden, weight)
-        compiled = self.compiled_loss or hidden.device.type == "cuda"
-        total = loss_sum(hidden.flatten(0, 1), weight, targets.flatten(), self.soft_cap, compiled=compiled)
+        backend = self.loss_backend or ("inductor" if hidden.device.type == "cuda" else None)
+        total = loss_sum(hidden.flatten(0, 1), weight, targets.flatten(), self.soft_cap, backend=backend)
         return total / (targets != -100).sum()
 
     @property
@@ -85,7 +86,7 @@ class LanguageModel(nn.Module, ABC):
         # (8) PyTorch would go on uncompiled, where FlexAttention holds all scores at once.
         limits = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, 32)
-        self.compiled_loss = True
+        self.loss_backend = options.get("backend", "inductor")
         for block in self.blocks:
             block.compile(**options)
 

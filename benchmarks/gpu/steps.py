@@ -136,7 +136,8 @@ def losses(name: str, case: Run, model: LanguageModel, tokens: torch.Tensor, set
     head = weight.detach().to(dtype).requires_grad_()
 
     def loss(compiled: bool) -> None:
-        loss_sum(hidden, head, tokens.flatten(), model.soft_cap, compiled=compiled).backward()
+        backend = "inductor" if compiled else None
+        loss_sum(hidden, head, tokens.flatten(), model.soft_cap, backend=backend).backward()
         hidden.grad = head.grad = None
 
     kinds = [False] if setting.device.type == "cpu" else [False, True]

@@ -1,4 +1,4 @@
-"""Section 1: every polar method against an fp64 SVD on the CPU while waiting for the GPU is an error; FlexAttention."""
+"""Section 1: every polar method against an fp64 SVD on the CPU while waiting for the GPU is an error; FlexAttention, bf16."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def run(setting: Setting) -> list[Line]:
                 )
             )
         lines += row_sharded(name, a if shape[1] >= shape[2] else a.mT, setting)
-    return [*lines, *attention(setting)]
+    return [*lines, low_bits(setting), *attention(setting)]
 
 
 def row_sharded(name: str, a: Tensor, setting: Setting) -> list[Line]:
@@ -103,6 +103,32 @@ def row_sharded(name: str, a: Tensor, setting: Setting) -> list[Line]:
             Line(SECTION, name, f"{what}: error of A·X", error, "", "<= 1e-5, no waiting", error <= 1e-5)
         )
     return lines
+
+
+def low_bits(setting: Setting) -> Line:
+    """Weights split into bf16 and what it rounds off, and joined again: on the device the same bits as on the CPU."""
+    from polargrad_dist.optim.parts import join_bf16, split_bf16
+
+    values = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))
+    values[:4] = torch.tensor([0.0, -0.0, 1e-38, 3e38])
+
+    def halves(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        low = torch.empty(x.shape, dtype=torch.int16, device=x.device)
+        high = split_bf16(x, low)
+        return high.view(torch.int16).cpu(), low.cpu(), join_bf16(high, low).cpu()
+
+    pairs = list(zip(halves(values), halves(values.to(setting.device)), strict=True))
+    same = all(torch.equal(here, there) for here, there in pairs)
+    exact = torch.equal(pairs[2][1], values)
+    return Line(
+        SECTION,
+        "bf16 weights",
+        "low bits as on the CPU, joined exactly",
+        float(same and exact),
+        "",
+        "1",
+        same and exact,
+    )
 
 
 def attention(setting: Setting) -> list[Line]:

@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 EXTRAS := train,wandb,tensorboard,accelerate,eval,dev
 
-.PHONY: train test test-slow test-all lint format bench chaos paper paper-lm race setup clean
+.PHONY: train test test-slow test-all lint format bench bench-gpu chaos paper paper-lm race setup clean
 
 setup: $(VENV)/.ready
 
@@ -40,6 +40,10 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+# One GPU, ten minutes, with any Python that has torch, transformers and numpy (docs/gpu.md); no set-up.
+bench-gpu:
+	$(PYTHON) -m benchmarks.gpu
 
 # Kills a two-process run 25 times at random moments; it must end with the bits of an undisturbed one.
 chaos: setup

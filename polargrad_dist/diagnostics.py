@@ -265,4 +265,4 @@ def _small_gram(x: torch.Tensor) -> torch.Tensor:
 
 
 def _spectrum(S: torch.Tensor) -> InverseSqrt:
-    return inverse_sqrt(S, lower=RANK_CUTOFF)
+    return inverse_sqrt(S, lower=RANK_CUTOFF, root="eigh")  # the whole spectrum: this may wait for a GPU

@@ -75,12 +75,12 @@ _FUSED: tuple[tuple[str, Sizes, str], ...] = (
         "qkv",
         _equal(3),
         "BlipAttention Blip2Attention InstructBlipAttention SamVisionAttention TimesformerSelfAttention VitDetAttention "
-        "VisionAttention Qwen2_5_VLVisionAttention Qwen3VLVisionAttention Glm4vVisionAttention",
+        "HieraMaskUnitAttention VisionAttention Qwen2_5_VLVisionAttention Qwen3VLVisionAttention Glm4vVisionAttention",
     ),
     (
         "gate_up_proj",
         _equal(2),
-        "Phi3MLP Phi4MultimodalMLP GlmMLP Glm4MLP Glm4vTextMLP GlmImageTextMLP GlmOcrTextMLP DiaMLP",
+        "Phi3MLP Phi4MultimodalMLP GlmMLP Glm4MLP Glm4vTextMLP GlmImageTextMLP GlmOcrTextMLP DiaMLP Zamba2MLP",
     ),
     ("in_proj", _equal(2), "MambaMixer FalconMambaMixer"),
     ("x_proj", _time_b_c, "MambaMixer FalconMambaMixer"),
@@ -237,8 +237,8 @@ def output_layers(model: nn.Module, homes: Iterable[Home]) -> dict[nn.Module, st
     """The output layers of a model, each with what was guessed of it.
 
     The model says which it is (``get_output_embeddings``). Beside that, its last linear layer is guessed to be one if it has
-    as many rows as ``config.num_labels``, or, where the model says nothing, as many as an embedding, padded or not, or if it
-    follows convolutions in a model without embeddings.
+    as many rows as ``config.num_labels``; where the model says nothing, with as many as an embedding, padded or not; or, in
+    a model of convolutions without embeddings, if no linear layer takes as many columns.
     """
     homes = list(homes)
     said = getattr(model, "get_output_embeddings", lambda: None)()
@@ -258,9 +258,15 @@ def output_layers(model: nn.Module, homes: Iterable[Home]) -> dict[nn.Module, st
         found[last] = "the last linear layer, with config.num_labels rows: taken for the head"
     elif said is None and sizes:
         found[last] = f"the last linear layer, with rows for a vocabulary of {sizes[0]}: taken for the head"
-    elif said is None and not tables and any(isinstance(h.module, _CONVOLUTIONS) for h in homes):
+    elif not hasattr(model, "get_output_embeddings") and not tables and _ends_convolutions(homes, rows):
         found[last] = "the last linear layer, after convolutions: taken for the head"
     return found
+
+
+def _ends_convolutions(homes: Sequence[Home], rows: int) -> bool:
+    """Whether the model has convolutions, and no linear layer takes as many columns as the last one has rows."""
+    columns = {home.module.in_features for home in homes if isinstance(home.module, nn.Linear)}
+    return rows not in columns and any(isinstance(home.module, _CONVOLUTIONS) for home in homes)
 
 
 def _padded(rows: int, vocabulary: int) -> bool:

@@ -98,7 +98,7 @@ _NO_VOCABULARY = re.compile(r"pos|wpe|type|segment|bias", re.IGNORECASE)
 _LOOKS_FUSED = re.compile(r"qkv|query_key_value|gate_up|c_attn", re.IGNORECASE)
 _MATRIX_NAME = re.compile(r"(weight|proj|kernel|matrix)$", re.IGNORECASE)
 _ELEMENTWISE_NAME = re.compile(
-    r"bias|pos|token|quer|latent|embed|table|mask|scale|gamma|gain|norm|^A_log$|^D$", re.IGNORECASE
+    r"bias|(^|_)pos|token|^quer|^latent|embed|table|mask|scale|gamma|gain|norm|^A_log$|^D$", re.IGNORECASE
 )
 
 

@@ -258,6 +258,8 @@ def test_the_last_layer_of_a_block_after_convolutions_is_no_head():
     [
         (Holder(weight=(4, 6)), "weight", "hidden"),
         (Holder(pos_embed=(9, 6)), "pos_embed", "scalar"),
+        (Holder(query=(9, 6)), "query", "scalar"),
+        (Holder(W_query=(4, 6)), "W_query", "hidden"),
         (Holder(A_log=(9, 6)), "A_log", "scalar"),
         (Holder(attention_bias=(3, 9, 9)), "attention_bias", "scalar"),
         (Holder(expert_bias=(4, 6)), "expert_bias", "scalar"),

@@ -167,8 +167,8 @@ def _embedding(home: Home, module: Any) -> Place:
 
 
 def _convolution(module: Any, p: torch.Tensor) -> Place:
-    """Each group is a matrix, its filters the rows; a depthwise filter maps one channel, and is none."""
-    if module.groups > 1 and p.shape[1] == 1:
+    """Each group is a matrix, its filters the rows; one channel in or out of each group (depthwise) makes none."""
+    if module.groups > 1 and min(p.shape[0] // module.groups, p.shape[1]) == 1:
         return Place("scalar", flatten=True)
     upwards = isinstance(module, _TRANSPOSED_CONVOLUTIONS)
     if module.groups == 1:
@@ -213,10 +213,10 @@ def _bare(home: Home, p: torch.Tensor) -> Place:
 
 
 def _experts(module: Any, leaf: str, p: torch.Tensor) -> Place:
-    """Experts of transformers say themselves how they lie; two-dimensional parameters are one vector per expert."""
+    """Transformers' expert modules state their layout; a two-dimensional parameter is one vector per expert."""
     if p.ndim != 3:
         return Place("scalar")
-    # Llama 4's are the only ones that do not say it.
+    # Llama 4's experts don't state it: (experts, in, out), gate and up in halves.
     transposed = getattr(module, "is_transposed", True)
     length = p.shape[2 if transposed else 1]
     halves = leaf == "gate_up_proj" and getattr(module, "is_concatenated", True)

@@ -193,6 +193,7 @@ class TopKRouter(Holder):
         (nn.Conv2d(4, 8, 3), "weight", plain("hidden", flatten=True)),
         (nn.Conv2d(4, 8, 3, groups=2), "weight", plain("hidden", flatten=True, split_sizes=(4, 4))),
         (nn.Conv2d(4, 8, 3, groups=4), "weight", plain("scalar")),
+        (nn.Conv2d(8, 4, 3, groups=4), "weight", plain("scalar")),
         (nn.Conv2d(1, 8, 3), "weight", plain("hidden", flatten=True)),
         (nn.ConvTranspose2d(4, 8, 3), "weight", plain("hidden", flatten=True, transposed=True)),
         (nn.LayerNorm((4, 6)), "weight", plain("scalar")),

@@ -173,3 +173,4 @@ class OptimizerConfig:
 
 
 ROLES = ("hidden", "embed", "value_embed", "head", "scalar")
+

@@ -425,6 +425,9 @@ class Elementwise(Batch):
             x = join_bf16(old, low) if low is not None else old.to(dtype, copy=True)
             values = [v.view(w.shape) for v, w in zip(x.split([w.numel() for w in weights]), weights, strict=True)]
         some = [i for i, w in enumerate(weights) if w.numel()]
+        for m, w in zip(self.members, weights, strict=True):
+            if not w.numel():  # its count is saved too, and loaded where the shard is not empty
+                m.state["step"] += 1 if host else sure.to(m.state["step"])
         self.rule.update(
             [values[i] for i in some], [grads[i] for i in some],
             {key: [self.members[i].held(key) for i in some] for key in self.rule.states(self.group)},

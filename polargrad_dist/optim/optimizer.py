@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from polargrad_dist.distributed.plan import Plan
+from polargrad_dist.distributed.plan import Entry, Plan
 from polargrad_dist.distributed.transport import Agreement, Traffic
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.checks import Checks, check_keys, check_parameter, check_travel, check_values
@@ -380,11 +380,10 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         if self.agreement is None:
             return
         if self._steps <= 2 or self._steps % RATES_CHECKED == 0:
-            numbers = [zlib.crc32(repr(self._checks.numbers(group)).encode()) for group in self.param_groups]
-            if len(numbers) and not (same := self.agreement.same(torch.tensor(numbers))).all():
+            if (unlike := self._unlike()) is not None:
                 raise ConfigError(
-                    f"the learning rate or another number of parameter group {int((~same).nonzero()[0])} differs between ranks, "
-                    "expected the same on all: step the same scheduler on every rank"
+                    f"the learning rate or another number of parameter group {unlike.group} differs between ranks, expected "
+                    "the same on all: step the same scheduler on every rank"
                 )
         if self._steps > 2 and self._steps % COPIES_CHECKED:
             return
@@ -401,6 +400,18 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             "DistributedDataParallel, average the gradients before step(), or use gradients='reduce_scatter'; where only "
             "some ranks train together, give their process_group"
         )
+
+    def _unlike(self) -> Entry | None:
+        """The first parameter whose group has other numbers on another rank; ranks may have other groups than their peers."""
+        assert self.agreement is not None
+        nowhere = torch.iinfo(torch.int64).min
+        found = torch.full((2, len(self._world.entries)), nowhere)
+        digests = {id(group): zlib.crc32(repr(self._checks.numbers(group)).encode()) for group in self.param_groups}
+        for m in self.works:
+            found[:, m.index] = torch.tensor([digests[id(m.group)], -digests[id(m.group)]])
+        high, low = self.agreement.largest(found)
+        differ = (high != -low) & (high != nowhere)
+        return self._world.entries[int(differ.nonzero()[0])] if differ.any() else None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ConfigError(

@@ -6,6 +6,7 @@ keys: `torch.distributed.checkpoint` takes `NamedState.named_state` and torch's 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,7 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from polargrad_dist.distributed.layout import volume
 from polargrad_dist.distributed.teams import local
+from polargrad_dist.distributed.transport import Traffic
 from polargrad_dist.errors import CheckpointError, ConfigError
 from polargrad_dist.optim.checks import FIXED, check_values, fixed_part
 from polargrad_dist.optim.member import Member
@@ -57,8 +60,24 @@ class NamedState:
         out: dict[str, Any] = {"state": {}, "param_groups": self.state_dict()["param_groups"]}
         ids = {n: i for g in out["param_groups"] for n, i in zip(g["param_names"], g["params"], strict=True)}
         for m, key, value in self._states():
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
-            out["state"].setdefault(ids[m.entry.name], {})[key] = whole.detach().cpu().clone()
+            out["state"].setdefault(ids[m.entry.name], {})[key] = self._whole(m, key, value).detach().cpu().clone()
+        return out
+
+    def _whole(self, m: Member, key: str, value: Tensor) -> Tensor:
+        """All of a state. A collective: one, where torch's ``full_tensor`` takes one per mesh dimension, and warns of it."""
+        if not isinstance(value, DTensor):
+            return value
+        if key not in m.elementwise:
+            return value.full_tensor()
+        here = value.to_local().to(self._world.travel.device)
+        out, boxes = here.new_empty(value.shape), m.entry.layout.shards
+        each = math.prod(value.shape[len(m.entry.shape) :])
+        flat = here.new_zeros(max(map(volume, boxes)) * each)
+        flat[: here.numel()] = here.reshape(-1)
+        assert m.team.group is not None
+        for place, part in zip(m.team.order, Traffic().all_gather(flat, m.team.group).wait(), strict=True):
+            where = out[tuple(slice(*cut) for cut in boxes[place])]
+            where.copy_(part[: where.numel()].view(where.shape))
         return out
 
     def state_dict(self) -> dict[str, Any]:

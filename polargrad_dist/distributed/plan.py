@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -92,17 +92,23 @@ class Entry:
         """The places among which each matrix may be dealt: where it lies whole, if that is even enough, else all."""
         assert self.split is not None
         everywhere = tuple(range(self.layout.world))
-        if self.layout.world == 1 or self.kind == "tall" or self.in_order:
-            return [everywhere] * len(self.costs)
-        holders: list[tuple[int, ...]] = []
-        load = [0] * self.layout.world
-        for matrix in self.split.matrices:
-            holders.append(tuple(t for t in everywhere if _within(matrix, self.rectangles[t])))
-            for place in holders[-1]:
-                load[place] += 1
-        if all(len(h) == 1 for h in holders) and max(load) * len(load) <= UNEVEN * len(holders):
-            return holders
-        return [everywhere] * len(holders)
+        if self.layout.world > 1 and self.kind == "owner" and not self.in_order:
+            homes = whole_at(self.layout, self.split)
+            counts = Counter(homes)
+            if None not in counts and max(counts.values()) * self.layout.world <= UNEVEN * len(homes):
+                return [(home,) for home in homes]  # type: ignore[misc]
+        return [everywhere] * len(self.costs)
+
+
+@lru_cache(maxsize=4096)
+def whole_at(layout: Layout, split: Split) -> list[int | None]:
+    """The one place in whose optimizer shard each matrix lies whole, None where there is none or several."""
+    shards = [rectangle(box, layout.shape, split.stacked) for box in layout.shards]
+    homes: list[int | None] = []
+    for matrix in split.matrices:
+        places = [place for place, shard in enumerate(shards) if _within(matrix, shard)]
+        homes.append(places[0] if len(places) == 1 else None)
+    return homes
 
 
 def deal(entries: Sequence[Entry], loads: dict[int, float]) -> None:
@@ -153,8 +159,7 @@ def deal(entries: Sequence[Entry], loads: dict[int, float]) -> None:
         heapq.heapreplace(heap, (loads[e.ranks[place]], sizes[e.ranks[place]], place))
     for e in whole:
         if e.kind == "owner" and e.split is not None:
-            pairs = zip(e.split.matrices, e.owners, strict=True)
-            e.travels = not all(_within(matrix, e.rectangles[owner]) for matrix, owner in pairs)
+            e.travels = e.layout.world > 1 and e.owners != whole_at(e.layout, e.split)
     if lost := [e.name for e in whole if min(e.owners) < 0]:
         raise ConfigError(f"{lost[0]} has a matrix that no rank can own, expected one of the ranks that store it")
 

@@ -62,7 +62,12 @@ def expert_parallel(world: int) -> Places:
 def experts_within(world: int) -> Places:
     """Every expert's rows cut over one pair of ranks, the experts dealt over the other."""
     mesh = _grid("experts", "rows")
-    return {"experts": (mesh, [S0, S1]), "tall": (mesh, [R, S0]), "square": (mesh, [S0, R]), "conv": (mesh, [S1, S0])}
+    return {
+        "experts": (mesh, [S0, S1]),
+        "tall": (mesh, [R, S0]),
+        "square": (mesh, [S0, R]),
+        "conv": (mesh, [S1, S0]),
+    }
 
 
 def three_dimensions(world: int) -> Places:
@@ -123,7 +128,16 @@ def shard(layout: str, world: int, model: nn.Module) -> None:
         place(model, HAND_MADE[layout](world))
     elif layout == "tp_fsdp":
         mesh = _grid("data", "tensor")
-        cut = {"square": S0, "narrow": S0, "heads": S0, "wide": S1, "square2": S1, "conv": S0, "experts": S1, "tall": S0}
+        cut = {
+            "square": S0,
+            "narrow": S0,
+            "heads": S0,
+            "wide": S1,
+            "square2": S1,
+            "conv": S0,
+            "experts": S1,
+            "tall": S0,
+        }
         place(model, {name: (mesh["tensor"], [cut.get(name, R)]) for name in Bag().shapes})
         fully_shard(model, mesh=mesh["data"])
     elif layout == "ep_fsdp":

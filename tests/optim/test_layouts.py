@@ -26,7 +26,9 @@ from tests.optim.test_contract import RULES, agree
 from tests.optim.training import distance, whole
 
 BAG = {"condition": 1e2}
-GRAM = 1e-9  # of matrices that are not square: the Gram method's error grows with the condition number squared
+GRAM = (
+    1e-9  # of matrices that are not square: the Gram method's error grows with the condition number squared
+)
 SAMPLE = [
     (worlds[(i + j) % len(worlds)], layout, rule)
     for i, (layout, worlds) in enumerate(WORLDS.items())
@@ -88,7 +90,9 @@ def test_each_rule_with_each_layout_on_each_number_of_ranks(world, bucket_mb):
 
 
 def test_small_buckets_and_narrow_messages_travel_as_planned_in_every_layout():
-    cases = [(layout, RULES["polar_first"], {"bucket_mb": 300 / 2**20}) for layout in WORLDS if 4 in WORLDS[layout]]
+    cases = [
+        (layout, RULES["polar_first"], {"bucket_mb": 300 / 2**20}) for layout in WORLDS if 4 in WORLDS[layout]
+    ]
     _check(cases, 4)
 
 
@@ -165,7 +169,9 @@ def _trained(world: int, case: str) -> tuple[dict, list[float]]:
 
 
 @pytest.mark.parametrize(("world", "cases"), [(2, ["tp", "sp"]), (4, ["tp", "sp", "tp fsdp", "sp fsdp"])])
-def test_a_language_model_under_real_tensor_and_sequence_parallelism_gets_the_weights_of_one_process(world, cases):
+def test_a_language_model_under_real_tensor_and_sequence_parallelism_gets_the_weights_of_one_process(
+    world, cases
+):
     one, norms = _trained(1, "one")
     assert all(norm > 0.3 for norm in norms), "the test should clip"
     for case, *ranks in zip(cases, *run_ranks(_language, world, cases), strict=True):

@@ -413,10 +413,7 @@ class Elementwise(Batch):
         facts.finite(self.members, finite)
         sure = finite.all() if ok is None else finite.all() & ok
         host = sure.device.type == "cpu" and ok is None
-        if host and not bool(sure):  # the copies wait for a message all the same: that nothing has changed
-            updates = self.travel.dtype if self.entry.itemsize >= 4 else None
-            new = torch.stack(weights) if updates is None else torch.zeros_like(torch.stack(weights), dtype=updates)
-            return new if self.bucket.shares else None
+        good = finite.tolist() if host else [True] * len(weights)  # a GPU skips the bucket, where it cannot look
         values, low, old = weights, None, None
         if self.bucket.shares or weights[0].element_size() < 4:
             old = torch.cat([w.reshape(-1) for w in weights])
@@ -424,7 +421,7 @@ class Elementwise(Batch):
                 low = torch.cat([m.held("low_bits").reshape(-1) for m in self.members])
             x = join_bf16(old, low) if low is not None else old.to(dtype, copy=True)
             values = [v.view(w.shape) for v, w in zip(x.split([w.numel() for w in weights]), weights, strict=True)]
-        some = [i for i, w in enumerate(weights) if w.numel()]
+        some = [i for i, w in enumerate(weights) if w.numel() and good[i]]
         for m, w in zip(self.members, weights, strict=True):
             if not w.numel():  # its count is saved too, and loaded where the shard is not empty
                 m.state["step"] += 1 if host else sure.to(m.state["step"])

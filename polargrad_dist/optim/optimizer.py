@@ -257,7 +257,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         if not max_norm >= 0:
             raise ConfigError(f"max_norm is {max_norm}, expected a number >= 0")
         # On several ranks the next step() refuses on all of them together; here one would leave the others waiting.
-        if self.agreement is None and (problem := self._check_placed() or self._checks.complaint(self.param_groups)):
+        problem = self._check_placed() or self._checks.complaint(self.param_groups)
+        if problem is not None and self.agreement is None:
             raise problem
         self.finish_reductions()
         if self._world.meshes:
@@ -379,12 +380,11 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         """At the first two steps and now and then: what differs between ranks would go on doing so in silence."""
         if self.agreement is None:
             return
-        if self._steps <= 2 or self._steps % RATES_CHECKED == 0:
-            if (unlike := self._unlike()) is not None:
-                raise ConfigError(
-                    f"the learning rate or another number of parameter group {unlike.group} differs between ranks, expected "
-                    "the same on all: step the same scheduler on every rank"
-                )
+        if (self._steps <= 2 or self._steps % RATES_CHECKED == 0) and (unlike := self._unlike()) is not None:
+            raise ConfigError(
+                f"the learning rate or another number of parameter group {unlike.group} differs between ranks, expected "
+                "the same on all: step the same scheduler on every rank"
+            )
         if self._steps > 2 and self._steps % COPIES_CHECKED:
             return
         if (found := self._world.differing()) is None:

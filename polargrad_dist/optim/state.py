@@ -7,7 +7,7 @@ keys: `torch.distributed.checkpoint` takes `NamedState.named_state` and torch's 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,11 +30,13 @@ class NamedState:
     """The part of `PolarGrad` that saves and loads; expects ``_world``, ``param_groups`` and ``state``."""
 
     _world: World
+    _check_placed: Callable[[], ConfigError | None]
     param_groups: list[dict[str, Any]]
 
     def named_state(self) -> dict[str, Tensor]:
         """``{"<parameter>.<state>": tensor}``: the tensors themselves, DTensors where sharded, the same keys on all ranks that
         store a parameter. Fill them in place to load."""
+        self._adopt()
         return {f"{m.entry.name}.{key}": value for m, key, value in self._states()}
 
     def load_named_state(self, saved: Mapping[str, Tensor]) -> None:
@@ -57,6 +59,7 @@ class NamedState:
 
     def full_state_dict(self) -> dict[str, Any]:
         """Torch's form of state dict with whole tensors, on the CPU of every rank; loads anywhere. A collective."""
+        self._adopt()
         out: dict[str, Any] = {"state": {}, "param_groups": self.state_dict()["param_groups"]}
         ids = {n: i for g in out["param_groups"] for n, i in zip(g["param_names"], g["params"], strict=True)}
         for m, key, value in self._states():
@@ -82,7 +85,13 @@ class NamedState:
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's form, of what this rank holds; it says whose it is, and loads only there (see `full_state_dict`)."""
+        self._adopt()
         return super().state_dict() | {"place": self._place_of_rank()}  # type: ignore[misc]
+
+    def _adopt(self) -> None:
+        """Takes up parameters that were swapped before the first step: their state is made only then."""
+        if (problem := self._check_placed()) is not None:
+            raise CheckpointError(str(problem))
 
     def _place_of_rank(self) -> list[Any]:
         """Where this rank stands: what its own part of the state depends on."""
@@ -95,6 +104,7 @@ class NamedState:
         before anything is changed, when parameters or shapes differ, or when the state is another rank's.
         """
         try:
+            self._adopt()
             found, problem = self._matched(state_dict), None
         except CheckpointError as error:
             found, problem = None, error

@@ -35,15 +35,14 @@ def _grid(*names: str) -> DeviceMesh:
 def colwise(world: int) -> Places:
     """Tensor parallelism: outputs cut, norms copied."""
     mesh = _one_dimension(world)
-    cut = dict.fromkeys(("wide", "square", "tall", "fused", "conv", "bias", "heads"), [S0])
-    return {name: (mesh, cut.get(name, [R])) for name in Bag().shapes}
+    cut = ("wide", "square", "tall", "fused", "conv", "bias", "heads")
+    return {name: (mesh, [S0 if name in cut else R]) for name in Bag().shapes}
 
 
 def rowwise(world: int) -> Places:
     """Tensor parallelism: inputs cut, also those of a tall matrix and within each expert."""
     mesh = _one_dimension(world)
-    copied = dict.fromkeys(("bias", "square2"), [R])
-    return {name: (mesh, copied.get(name, [S1])) for name in Bag().shapes}
+    return {name: (mesh, [R if name in ("bias", "square2") else S1]) for name in Bag().shapes}
 
 
 def mixed(world: int) -> Places:
@@ -186,7 +185,7 @@ class Placed:
         return dict(self.model.named_parameters())
 
     def whole(self) -> dict[str, torch.Tensor]:
-        """Every parameter from the parts of all ranks, which must agree to the bit where they store the same. A collective."""
+        """Every parameter from the parts of all ranks, which must have the same bits of what several store. A collective."""
         mine = {n: (self.at[n], here(p).detach().reshape(-1)) for n, p in self.parameters().items()}
         parts: list = [None] * dist.get_world_size()
         dist.all_gather_object(parts, mine)

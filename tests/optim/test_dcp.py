@@ -1,7 +1,7 @@
 """Saving in one layout and going on in another, with everything that PyTorch and the optimizer offer for it.
 
-Three steps, a checkpoint, two steps elsewhere: the weights of five undisturbed steps in one process, and state with the same bits.
-CI saves and loads between each pair of layouts in one of the ways, `make test-slow` in all.
+Three steps, a checkpoint, two steps elsewhere: the weights of five undisturbed steps in one process, and state with the same
+bits. CI saves and loads between each pair of layouts in one of the ways, `make test-slow` in all.
 """
 
 import os

@@ -1,12 +1,11 @@
 """The contract on tensor, sequence and expert parallelism, several meshes in one optimizer, and what mixes them.
 
-Weights, norms and state of one process; copies equal to the bit; exactly the planned bytes. CI runs each rule with each layout
-on one number of ranks, `make test-slow` on all.
+Weights, norms and state of one process; copies equal to the bit; exactly the planned bytes. CI runs each rule with each
+layout on one number of ranks, `make test-slow` on all.
 """
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -102,7 +101,7 @@ class _Block(nn.Module):
         self.norm, self.up, self.down = nn.LayerNorm(d), nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(F.relu(self.up(self.norm(x))))
+        return x + self.down(nn.functional.relu(self.up(self.norm(x))))
 
 
 class _Language(nn.Module):
@@ -121,7 +120,7 @@ class _Language(nn.Module):
         logits = self.head(self.norm(x))
         if isinstance(logits, DTensor):
             logits = logits.full_tensor()
-        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def _parallelized(model: _Language, tp, sequence: bool) -> None:

@@ -16,6 +16,7 @@ from polargrad_dist.distributed.layout import volume
 from polargrad_dist.distributed.plan import Entry
 
 WINDOW = 2  # buckets on their way at a time
+SHARE = 4  # of the bucket's bytes, what an owner computes at a time: the rest is what it needs beside them, twice over
 ROWS = 4096  # rows of a tall matrix that are multiplied at a time where nothing is shared
 
 
@@ -60,10 +61,11 @@ class Bucket:
 
 
 def in_buckets(entries: Sequence[Entry], present: Sequence[bool], limit: int) -> list[Bucket]:
-    """The buckets of the parameters that have gradients, at most about ``limit`` bytes at each owner and in each share.
+    """The buckets of the parameters that have gradients, so that a step needs about three times ``limit`` bytes.
 
     Tall matrices come first, since their small problems travel while others compute; then elementwise ones, then the largest.
     """
+    limit = max(1, limit // SHARE)
     alike: dict[tuple, list[int]] = defaultdict(list)
     for number, (e, here) in enumerate(zip(entries, present, strict=True)):
         if not here:

@@ -78,7 +78,8 @@ class Batch:
             decay_and_step(weights, list(step.to(weights[0].dtype).unbind(0)), decay, cautious)
             return None
         old = torch.stack(weights) if len(weights) > 1 else weights[0].unsqueeze(0)
-        x = join_bf16(old, low) if low is not None else old.to(self.first.state_dtype, copy=True)
+        fresh = len(weights) > 1 and self.travel.dtype is None  # a copy already, of which nobody needs the old values
+        x = join_bf16(old, low) if low is not None else old.to(self.first.state_dtype, copy=not fresh)
         before = None if sure else x.clone()
         decay_and_step([x], [step.to(x.dtype)], decay, cautious)
         if before is not None:
@@ -202,16 +203,20 @@ class Owned(Batch):
         shape, dtype = A.shape, A.dtype
         if self.entry.travels:
             wire = self.travel.dtype or self.entry.dtype
-            received = yield self._to_owners(A.to(self.travel.device, wire))
-            D, numbers = self.directed(self._assembled(received), facts)
-            received = yield self._to_shards([d.to(wire) for d in D], numbers)
-            direction, numbers = self._pieces(received, shape)
+            started = self._to_owners(A.to(self.travel.device, wire))
+            del A
+            D, numbers = self.directed(self._assembled((yield started)), facts)
+            started = self._to_shards([d.to(wire) for d in D], numbers)
+            del D
+            direction, numbers = self._pieces((yield started), shape)
         else:
             D, numbers = self.directed(self._whole_here(A.to(self.travel.device)), facts)
             direction = self._as_shards(D, shape)
             numbers = numbers if self.mine else numbers.new_ones(1, NUMBERS)  # of no elements here
+            del A, D
         numbers = numbers.view(-1, 1, 1, 1, NUMBERS) if self.index is None else numbers[self.index]
-        numbers, direction = numbers.to(self.first.device), direction.to(self.first.device, dtype)
+        numbers = numbers.to(self.first.device)
+        direction = direction.to(self.first.device, dtype, memory_format=torch.contiguous_format)
         for part in self.bucket.portions:
             own = numbers[part.items, :, part.rows if numbers.shape[2] > 1 else slice(None)]
             message = self.advance(part, direction[part.items, :, part.rows], own[..., 0], own[..., 1] > 0)
@@ -227,12 +232,11 @@ class Owned(Batch):
         out, numbers, at = [], [batches[0].new_empty(0, NUMBERS, dtype=torch.float64)], 0
         for A in batches:
             owners = [self.members[i] for i, _ in self.mine[at : at + len(A)]]
-            D, figures = torch.zeros_like(A), A.new_zeros(len(A), NUMBERS, dtype=torch.float64)
             try:
-                if owners:
-                    D, figures = self._ruled(A, owners, at, facts)
+                D, figures = self._ruled(A, owners, at, facts) if owners else (A, numbers[0])
             except Exception as error:  # whatever it is, all ranks raise it together after the step
                 facts.failed(owners[0], error)
+                D, figures = torch.zeros_like(A), A.new_zeros(len(A), NUMBERS, dtype=torch.float64)
             out.append(D)
             numbers.append(figures)
             at += len(A)

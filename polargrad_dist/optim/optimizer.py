@@ -18,8 +18,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from polargrad_dist.distributed.plan import Entry, Plan
-from polargrad_dist.distributed.transport import Agreement, Traffic
+from polargrad_dist.distributed.transport import Agreement, Started, Traffic
 from polargrad_dist.errors import ConfigError
+from polargrad_dist.optim.buckets import Steps
 from polargrad_dist.optim.checks import Checks, check_keys, check_parameter, check_travel, check_values
 from polargrad_dist.optim.facts import FAILED, NAN, NOT_FINITE, Facts
 from polargrad_dist.optim.failures import failure_of
@@ -329,13 +330,13 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         self._keep = frozenset()
         batches, order = self._world.schedule(present)
         running = [batch.run(facts) for batch in batches]
-        started: list[Any] = [None] * len(running)
+        started: list[Started | None] = [None] * len(running)
         for number in order:
-            try:
-                on_its_way = started[number]
-                started[number] = running[number].send(on_its_way and on_its_way.wait())
-            except StopIteration:
-                started[number] = None
+            on_its_way, started[number] = started[number], None
+            arrived = on_its_way and on_its_way.wait()
+            del on_its_way  # and what it was sent from
+            started[number] = next_of(running[number], arrived)
+            del arrived
         if self._travel.device.type == "cpu":
             self._raise_together(facts)
         return loss
@@ -477,3 +478,11 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
                 nuclear = sum(row["nuclear_norm"] for row in mine) / len(mine)
                 out[role] = {"nuclear_norm": nuclear, **worst, "seconds": spent}
         return out
+
+
+def next_of(steps: Steps, arrived: torch.Tensor | None) -> Started | None:
+    """Resumes a bucket with what arrived; the collective that it starts next, None at its end."""
+    try:
+        return steps.send(arrived)  # type: ignore[arg-type]
+    except StopIteration:
+        return None

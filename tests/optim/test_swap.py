@@ -1,4 +1,4 @@
-"""Parameters that are swapped, moved or placed wrongly, and rules and gradients that fail on one rank: what all ranks then do.
+"""Parameters that are swapped, moved or placed wrongly, rules and gradients that fail on one rank: what all ranks then do.
 
 One group of processes goes through all cases of a kind.
 """

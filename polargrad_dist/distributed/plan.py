@@ -116,28 +116,38 @@ def deal(entries: Sequence[Entry], loads: dict[int, float]) -> None:
 
     ``loads`` are flops already dealt to each global rank, updated in place. Matrices that lie whole at one place stay there.
     Those whose rule keeps state at the owner are dealt in order, so that alike ones are one stack cut evenly over the ranks.
+    A parameter that lies alike on several meshes (experts, copied from mesh to mesh) is dealt alike on each: the same batches
+    give copies the same bits.
     """
     whole = [e for e in entries if e.kind != "elementwise"]
-    items = []
+    firsts: dict[tuple, Entry] = {}
+    twins: dict[tuple, list[Entry]] = defaultdict(list)
     for e in whole:
         e.owners = [-1] * len(e.costs)
-        for i, places in enumerate(e.candidates()):
+        twins[firsts.setdefault((e.name, e.shape, e.layout, e.split), e).key].append(e)
+    sizes: dict[int, int] = defaultdict(int)
+
+    def give(e: Entry, matrix: int, place: int) -> None:
+        for each in twins[e.key]:
+            each.owners[matrix] = place
+            loads[each.ranks[place]] += each.costs[matrix]
+            sizes[each.ranks[place]] += each.bytes // len(each.costs)
+
+    items = []
+    dealt = [e for e in whole if e.key in twins]
+    for e in dealt:
+        for i, places in enumerate([] if e.in_order else e.candidates()):
             if len(places) == 1:
-                e.owners[i] = places[0]
-                loads[e.ranks[places[0]]] += e.costs[i]
+                give(e, i, places[0])
             else:
                 items.append((e, i))
-    for alike in in_order(entries).values():
+    for alike in in_order(dealt).values():
         where = index_of(ranks := alike[0][0].ranks)
         for k, (e, i) in enumerate(alike):
-            e.owners[i] = where[sorted(ranks)[k // -(-len(alike) // len(ranks))]]
-            loads[e.ranks[e.owners[i]]] += e.costs[i]
+            give(e, i, where[sorted(ranks)[k // -(-len(alike) // len(ranks))]])
     heaps: dict[tuple[int, ...], list[tuple[float, int, int]]] = {}
-    sizes: dict[int, int] = defaultdict(int)
     items.sort(key=lambda item: (-item[0].costs[item[1]], -item[0].bytes, item[0].name, item[1]))
     for e, i in items:
-        if e.in_order:
-            continue
         if e.ranks not in heaps:
             heaps[e.ranks] = [(loads[rank], sizes[rank], place) for place, rank in enumerate(e.ranks)]
             heapq.heapify(heaps[e.ranks])
@@ -145,9 +155,7 @@ def deal(entries: Sequence[Entry], loads: dict[int, float]) -> None:
         while heap[0][:2] != (now := (loads[e.ranks[heap[0][2]]], sizes[e.ranks[heap[0][2]]])):
             heapq.heapreplace(heap, (*now, heap[0][2]))  # it was dealt something from another mesh meanwhile
         place = heap[0][2]
-        e.owners[i] = place
-        loads[e.ranks[place]] += e.costs[i]
-        sizes[e.ranks[place]] += e.bytes // len(e.costs)
+        give(e, i, place)
         heapq.heapreplace(heap, (loads[e.ranks[place]], sizes[e.ranks[place]], place))
     for e in whole:
         if e.kind == "owner" and e.split is not None:

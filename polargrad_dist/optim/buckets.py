@@ -457,14 +457,9 @@ class Elementwise(Batch):
         facts.finite(self.members, finite)
         sure = finite.all() if ok is None else finite.all() & ok
         host = sure.device.type == "cpu" and ok is None
-        if host and not bool(sure):  # the copies wait for a message all the same: that nothing has changed
-            updates = self.travel.dtype if self.entry.itemsize >= 4 else None
-            new = (
-                torch.stack(weights)
-                if updates is None
-                else torch.zeros_like(torch.stack(weights), dtype=updates)
-            )
-            return new if self.bucket.shares else None
+        good = (
+            finite.tolist() if host else [True] * len(weights)
+        )  # a GPU skips the bucket, where it cannot look
         values = weights
         low: Tensor | None = None
         old: Tensor | None = None
@@ -476,7 +471,10 @@ class Elementwise(Batch):
             values = [
                 v.view(w.shape) for v, w in zip(x.split([w.numel() for w in weights]), weights, strict=True)
             ]
-        some = [i for i, w in enumerate(weights) if w.numel()]
+        some = [i for i, w in enumerate(weights) if w.numel() and good[i]]
+        for m, w in zip(self.members, weights, strict=True):
+            if not w.numel():  # its count is saved too, and loaded where the shard is not empty
+                m.state["step"] += 1 if host else sure.to(m.state["step"])
         self.rule.update(
             [values[i] for i in some], [grads[i] for i in some],
             {key: [self.members[i].held(key) for i in some] for key in self.rule.states(self.group)},

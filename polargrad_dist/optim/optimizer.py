@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from polargrad_dist.distributed.plan import Plan
+from polargrad_dist.distributed.plan import Entry, Plan
 from polargrad_dist.distributed.transport import Agreement, Started, Traffic
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.buckets import Steps
@@ -261,9 +261,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         if not max_norm >= 0:
             raise ConfigError(f"max_norm is {max_norm}, expected a number >= 0")
         # On several ranks the next step() refuses on all of them together; here one would leave the others waiting.
-        if self.agreement is None and (
-            problem := self._check_placed() or self._checks.complaint(self.param_groups)
-        ):
+        problem = self._check_placed() or self._checks.complaint(self.param_groups)
+        if problem is not None and self.agreement is None:
             raise problem
         self.finish_reductions()
         if self._world.meshes:
@@ -391,13 +390,11 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         """At the first two steps and now and then: what differs between ranks would go on doing so in silence."""
         if self.agreement is None:
             return
-        if self._steps <= 2 or self._steps % RATES_CHECKED == 0:
-            numbers = [zlib.crc32(repr(self._checks.numbers(group)).encode()) for group in self.param_groups]
-            if len(numbers) and not (same := self.agreement.same(torch.tensor(numbers))).all():
-                raise ConfigError(
-                    f"the learning rate or another number of parameter group {int((~same).nonzero()[0])} differs between "
-                    "ranks, expected the same on all: step the same scheduler on every rank"
-                )
+        if (self._steps <= 2 or self._steps % RATES_CHECKED == 0) and (unlike := self._unlike()) is not None:
+            raise ConfigError(
+                f"the learning rate or another number of parameter group {unlike.group} differs between ranks, expected "
+                "the same on all: step the same scheduler on every rank"
+            )
         if self._steps > 2 and self._steps % COPIES_CHECKED:
             return
         if (found := self._world.differing()) is None:
@@ -413,6 +410,20 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             "DistributedDataParallel, average the gradients before step(), or use gradients='reduce_scatter'; where only "
             "some ranks train together, give their process_group"
         )
+
+    def _unlike(self) -> Entry | None:
+        """The first parameter whose group has other numbers on another rank; ranks may have other groups than their peers."""
+        assert self.agreement is not None
+        nowhere = torch.iinfo(torch.int64).min
+        found = torch.full((2, len(self._world.entries)), nowhere)
+        digests = {
+            id(group): zlib.crc32(repr(self._checks.numbers(group)).encode()) for group in self.param_groups
+        }
+        for m in self.works:
+            found[:, m.index] = torch.tensor([digests[id(m.group)], -digests[id(m.group)]])
+        high, low = self.agreement.largest(found)
+        differ = (high != -low) & (high != nowhere)
+        return self._world.entries[int(differ.nonzero()[0])] if differ.any() else None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ConfigError(

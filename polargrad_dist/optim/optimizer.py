@@ -9,7 +9,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
@@ -22,8 +21,9 @@ from polargrad_dist.distributed.transport import Agreement, Started, Traffic
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.buckets import Steps
 from polargrad_dist.optim.checks import Checks, check_keys, check_parameter, check_travel, check_values
-from polargrad_dist.optim.facts import NAN, Facts
+from polargrad_dist.optim.facts import Facts
 from polargrad_dist.optim.failures import failure_of
+from polargrad_dist.optim.groups import DEFAULTS, completed, routed
 from polargrad_dist.optim.matrix import RULES
 from polargrad_dist.optim.member import Member, Travel
 from polargrad_dist.optim.planning import split_of
@@ -32,9 +32,6 @@ from polargrad_dist.optim.rules import OptimizerConfig, Rule
 from polargrad_dist.optim.state import NamedState
 from polargrad_dist.optim.world import World
 
-DEFAULTS = asdict(Rule(lr=1e-3, momentum="none")) | {
-    "split_sizes": None, "num_heads": None, "flatten": False, "transposed": False, "role": None,
-}  # fmt: skip
 COPIES_CHECKED = 1000  # steps between looks at whether copies are still equal
 RATES_CHECKED = 50  # and at whether all ranks have the same learning rates
 
@@ -92,7 +89,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         roles = {"hidden": hidden, "embed": embed, "head": head, "value_embed": value_embed, "scalar": scalar}
         given = {role: changes for role, changes in roles.items() if changes is not None}
         if isinstance(params, nn.Module):
-            params = self._routed(params, gradients, given, rule)
+            params = routed(params, gradients, given, rule)
         elif given:
             raise ConfigError(
                 f"{min(given)} is a role's rule, which belongs to a model, but parameters were given: set the rule in the "
@@ -111,32 +108,6 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         super().__init__(params, DEFAULTS | rule)
         self._place(self.param_groups)
 
-    @staticmethod
-    def _routed(
-        model: nn.Module, gradients: str, given: dict[str, Any], rule: dict[str, Any]
-    ) -> list[dict[str, Any]]:
-        """A model's parameter groups, with changes to the rules of some roles."""
-        if rule:
-            key = min(rule)
-            raise ConfigError(
-                f"{key}={rule[key]!r} was given with a model, whose roles have a rule each: say "
-                f"hidden={{{key!r}: {rule[key]!r}}} (or embed, head, value_embed, scalar), or "
-                "use PolarGrad.from_config(model, OptimizerConfig(…))"
-            )
-        if gradients == "reduce_scatter" and isinstance(model, nn.parallel.DistributedDataParallel):
-            raise ConfigError(
-                "gradients='reduce_scatter' was given a model in DistributedDataParallel, which reduces gradients itself: "
-                "give the bare model, or use gradients='all_reduced'"
-            )
-        config = OptimizerConfig()
-        for role, changes in given.items():
-            if not isinstance(changes, Rule):
-                if unknown := sorted(set(changes) - {f.name for f in fields(Rule)}):
-                    raise ConfigError(f"{role} has the key {unknown[0]!r}, which is no field of a Rule")
-                changes = replace(config.rule(role), **changes)
-            setattr(config, role, changes)
-        return route(model, config)
-
     @classmethod
     def from_config(
         cls, model: nn.Module, config: OptimizerConfig, process_group: dist.ProcessGroup | None = None
@@ -153,7 +124,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; on several ranks all of them must. Owners of earlier parameters stay as they are."""
         where = f"parameter group {len(self.param_groups)}"
-        group = self._completed(param_group, where)
+        count = sum(len(other["params"]) for other in self.param_groups)
+        group = completed(param_group, self.defaults, where, count)
         taken = [name for other in self.param_groups for name in other["param_names"]]
         names = [*taken, *group["param_names"]]
         if again := {name for name in names if names.count(name) > 1}:
@@ -172,35 +144,6 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         self._checks.add(self.param_groups[-1])
         if self._placed is not None:
             self._place(self.param_groups[-1:])
-
-    def _completed(self, given: dict[str, Any], where: str) -> dict[str, Any]:
-        """A copy of a group with every key, its parameters a list and named."""
-        check_keys(self.defaults | given, where)
-        params = [given["params"]] if isinstance(given["params"], torch.Tensor) else list(given["params"])
-        if not params:
-            raise ConfigError("a parameter group is empty, expected at least one parameter in each")
-        names = given.get("param_names")
-        named = [isinstance(p, tuple) and len(p) == 2 for p in params]
-        for i, p in enumerate(params):
-            tensor = p[1] if named[i] else p
-            if not isinstance(tensor, torch.Tensor) or named[i] != named[0]:
-                raise ConfigError(
-                    f"{where} holds a {type(p).__name__} at place {i}, expected parameters only,"
-                    " or pairs (name, parameter) only"
-                )
-        if named[0]:
-            names, params = [name for name, _ in params], [p for _, p in params]
-        if names is None:
-            count = sum(len(other["params"]) for other in self.param_groups)
-            names = [f"param.{count + i}" for i in range(len(params))]
-        if len(names) != len(params):
-            raise ConfigError(f"{where} has {len(names)} names for {len(params)} parameters")
-        if len(set(map(id, params))) < len(params):
-            raise ConfigError(f"{where} holds a parameter twice, expected each once")
-        options = getattr(RULES.get(given.get("algorithm", self.defaults["algorithm"])), "options", {})
-        group = self.defaults | dict(options) | given | {"params": params, "param_names": list(names)}
-        group["role"] = group["role"] or ("scalar" if group["algorithm"] == "adamw" else "hidden")
-        return group
 
     def _place(self, groups: Iterable[dict[str, Any]]) -> None:
         """Finds the ranks and the owners of these groups' parameters, and makes their state."""
@@ -463,36 +406,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         """
         if by not in ("role", "parameter"):
             raise ConfigError(f"stats(by={by!r}), expected 'role' or 'parameter'")
-        entries = self._world.entries
-        sums, largest = self._facts.table(len(entries))
-        roles = list(dict.fromkeys(e.role for e in entries))
-        seconds = torch.tensor([self._facts.total_seconds(role) for role in roles], dtype=torch.float64)
-        if self.agreement is not None:
-            self.agreement.total(sums)
-            both = self.agreement.largest(torch.cat([largest.flatten(), seconds]))
-            largest, seconds = both[: largest.numel()].view_as(largest), both[largest.numel() :]
-        rows: dict[str, dict[str, float]] = {}
-        for e, (nuclear, known), (condition, residual) in zip(
-            entries, sums.tolist(), largest.tolist(), strict=True
-        ):
-            if known:
-                figures = {"condition": condition, "residual": residual}
-                rows[e.name] = {"nuclear_norm": nuclear} | {
-                    k: NAN if v < 0 else v for k, v in figures.items()
-                }
-        if by == "parameter":
-            return rows
-        out = {}
-        for role, spent in zip(roles, seconds.tolist(), strict=True):
-            mine = [rows[e.name] for e in entries if e.role == role and e.name in rows]
-            if mine:
-                worst = {
-                    key: max((row[key] for row in mine if row[key] == row[key]), default=NAN)
-                    for key in ("condition", "residual")
-                }
-                nuclear = sum(row["nuclear_norm"] for row in mine) / len(mine)
-                out[role] = {"nuclear_norm": nuclear, **worst, "seconds": spent}
-        return out
+        return self._facts.stats(by, self._world.entries, self.agreement)
 
 
 def next_of(steps: Steps, arrived: torch.Tensor | None) -> Started | None:

@@ -17,9 +17,10 @@ from polargrad_dist.distributed.schedule import in_order as resumed
 from polargrad_dist.distributed.teams import Groups, Placing, Team, placing, widest
 from polargrad_dist.distributed.transport import Agreement
 from polargrad_dist.errors import ConfigError
-from polargrad_dist.optim.buckets import Batch, Elementwise, Owned, Tall
+from polargrad_dist.optim.buckets import Batch, Owned
 from polargrad_dist.optim.member import Member, Travel
 from polargrad_dist.optim.planning import entry
+from polargrad_dist.optim.shards import Elementwise, Tall
 
 KINDS: dict[str, type[Batch]] = {"owner": Owned, "tall": Tall, "elementwise": Elementwise}
 Given = tuple[int, dict[str, Any], str, torch.nn.Parameter]  # number of the group, the group, name, parameter

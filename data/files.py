@@ -62,7 +62,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise DataError(f"{path} does not exist.") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise DataError(
             f"{path} cannot be read as JSON ({error}); delete its folder and prepare again."
         ) from error

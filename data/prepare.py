@@ -28,9 +28,18 @@ import numpy as np
 from data.config import DataConfig
 from data.files import digest, folder_lock, make_folder, read_json, write_atomically, write_json
 from data.pieces import Piece, Source
-from data.shards import MANIFEST, MAX_SHARD_TOKENS, Manifest, Shard, token_dtype, write_shard
+from data.shards import (
+    MANIFEST,
+    MAX_SHARD_TOKENS,
+    Manifest,
+    Shard,
+    check_fields,
+    token_dtype,
+    write_shard,
+)
 from data.sources import open_source
 from data.tokenizers import Tokenizer, open_tokenizer
+from polargrad_dist.arguments import read_arguments, safe_parser
 from polargrad_dist.errors import ConfigError, DataError
 
 CHUNK_BYTES = 2**20
@@ -111,12 +120,13 @@ class Progress:
         if not path.exists():
             return cls()
         raw = read_json(path)
-        _same(path, raw["inputs"], inputs)
-        return cls(
-            raw["pieces"],
-            raw["cursor"],
-            *([Shard(**s) for s in raw[split]] for split in ("train", "validation")),
-        )
+        try:
+            check_fields(raw["inputs"], {})
+            _same(path, raw["inputs"], inputs)
+            shards = ([Shard.read(s) for s in raw[split]] for split in ("train", "validation"))
+            return cls(int(raw["pieces"]), raw["cursor"], *shards)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"{path} is damaged ({error!r}); delete {folder} and prepare again.") from error
 
     def save(self, folder: Path, inputs: dict[str, Any]) -> None:
         write_json(folder / PROGRESS, asdict(self) | {"inputs": inputs})
@@ -280,14 +290,9 @@ def _cores() -> int:
 
 def parse(args: list[str]) -> tuple[DataConfig, Path | None]:
     """The configuration and the output folder of a command line. Raises ConfigError."""
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentError
 
-    parser = ArgumentParser(
-        prog="python -m data.prepare",
-        description="Tokenize a corpus into .bin shards.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
+    parser = safe_parser(prog="python -m data.prepare", description="Tokenize a corpus into .bin shards.")
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
     parser.add_argument("--run", type=str, help="YAML file of a training run, whose data: is prepared")
     parser.add_argument("--out", type=str, help="folder for the shards; default: one in --cache")
@@ -296,7 +301,7 @@ def parse(args: list[str]) -> tuple[DataConfig, Path | None]:
     first.add_argument("--run", type=Path)
     run = first.parse_known_args(args)[0].run
     try:
-        parsed = parser.parse_args([*(_data_of(run) if run else []), *args])
+        parsed = read_arguments(parser, [*(_data_of(run) if run else []), *args])
     except ArgumentError as error:
         raise ConfigError(_with_nearest_key(" ".join(str(error).split()), parser.get_defaults())) from None
     build = getattr(parser, "instantiate", None) or parser.instantiate_classes

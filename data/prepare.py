@@ -49,7 +49,8 @@ Report = Callable[[str], None]
 
 def say(message: str) -> None:
     """One line to the terminal."""
-    print(message, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a terminal that is gone costs no data
+        print(message, file=sys.stderr, flush=True)
 
 
 def prepare(config: DataConfig, out: Path | None = None, report: Report = say) -> Path:

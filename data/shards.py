@@ -75,7 +75,7 @@ class Shard:
 
     @classmethod
     def read(cls, raw: Any) -> Shard:
-        """A shard as a manifest describes it. Raises ValueError where that is malformed, or names anything outside its folder."""
+        """A shard as a manifest describes it. Raises ValueError where it is malformed or names a place elsewhere."""
         check_fields(raw, SHARD_FIELDS)
         shard = cls(**raw)
         if Path(shard.name).name != shard.name or shard.name in ("", ".", ".."):

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from polargrad_dist.arguments import read_arguments, safe_parser
 from polargrad_dist.errors import CheckpointError, ConfigError, DataError, PolarGradError
+from polargrad_dist.trainer.output import flush
 
 T = TypeVar("T")
 USER_ERROR = 2
@@ -153,6 +154,8 @@ def run(main: Callable[[], int]) -> None:
     try:
         code = main()
     except PolarGradError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         code = USER_ERROR if isinstance(error, ConfigError | DataError | CheckpointError) else 1
+    flush()
     sys.exit(code)

@@ -63,6 +63,7 @@ def pretrain(config: RunConfig, configuration: dict[str, Any]) -> Outcome:
             world=world.size,
             seed=trainer.seed,
             all_gather=world.gather,
+            meanwhile=world.meanwhile,
         )
         seed_everything(trainer.seed)
         model = build_model(config.model, vocab_size=data.vocab_size, end_of_text=data.end_of_text)

@@ -10,12 +10,15 @@ import faulthandler
 import logging
 import math
 import os
+import queue
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -23,6 +26,8 @@ from polargrad_dist.errors import TrainingError
 
 log = logging.getLogger("polargrad_dist.trainer")
 SAY_EVERY = 60.0
+FINISHED = 1 << 62  # the places of a rank that has nothing left to do
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,12 +39,44 @@ class Sign:
     where: str
 
 
+class Requests:
+    """Requests to a store from a thread of their own: where the store's process is stopped they would block for ever."""
+
+    def __init__(self, timeout: float):
+        self.timeout = timeout
+        self._waiting: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._last = threading.Event()
+        self._last.set()
+        threading.Thread(target=self._run, daemon=True, name="watch's requests").start()
+
+    def ask(self, request: Callable[[], T]) -> T | None:
+        """The answer; None where the store refuses, gives none in time, or still owes one."""
+        if not self._last.is_set():
+            return None
+        answer: list[T] = []
+        done = self._last = threading.Event()
+
+        def work() -> None:
+            with suppress(RuntimeError):  # the store's errors derive from it
+                answer.append(request())
+            done.set()
+
+        self._waiting.put(work)
+        return answer[0] if done.wait(self.timeout) and answer else None
+
+    def _run(self) -> None:
+        while True:
+            self._waiting.get()()
+
+
 class Watch:
     """Watches the other ranks from a thread; ends this process when it has waited ``limit`` seconds for one of them."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, limit: float):
         self.store, self.rank, self.size, self.limit = store, rank, size, limit
         self.interval = min(5.0, limit / 20)
+        self._requests = Requests(min(30.0, 2 * self.interval))
+        self._lock = threading.Lock()
         self._places, self._beats, self._where, self._since = 0, 0, "the start", time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
@@ -58,18 +95,22 @@ class Watch:
     def close(self) -> None:
         self._stop.set()
         self._thread.join(self.interval)
+        self._places, self._where = FINISHED, "its end"
+        self._beat()
+
+    def tell(self, key: str) -> None:
+        """Ends the waiting of the others for ``key``."""
+        self._ask(lambda: self.store.set(key, ""))
 
     def wait_for_rank_0(self, key: str, doing: str, tell: bool) -> None:
-        """Returns once rank 0 has set ``key``, however long it takes, as long as rank 0 gives signs of life.
+        """Returns once rank 0 has told ``key``, however long it takes, as long as rank 0 gives signs of life.
 
         tell: say once a minute what is being waited for. Raises ``TrainingError`` when rank 0 has been silent for the limit.
         """
         began = said = heard = time.monotonic()
         last: Sign | None = None
-        while True:
-            with suppress(dist.DistError):
-                self.store.wait([key], timedelta(seconds=max(0.1, self.interval)))
-                return
+        while not self._ask(lambda: self.store.check([key])):
+            time.sleep(min(1.0, self.interval))
             sign, now = self._sign(0), time.monotonic()
             if sign is not None and sign != last:
                 last, heard = sign, now
@@ -86,20 +127,24 @@ class Watch:
     def _run(self) -> None:
         while not self._stop.wait(self.interval):
             self._beat()
-            if time.monotonic() - self._since > 0.75 * self.limit:
+            # The rest of the limit goes to finding out who is missing.
+            if time.monotonic() - self._since > self.limit - 8 * self.interval:
                 self._judge()
 
     def _beat(self) -> None:
         self._beats += 1
-        with suppress(dist.DistError):
-            self.store.set(str(self.rank), f"{self._places} {self._beats} {self._where}")
+        self._ask(lambda: self.store.set(str(self.rank), f"{self._places} {self._beats} {self._where}"))
 
     def _sign(self, rank: int) -> Sign | None:
-        try:
-            places, beats, where = self.store.get(str(rank)).decode().split(" ", 2)
-            return Sign(int(places), int(beats), where)
-        except dist.DistError:
+        said = self._ask(lambda: self.store.get(str(rank)))
+        if said is None:
             return None
+        places, beats, where = said.decode().split(" ", 2)
+        return Sign(int(places), int(beats), where)
+
+    def _ask(self, request: Callable[[], T]) -> T | None:
+        with self._lock:  # the watching thread and one that waits for rank 0
+            return self._requests.ask(request)
 
     def _judge(self) -> None:
         """Ends the process where another rank is silent or behind; where all are as far as this one, none is waited for."""
@@ -112,7 +157,11 @@ class Watch:
         if self._stop.is_set() or self._places != places or self._since != since:
             return
         others = [rank for rank in range(self.size) if rank != self.rank]
-        silent = [rank for rank in others if after[rank] is None or after[rank] == before[rank]]
+        silent = [
+            rank
+            for rank in others
+            if (sign := after[rank]) is None or (sign == before[rank] and sign.places != FINISHED)
+        ]
         behind = [
             rank for rank in others if rank not in silent and (sign := after[rank]) and sign.places < places
         ]
@@ -120,7 +169,10 @@ class Watch:
             self._since = time.monotonic()
             return
         if all(sign is None for sign in after):
-            found = "the store that the ranks met at does not answer (rank 0 or torchrun holds it)"
+            holder = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+            found = (
+                f"{holder}, which holds the store that the ranks meet at, does not answer: stopped, or gone"
+            )
         elif silent:
             found = f"{_ranks(silent)} no sign of life, last at {_places(before, silent)}: stopped, or the machine is gone"
         else:

@@ -59,7 +59,7 @@ class World:
         try:
             return fn()
         finally:
-            self.watch.store.set(key, "")
+            self.watch.tell(key)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, through host memory."""

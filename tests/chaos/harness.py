@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -22,13 +23,18 @@ from polargrad_dist.trainer.checkpoint import CheckpointStore, checkpoints_in, v
 ROOT = Path(__file__).parents[2]
 
 
-def torchrun(run_dir: Path, *options: str, world: int = 2, restarts: int = 0) -> subprocess.Popen:
-    """A run of tests.chaos.program on ``world`` processes; its output goes to RUN_DIR.out."""
-    return start(run_dir, "-m", "tests.chaos.program", str(run_dir), *options, world=world, restarts=restarts)
+def torchrun(run_dir: Path, *options: str, **how: Any) -> subprocess.Popen:
+    """A run of tests.chaos.program, started as `start` does; its output goes to RUN_DIR.out."""
+    return start(run_dir, "-m", "tests.chaos.program", str(run_dir), *options, **how)
 
 
-def start(run_dir: Path, *program: str, world: int = 2, restarts: int = 0) -> subprocess.Popen:
-    """Any program under torchrun, in the repository's root."""
+def start(
+    run_dir: Path,
+    *program: str,
+    world: int = 2,
+    restarts: int = 0,
+) -> subprocess.Popen:
+    """Any program under torchrun on ``world`` processes, in the repository's root."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     command += [f"--max-restarts={restarts}", *program]
     # Without it a restart under --standalone cannot meet again at the store.
@@ -43,6 +49,15 @@ def workers(run: subprocess.Popen) -> list[psutil.Process]:
         return psutil.Process(run.pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
+
+
+def ranks_of(run: subprocess.Popen) -> list[psutil.Process]:
+    """The ranks' processes in rank order, as far as they have started."""
+    found = {}
+    for process in workers(run):
+        with contextlib.suppress(psutil.Error):
+            found[int(process.environ()["RANK"])] = process
+    return [found[rank] for rank in sorted(found)]
 
 
 def kill(processes: list[psutil.Process]) -> None:

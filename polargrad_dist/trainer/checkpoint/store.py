@@ -326,8 +326,9 @@ class CheckpointStore:
 
     def _finish(self) -> None:
         if self._pending is not None:
-            pending, self._pending = self._pending, None
-            if (error := pending.result()) is not None:
+            error = self._pending.result()
+            self._pending = None
+            if error is not None:
                 self._failure(error)
 
     def _failure(self, error: CheckpointError) -> bool:

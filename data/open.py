@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data.checksums import Background
 from data.config import DataConfig
 from data.files import sha256
 from data.loader import Loader, Tokens, ValidationSet
@@ -95,6 +96,10 @@ def open_data(
         "shards": [_identity(folder, shard) for shard in train],
         "validation": [_identity(folder, shard) for shard in validation],
     }
+    unknown = (
+        [] if config.verify == "sizes" else [shard for shard in (*train, *validation) if not shard.sha256]
+    )
+    foreign = [folder / shard.name for shard in unknown]
     loader = Loader(
         _open(folder, train),
         sequence_length,
@@ -105,6 +110,7 @@ def open_data(
         seed,
         config.prefetch,
         description,
+        Background(foreign[rank::world], Path(config.cache) / "checksums", report),
     )
     held_out = None
     if validation:

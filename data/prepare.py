@@ -27,7 +27,7 @@ import numpy as np
 
 from data.config import DataConfig
 from data.files import digest, folder_lock, make_folder, read_json, write_atomically, write_json
-from data.pieces import Piece, Source
+from data.pieces import DOCUMENT_PIECE, Piece, Source
 from data.shards import (
     MANIFEST,
     MAX_SHARD_TOKENS,
@@ -43,6 +43,7 @@ from polargrad_dist.arguments import read_arguments, safe_parser
 from polargrad_dist.errors import ConfigError, DataError
 
 CHUNK_BYTES = 2**20
+AHEAD_BYTES = 2**25  # text that waits for its tokens or to be written
 PROGRESS = "progress.json"
 Report = Callable[[str], None]
 
@@ -64,6 +65,7 @@ def prepare(config: DataConfig, out: Path | None = None, report: Report = say) -
     report(source.describe())
     tokenizer = open_tokenizer(config.tokenizer, source, Path(config.cache) / "tokenizers")
     inputs = source.identity() | {
+        "pieces": DOCUMENT_PIECE,
         "tokenizer": tokenizer.info.hash,
         "end_of_text": tokenizer.info.end_of_text,
         "shard_tokens": config.shard_tokens,
@@ -233,6 +235,23 @@ class Chunk:
     cursor: Any
     ids: list[np.ndarray] = field(default_factory=list)
 
+    @property
+    def size(self) -> int:
+        return sum(piece.size for piece in self.pieces)
+
+    def portions(self) -> Iterator[list[str]]:
+        """Its texts in lots of about 1 MiB: what a tokenizer is given at once is what it needs memory for."""
+        lot: list[str] = []
+        size = 0
+        for piece in self.pieces:
+            lot.append(piece.text)
+            size += piece.size
+            if size >= CHUNK_BYTES:
+                yield lot
+                lot, size = [], 0
+        if lot:
+            yield lot
+
 
 def _tokenized(
     chunks: Iterator[Chunk], tokenizer: Tokenizer, threads: int, dtype: np.dtype
@@ -240,15 +259,19 @@ def _tokenized(
     """The chunks with their ids, in order; a few are tokenized ahead."""
 
     def work(chunk: Chunk) -> Chunk:
-        chunk.ids = tokenizer.encode_batch([piece.text for piece in chunk.pieces], dtype)
+        for texts in chunk.portions():
+            chunk.ids += tokenizer.encode_batch(texts, dtype)
         return chunk
 
     waiting: deque[Future[Chunk]] = deque()
+    sizes: deque[int] = deque()
     with _one_thread_each(), ThreadPoolExecutor(threads, thread_name_prefix="tokenize") as pool:
         try:
             for chunk in chunks:
                 waiting.append(pool.submit(work, chunk))
-                if len(waiting) > 2 * threads:
+                sizes.append(chunk.size)
+                while len(waiting) > 2 * threads or (len(waiting) > 1 and sum(sizes) > AHEAD_BYTES):
+                    sizes.popleft()
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -278,7 +301,7 @@ def _chunks(source: Source, start: int, cursor: Any) -> Iterator[Chunk]:
     for piece in source.pieces(start, cursor):
         pieces.append(piece)
         size += piece.size
-        if size >= CHUNK_BYTES:
+        if size >= CHUNK_BYTES and piece.ends:
             yield Chunk(pieces, source.cursor())
             pieces, size = [], 0
     if pieces:

@@ -6,7 +6,8 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 PYTHON=${PYTHON:-$( [ -x .venv/bin/python ] && echo .venv/bin/python || echo python3 )}
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR
-export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+# Private ports (RFC 6335) above those that Linux gives to outgoing connections: one range to open between the nodes.
+export MASTER_PORT=$((61000 + SLURM_JOB_ID % 4500))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
 # Each task gets Slurm's signals itself: torchrun in between would die of SIGUSR1 and leave its workers behind.

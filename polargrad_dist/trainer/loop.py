@@ -160,6 +160,12 @@ class Trainer:
             configuration=self.configuration,
             active=self.world.is_main,
         )
+        log.info(
+            "%d ranks, each with %d micro-batches of %d sequences per step",
+            self.world.size,
+            config.accumulation(self.world.size),
+            config.micro_batch,
+        )
         leave = LeaveRequest(writing=lambda: self.store.writing)
         batches = self.data.train.batches_from(progress.sample)
         saved = stop = False

@@ -204,9 +204,12 @@ def _say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def store_of_launcher(size: int, limit: float) -> dist.Store:
-    """A connection of its own to the store that torchrun or rank 0 holds; requests end well before the limit."""
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+def store_of_launcher(size: int, limit: float, start: str) -> dist.Store:
+    """A connection of its own to the store that torchrun or rank 0 holds; requests end well before the limit.
+
+    start: a word that all ranks share and no earlier start of them had: torchrun's store outlives its ranks, and its count of
+    restarts differs between machines.
+    """
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
@@ -215,4 +218,4 @@ def store_of_launcher(size: int, limit: float) -> dist.Store:
         wait_for_workers=False,
         timeout=timedelta(seconds=max(1.0, math.ceil(limit / 20))),
     )
-    return dist.PrefixStore(f"polargrad watch {restart}", store)
+    return dist.PrefixStore(f"polargrad watch {start}", store)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import random
 import socket
+import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -161,8 +162,9 @@ def join(device: str = "auto", timeout_minutes: float = 10.0) -> World:
     )
     host = dist.new_group(backend="gloo", timeout=timeout)
     limit = timeout.total_seconds()
-    watch = Watch(store_of_launcher(size, limit), rank, size, limit)
-    return World(rank, size, local_rank, here, host, watch)
+    world = World(rank, size, local_rank, here, host)
+    start = world.gather(uuid.uuid4().hex)[0]
+    return replace(world, watch=Watch(store_of_launcher(size, limit, start), rank, size, limit))
 
 
 def seed_everything(seed: int) -> None:

@@ -112,22 +112,31 @@ class Report:
     lives: list[str] = field(default_factory=list)
 
 
-def chaos(folder: Path, kills: int, seed: int, world: int = 2, tell=print) -> Report:
+def chaos(
+    folder: Path,
+    kills: int,
+    seed: int,
+    world: int = 2,
+    strategy: str = "ddp",
+    always_asynchronous: bool = False,
+    tell=print,
+) -> Report:
     """Kills a run ``kills`` times and lets it end; asserts that it ends as one that was never disturbed.
 
     A third of the kills comes while a checkpoint is being written, the rest at any moment of training or of the start. Some
-    hit all processes at once, some one rank alone; some lives save in the background.
+    hit all processes at once, some one rank alone; some lives save in the background, or all.
     """
     chance, report = random.Random(seed), Report()
     # Long enough never to end before its last kill: a life lasts 1.5 s and makes 16 steps on average, 40 at most.
     steps = ["--steps", str(20 * kills + 80), "--every", "5", "--fat", "16", "--pause", "0.04"]
+    steps += ["--strategy", strategy]
     straight, run_dir = folder / "straight", folder / "killed"
     if code := torchrun(straight, *steps, world=world).wait():
         raise AssertionError(
             f"the undisturbed run ended with {code}: {(folder / 'straight.out').read_text()[-2000:]}"
         )
     for life in range(kills):
-        options = [*steps, "--asynchronous"] if chance.random() < 0.5 else steps
+        options = [*steps, "--asynchronous"] if chance.random() < 0.5 or always_asynchronous else steps
         moment = "saving" if life % 3 == 0 else "starting" if chance.random() < 0.15 else "training"
         run = torchrun(run_dir, *options, world=world)
         ranks = _wait_for(moment, run, run_dir, chance)

@@ -89,7 +89,10 @@ def test_links_and_stray_files_do_not_stop_a_start_or_a_save(tmp_path):
     for step in (3, 4, 5):
         assert store.save(step, state(step))
     assert store.wait()
-    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["step-00000004", "step-00000005"]
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == [
+        "step-00000004",
+        "step-00000005",
+    ]
     assert len(list(archive.iterdir())) == 2, "what a link points at is not ours to delete"
     assert (folder / "notes.txt").read_text() == "mine"
 

@@ -91,6 +91,16 @@ def test_tools_run_nothing_that_a_run_directory_names(ran, tmp_path):
     assert write_report([run_dir], tmp_path / "report.html").exists()
 
 
+def test_a_report_survives_figures_that_no_axis_can_hold(tmp_path):
+    rows = [
+        {"step": step, "loss": loss, "grad_norm": 1e308, "lr": {"hidden": -1e308}, "share": {"data": loss}}
+        for step, loss in enumerate((2.0, 1e308, -1e308, float("inf"), 10**400, 1.5))
+    ]
+    (tmp_path / "config.yaml").write_text("trainer: {steps: 6}\n")
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert write_report([tmp_path], tmp_path / "report.html").stat().st_size > 1000
+
+
 def test_a_tokenizer_with_code_of_its_own_is_refused_without_a_question(ran, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked whether to run the code"))
     folder = tmp_path / "tokenizer"

@@ -140,9 +140,12 @@ class Trainer:
         Raises ``TrainingError`` after too many skipped steps, and for weights that are not finite.
         """
         try:
-            return self._fit()
+            outcome = self._fit()
         finally:
             self.hold.release()
+        if self.world.is_main and outcome.exit_code == 0:
+            rundir.tell_launcher()
+        return outcome
 
     def _fit(self) -> Outcome:
         config, progress = self.config, self.progress

@@ -152,6 +152,13 @@ def claim(folder: Path, configuration: dict[str, Any], run: str) -> None:
         ) from error
 
 
+def tell_launcher() -> None:
+    """Creates the file by which a batch script knows that a run is finished, where it names one."""
+    if path := os.environ.get("POLARGRAD_FINISHED"):
+        with contextlib.suppress(OSError):
+            Path(path).touch()
+
+
 def expect(folder: Path, *names: str) -> None:
     """Raises ``ConfigError`` for a folder that is no run directory: one without these files."""
     if not folder.is_dir():

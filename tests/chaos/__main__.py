@@ -1,4 +1,4 @@
-"""`python -m tests.chaos [--kills 25] [--strategy fsdp] [--seed S]`: kills a run again and again; it must end as if never touched."""
+"""`python -m tests.chaos [--kills 25] [--strategy S] [--seed N]`: kills a run over and over; it must end as if untouched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""launch/torchrun.sh with the real trainer: a SIGTERM, two "machines" of which one loses its process, fewer and more ranks."""
+"""launch/torchrun.sh with the real trainer: a SIGTERM, two "machines" of which one loses its process, other world sizes."""
 
 import re
 import signal

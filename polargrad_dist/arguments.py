@@ -7,6 +7,8 @@ from typing import Any
 
 from polargrad_dist.errors import ConfigError
 
+OURS = ["polargrad_dist", "models", "data"]
+
 
 def safe_parser(**options: Any) -> Any:
     """A jsonargparse ``ArgumentParser`` to which a dotted path in a value is never more than text.
@@ -15,7 +17,8 @@ def safe_parser(**options: Any) -> Any:
     """
     from jsonargparse import ArgumentParser, set_parsing_settings
 
-    set_parsing_settings(import_path_denylist=["*"])
+    # Our own are imported as it is, and jsonargparse looks the types of defaults up by their paths.
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=OURS)
     return ArgumentParser(exit_on_error=False, allow_abbrev=False, **options)
 
 

@@ -15,6 +15,7 @@ def dry_run(
     build: Callable[..., nn.Module], optimizer: OptimizerConfig, trainer: TrainerConfig, ranks: int
 ) -> int:
     """Prints the plan of a run on ``ranks`` ranks; ``build(device="meta")`` gives the model's shapes. Returns 0."""
+    trainer = trainer.for_world(ranks)
     trainer.check(ranks)
     model = build(device="meta")
     if trainer.precision == "bf16":

@@ -1,4 +1,4 @@
-"""The rule that docs/rules.md writes in twenty lines, distributed: the weights of one process, its state saved and resumed."""
+"""The rule that docs/rules.md writes in twenty lines, distributed: one process's weights, its state saved and resumed."""
 
 import re
 from pathlib import Path
@@ -37,7 +37,7 @@ def trained(rank: int, world: int, mode: str, **more) -> dict:
 
 
 @pytest.mark.parametrize(
-    "mode,world", [("ddp", 2), ("ddp", 3), ("fsdp", 2), ("reduce_scatter", 2), ("hsdp", 4)]
+    ("mode", "world"), [("ddp", 2), ("ddp", 3), ("fsdp", 2), ("reduce_scatter", 2), ("hsdp", 4)]
 )
 def test_the_page_s_rule_gives_the_weights_of_one_process_and_resumes_anywhere(mode, world):
     one = trained(0, 1, "single", steps=5)
@@ -64,7 +64,7 @@ def test_its_state_per_matrix_is_what_it_says_and_moves_with_every_step():
 
 
 def test_what_is_no_rule_or_has_a_taken_name_is_refused():
-    with pytest.raises(ConfigError, match="expected a subclass of polargrad_dist.Polar"):
+    with pytest.raises(ConfigError, match=r"expected a subclass of polargrad_dist\.Polar"):
         register_rule("mine")(int)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="algorithm is 'nonesuch'"):
         PolarGrad(Bag(**BAG).parameters(), algorithm="nonesuch")

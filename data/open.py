@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from data.checksums import Background
 from data.config import DataConfig
-from data.corpora import find_corpora
+from data.corpora import Corpus, find_corpora
+from data.files import sha256
 from data.kept import keep
 from data.loader import Loader, Tokens, ValidationSet
 from data.mixture import MixedLoader, shares
@@ -20,6 +22,7 @@ from data.tokenizers import TokenizerInfo, open_ready
 from polargrad_dist.errors import ConfigError, DataError, PolarGradError
 
 Gather = Callable[[Any], list[Any]]
+Meanwhile = Callable[[str, Callable[[], Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -73,27 +76,39 @@ def open_data(
     world: int = 1,
     seed: int = 0,
     all_gather: Gather = lambda value: [value],
+    meanwhile: Meanwhile = lambda doing, prepare: prepare(),
     report: Report = say,
 ) -> Data:
-    """The data of one rank. Rank 0 prepares what is not prepared yet, while the others wait in ``all_gather``.
+    """The data of one rank. Rank 0 prepares what is not prepared yet, while the others wait in ``meanwhile``.
 
-    ``all_gather(x)`` returns every rank's x in rank order. An error of one rank (DataError, ConfigError) is raised on all.
+    ``all_gather(x)`` returns every rank's x in rank order. ``meanwhile(doing, fn)`` is ``fn()`` on rank 0, and on the others
+    a wait for it, however long it takes. An error of one rank (DataError, ConfigError) is raised on all.
     """
     for name, value in (("validation_tokens", config.validation_tokens), ("prefetch", config.prefetch)):
         if value is not None and value < 0:
             raise ConfigError(f"data.{name} is {value}, expected a whole number >= 0")
-    corpora = _on_rank_0(lambda: find_corpora(config, report), rank, all_gather)
+
+    def on_rank_0(doing: str, fn: Callable[[], Any]) -> Any:
+        return _together(lambda: meanwhile(doing, lambda: fn() if rank == 0 else None), all_gather)[0]
+
+    corpora: list[Corpus] = on_rank_0("prepare the data", lambda: find_corpora(config, report))
     everything = [shard for corpus in corpora for shard in (*corpus.train, *corpus.validation)]
     _together(
         lambda: verify_shards(Path(), everything, config.verify, part=rank, parts=world),
         all_gather,
     )
     first = corpora[0]
-    info, end_of_text = _on_rank_0(lambda: _tokenizer(config, first.manifest), rank, all_gather)
+    info, end_of_text = on_rank_0(
+        "open the tokenizer", lambda: _tokenizer(config, first.folder, first.manifest)
+    )
     held = ValidationMaker(sequence_length, micro_batch, rank, world, config.validation_tokens)
     mixed = [corpus for corpus in corpora if corpus.weight]
     order = (sequence_length, global_batch, micro_batch, rank, world, seed, config.prefetch)
     tokenizer_hash = info.hash if info else None
+    unknown = [] if config.verify == "sizes" else [shard for shard in everything if not shard.sha256]
+    foreign = [Path(shard.name) for shard in unknown]
+    background = Background(foreign[rank::world], Path(config.cache) / "checksums", report)
+    held_out = [_identity(shard) for corpus in corpora if corpus.weight for shard in corpus.validation]
     if config.sources:
         counts = shares([corpus.weight for corpus in mixed])
         parts = [
@@ -104,15 +119,20 @@ def open_data(
         train: Loader = MixedLoader(
             Tokens([shard for part in opened for shard in part.shards]),
             *order,
-            {"tokenizer": tokenizer_hash, "sources": parts},
+            {"tokenizer": tokenizer_hash, "sources": parts, "validation": held_out},
+            background,
             tuple(opened),
             tuple(corpus.name for corpus in mixed),
             tuple(counts),
         )
         validation = held.together([corpus.validation for corpus in mixed], counts)
     else:
-        description = {"tokenizer": tokenizer_hash, "shards": [_identity(shard) for shard in first.train]}
-        train = Loader(_open(first.train), *order, description)
+        description = {
+            "tokenizer": tokenizer_hash,
+            "shards": [_identity(shard) for shard in first.train],
+            "validation": held_out,
+        }
+        train = Loader(_open(first.train), *order, description, background)
         validation = held.of(first.validation)
     named = {corpus.name: held.of(corpus.validation) for corpus in corpora if corpus.name}
     return Data(
@@ -174,10 +194,20 @@ def _text_bytes(shards: tuple[Shard, ...]) -> int | None:
     return sum(known) if len(known) == len(shards) else None
 
 
-def _tokenizer(config: DataConfig, manifest: Manifest | None) -> tuple[TokenizerInfo | None, int | None]:
-    """The tokenizer of the shards and their end-of-text; of foreign shards what the configuration says."""
+def _tokenizer(
+    config: DataConfig, folder: Path, manifest: Manifest | None
+) -> tuple[TokenizerInfo | None, int | None]:
+    """The tokenizer of the shards and their end-of-text; of foreign shards what the configuration says.
+
+    Raises DataError where the tokenizer beside the shards is no longer the one that made them.
+    """
     if manifest is not None:
         info = TokenizerInfo(**manifest.tokenizer)
+        if info.file is not None and (found := sha256(folder / info.file)) != info.hash:
+            raise DataError(
+                f"{folder / info.file} is not the tokenizer that made the shards beside it: its sha256 is {found[:16]}…, the "
+                f"manifest says {info.hash[:16]}…; restore it, or delete the folder and prepare again."
+            )
         return info, info.end_of_text
     named = config.tokenizer
     if named.name == "bpe":
@@ -197,10 +227,6 @@ def _open(shards: tuple[Shard, ...]) -> Tokens:
     if len({shard.dtype for shard in opened}) > 1:
         raise ConfigError("some shards hold uint16 tokens and some uint32; prepare all with one tokenizer.")
     return Tokens(opened)
-
-
-def _on_rank_0(fn: Callable[[], Any], rank: int, all_gather: Gather) -> Any:
-    return _together(lambda: fn() if rank == 0 else None, all_gather)[0]
 
 
 def _together(fn: Callable[[], Any], all_gather: Gather) -> list[Any]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
 from models.config import Sizes
-from models.loss import SoftCap, loss_sum, soft_capped
+from models.loss import Backend, SoftCap, loss_sum, soft_capped
 from models.sampling import choose
 from polargrad_dist.errors import ConfigError
 
@@ -24,7 +24,8 @@ class LanguageModel(nn.Module, ABC):
 
     config: Sizes
     soft_cap: SoftCap = "none"
-    compiled_loss = False  # on a CPU: by `compile_blocks`; on a GPU it always is
+    # What compiles the loss: `compile_blocks` sets it; on a GPU it is always compiled.
+    loss_backend: Backend | None = None
 
     @property
     @abstractmethod
@@ -85,8 +86,8 @@ class LanguageModel(nn.Module, ABC):
 
     def loss_of(self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The same with a head's weight (V, width) given. The logits of the whole batch never exist."""
-        compiled = self.compiled_loss or hidden.device.type == "cuda"
-        total = loss_sum(hidden.flatten(0, 1), weight, targets.flatten(), self.soft_cap, compiled=compiled)
+        backend = self.loss_backend or ("inductor" if hidden.device.type == "cuda" else None)
+        total = loss_sum(hidden.flatten(0, 1), weight, targets.flatten(), self.soft_cap, backend=backend)
         return total / (targets != -100).sum()
 
     def check_length(self, tokens: torch.Tensor) -> None:
@@ -102,8 +103,7 @@ class LanguageModel(nn.Module, ABC):
         """Takes over weights in Hugging Face's form. Raises ``ConfigError`` where the architecture has none."""
         raise ConfigError(
             f"model.init_from is {folder!r}, weights in Hugging Face's form, which {self.config.architecture!r} does "
-            f"not have: "
-            "expected a run of this trainer"
+            "not have: expected a run of this trainer"
         )
 
     @property
@@ -135,7 +135,7 @@ class LanguageModel(nn.Module, ABC):
         # (8) PyTorch would go on uncompiled, where FlexAttention holds all scores at once.
         limits = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, 32)
-        self.compiled_loss = True
+        self.loss_backend = options.get("backend", "inductor")
         for block in self.blocks:
             block.compile(**options)
 

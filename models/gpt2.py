@@ -351,7 +351,12 @@ class GPT2Medium(GPT2):
             for i in range(self.config.layers)
             for name in ("up", "down")
         }
-        return super().parameter_hints() | decay | {"scalars": {"role": "scalar"}}
+        stacks = {
+            f"{name}.qkvo": {"role": "hidden"}
+            for name, module in self.named_modules()
+            if isinstance(module, MediumAttention)
+        }
+        return super().parameter_hints() | decay | stacks | {"scalars": {"role": "scalar"}}
 
     def window(self, progress: float) -> int:
         """Tokens that a long block's query sees back: 3456 (4t³ - 6t² + 3t), rounded up to whole blocks."""

@@ -18,6 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 SoftCap = Literal["none", "tanh", "algebraic"]
+Backend = str | Callable[..., Any]
 
 # Logits that exist at a time: 2 GiB in bf16, and 64 MiB in fp32. Each piece reads the head's weight twice and adds to its
 # gradient once, so pieces of few rows would move more bytes for the weight than for the logits.
@@ -43,7 +44,7 @@ def loss_sum(
     targets: torch.Tensor,
     soft_cap: SoftCap = "none",
     *,
-    compiled: bool = False,
+    backend: Backend | None = None,
 ) -> torch.Tensor:
     """Sum of the cross-entropies in nats, fp32 0-d; targets of -100 count nothing.
 
@@ -55,16 +56,16 @@ def loss_sum(
         weight: (V, width) of the head.
         targets: (N,) int64.
         soft_cap: of the logits hidden·weightᵀ.
-        compiled: one kernel per pass by `torch.compile`. Where that finds no compiler, a warning is logged once and the
-            passes run uncompiled from then on.
+        backend: of `torch.compile`, "inductor" for one kernel per pass; None runs the passes uncompiled. Where compiling
+            finds no compiler, a warning is logged once and they run uncompiled from then on.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _LossSum.apply(hidden, weight, targets, soft_cap, compiled)
+        return _LossSum.apply(hidden, weight, targets, soft_cap, backend)
     hidden, weight = _in_one_dtype(hidden.detach(), weight.detach())
     total = torch.zeros((), device=hidden.device)
     for piece, target in _pieces(hidden, weight, targets):
         z = piece @ weight.T
-        total += _run(normalizer, compiled, z, _chosen(z, target), target, soft_cap)[0]
+        total += _run(normalizer, backend, z, _chosen(z, target), target, soft_cap)[0]
     return total
 
 
@@ -76,7 +77,7 @@ class _LossSum(torch.autograd.Function):
         weight: torch.Tensor,
         targets: torch.Tensor,
         soft_cap: SoftCap,
-        compiled: bool,
+        backend: Backend | None,
     ) -> torch.Tensor:
         for_hidden, for_weight = ctx.needs_input_grad[:2]
         ctx.dtypes = hidden.dtype, weight.dtype
@@ -86,9 +87,9 @@ class _LossSum(torch.autograd.Function):
         weight_grad: torch.Tensor | None = None
         for piece, target in _pieces(hidden, weight, targets):
             z = piece @ weight.T
-            loss, lse = _run(normalizer, compiled, z, _chosen(z, target), target, soft_cap)
+            loss, lse = _run(normalizer, backend, z, _chosen(z, target), target, soft_cap)
             total += loss
-            _run(into_gradient, compiled, z, target, lse, soft_cap)
+            _run(into_gradient, backend, z, target, lse, soft_cap)
             if for_hidden:
                 hidden_grads.append(z @ weight)
             if for_weight:  # added up in fp32 whatever the weight's type
@@ -166,12 +167,12 @@ def _pieces(
     return zip(hidden.split(rows), targets.split(rows), strict=True)
 
 
-def _run(function: Callable[..., Any], compiled: bool, *args: Any) -> Any:
+def _run(function: Callable[..., Any], backend: Backend | None, *args: Any) -> Any:
     """Calls a pass over the logits, compiled if that is wanted and possible."""
-    if not compiled or _uncompiled.reason:
+    if backend is None or _uncompiled.reason:
         return function(*args)
     try:
-        return _compiled(function)(*args)
+        return _compiled(function, backend)(*args)
     except _no_compiler() as error:  # raised before the kernel runs, so the logits are as they were
         _uncompiled.reason = str(error).splitlines()[0]
         log.warning(
@@ -191,8 +192,8 @@ _uncompiled = _Uncompiled()
 
 
 @cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True)
+def _compiled(function: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True, backend=backend)
 
 
 def _no_compiler() -> tuple[type[Exception], ...]:

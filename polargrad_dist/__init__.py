@@ -11,14 +11,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from polargrad_dist.errors import CheckpointError, ConfigError, DataError, PolarError, PolarGradError
     from polargrad_dist.optim import (
+        Direction,
         Muon,
         OptimizerConfig,
+        Polar,
         PolarGrad,
         PolarGradM,
         PolarHB,
         PolarMuon,
         PolarSGDM,
         Rule,
+        muon_rule,
+        plan_for,
+        register_rule,
         route,
         routing_table,
     )
@@ -29,8 +34,10 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "Direction",
     "Muon",
     "OptimizerConfig",
+    "Polar",
     "PolarError",
     "PolarGrad",
     "PolarGradError",
@@ -39,6 +46,9 @@ __all__ = [
     "PolarMuon",
     "PolarSGDM",
     "Rule",
+    "muon_rule",
+    "plan_for",
+    "register_rule",
     "route",
     "routing_table",
 ]

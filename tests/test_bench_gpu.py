@@ -29,9 +29,7 @@ def test_a_section_that_fails_or_hangs_fails_alone(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(bench, "SECTIONS", {"nonsense": 60, "methods": 0.01})
     assert bench.main(["--reduced", "--out", str(tmp_path / "found.json")]) == 1
     found = json.loads((tmp_path / "found.json").read_text())
-    assert (
-        "benchmarks.gpu.nonsense" in found["nonsense"]["failed"] or "nonsense" in found["nonsense"]["failed"]
-    )
+    assert "benchmarks.gpu.nonsense" in found["nonsense"]["failed"]
     assert found["methods"]["failed"] == "took more than its 0.01 s"
     assert "sections failed: ['nonsense', 'methods']" in capsys.readouterr().out
 
@@ -45,7 +43,7 @@ def test_without_a_gpu_the_full_form_says_so(capsys):
 def test_the_benchmark_needs_nothing_but_torch_transformers_and_numpy():
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['jsonargparse', 'datasets', 'wandb', 'yaml', 'matplotlib'])); "
-        "from benchmarks.gpu import __main__, methods, steps, ranks, roots, collectives"
+        "from benchmarks.gpu import __main__, methods, steps, ranks, roots, training, collectives"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

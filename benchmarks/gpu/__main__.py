@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 # Seconds that a section may take.
-SECTIONS = {"methods": 90, "steps": 200, "ranks": 120, "roots": 120, "collectives": 60}
+SECTIONS = {"methods": 80, "steps": 190, "ranks": 100, "roots": 100, "training": 80, "collectives": 50}
 
 
 def work(section: str, reduced: bool, out: Path) -> None:

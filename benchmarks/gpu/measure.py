@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-# Dense bf16 and fp64 (tensor cores) flop/s, as published; by what the device's name holds.
-PEAKS: dict[str, tuple[float, float]] = {
-    "H100 PCIe": (756e12, 51e12),
-    "H100": (989e12, 67e12),
-    "H200": (989e12, 67e12),
-    "GH200": (989e12, 67e12),
-    "B200": (2250e12, 37e12),
-    "A100": (312e12, 19.5e12),
+# fp64 flop/s of tensor cores, as published; by what the device's name holds.
+FP64_PEAKS = {
+    "H100 PCIe": 51e12,
+    "H100": 67e12,
+    "H200": 67e12,
+    "GH200": 67e12,
+    "B200": 37e12,
+    "A100": 19.5e12,
 }
 
 
@@ -55,12 +55,12 @@ class Setting:
         return {"goal": text, "met": holds if self.device.type == "cuda" else None}
 
 
-def peak(device: torch.device, kind: int) -> float | None:
-    """Published flop/s of a device: kind 0 bf16, 1 fp64; None for one that is not listed."""
+def fp64_peak(device: torch.device) -> float | None:
+    """Published flop/s of fp64 products; None for a device that is not listed."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((rates[kind] for known, rates in PEAKS.items() if known in name), None)
+    return next((rate for known, rate in FP64_PEAKS.items() if known in name), None)
 
 
 def machine(setting: Setting) -> dict[str, str]:

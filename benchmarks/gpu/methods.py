@@ -1,9 +1,10 @@
-"""Section 1: every polar method against an fp64 SVD on the CPU while waiting for the GPU is an error; FlexAttention."""
+"""Section 1: every polar method against an fp64 SVD on the CPU while waiting for the GPU is an error; FlexAttention, bf16."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ def run(setting: Setting) -> list[Line]:
                 )
             )
         lines += row_sharded(name, a if shape[1] >= shape[2] else a.mT, setting)
-    return [*lines, *attention(setting)]
+    return [*lines, low_bits(setting), *attention(setting)]
 
 
 def row_sharded(name: str, a: Tensor, setting: Setting) -> list[Line]:
@@ -104,18 +105,46 @@ def row_sharded(name: str, a: Tensor, setting: Setting) -> list[Line]:
     return lines
 
 
+def low_bits(setting: Setting) -> Line:
+    """Weights split into bf16 and what it rounds off, and joined again: on the device the same bits as on the CPU."""
+    from polargrad_dist.optim.parts import join_bf16, split_bf16
+
+    values = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))
+    values[:4] = torch.tensor([0.0, -0.0, 1e-38, 3e38])
+
+    def halves(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        low = torch.empty(x.shape, dtype=torch.int16, device=x.device)
+        high = split_bf16(x, low)
+        return high.view(torch.int16).cpu(), low.cpu(), join_bf16(high, low).cpu()
+
+    pairs = list(zip(halves(values), halves(values.to(setting.device)), strict=True))
+    same = all(torch.equal(here, there) for here, there in pairs)
+    exact = torch.equal(pairs[2][1], values)
+    return Line(
+        SECTION,
+        "bf16 weights",
+        "low bits as on the CPU, joined exactly",
+        float(same and exact),
+        "",
+        "1",
+        same and exact,
+    )
+
+
 def attention(setting: Setting) -> list[Line]:
     """The same small GPT-2 with FlexAttention and with SDPA, several documents in a sequence."""
     from models import ModelConfig, build_model
 
     length = 256 if setting.reduced else 1024
-    sizes = dict(layers=4, width=64, heads=2, vocab_size=256, end_of_text=0, max_sequence_length=length)
+    sizes: dict[str, Any] = dict(
+        layers=4, width=64, heads=2, vocab_size=256, end_of_text=0, max_sequence_length=length
+    )
     tokens = torch.randint(0, 256, (2, length), generator=torch.Generator().manual_seed(0)).to(setting.device)
     tokens[:, ::100] = 0
     found = []
     for kind in ("sdpa", "flex"):
         torch.manual_seed(0)
-        model = build_model(ModelConfig("gpt2-small", attention=kind, **sizes), device=setting.device)  # type: ignore[arg-type]
+        model = build_model(ModelConfig("gpt2-small", attention=kind, **sizes), device=setting.device)
         for p in model.parameters():
             if p.ndim >= 2:
                 torch.nn.init.normal_(p, std=0.1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.measure import Line, Setting, peak, seconds
+from benchmarks.gpu.measure import Line, Setting, fp64_peak, seconds
 from polargrad_dist.polar import gram_matrix, gram_qdwh, inverse_sqrt, norm_bound, norm_parts
 
 SECTION = "roots"
@@ -31,7 +31,7 @@ def dgemm(n: int, setting: Setting) -> Line:
     """The rate of an fp64 product of n×n matrices."""
     a = torch.randn(n, n, dtype=torch.float64, device=setting.device)
     rate = 2.0 * n**3 / seconds(lambda: a @ a, setting, rounds=10)
-    best = peak(setting.device, 1)
+    best = fp64_peak(setting.device)
     goal = (
         {}
         if best is None

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gc
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.gpu.measure import Line, Setting, launches_and_idle, peak, seconds
+from benchmarks.gpu.measure import Line, Setting, launches_and_idle, seconds
 from models import LanguageModel, ModelConfig, build_model
 from models.loss import loss_sum
 from polargrad_dist import OptimizerConfig, PolarGrad
+from polargrad_dist.trainer.phases import peak_flops
 
 SECTION = "steps"
 
@@ -103,7 +105,7 @@ def on_a_gpu(
         Line(SECTION, name, "peak memory", memory, "GiB"),
         Line(SECTION, name, "GPU idle during the optimizer step", idle, ""),
     ]
-    best = peak(setting.device, 0)
+    best = peak_flops(setting.device)
     if best is not None:
         count = case.sequences * case.length
         mfu = model.flops_per_token(case.length) * count / whole / best
@@ -134,15 +136,21 @@ def losses(name: str, case: Run, model: LanguageModel, tokens: torch.Tensor, set
     head = weight.detach().to(dtype).requires_grad_()
 
     def loss(compiled: bool) -> None:
-        loss_sum(hidden, head, tokens.flatten(), model.soft_cap, compiled=compiled).backward()
+        backend = "inductor" if compiled else None
+        loss_sum(hidden, head, tokens.flatten(), model.soft_cap, backend=backend).backward()
         hidden.grad = head.grad = None
 
     kinds = [False] if setting.device.type == "cpu" else [False, True]
     return [
-        Line(SECTION, name, f"loss, {'compiled' if kind else 'eager'}",
-             1e3 * seconds(lambda kind=kind: loss(kind), setting, 3), "ms")
+        Line(
+            SECTION,
+            name,
+            f"loss, {'compiled' if kind else 'eager'}",
+            1e3 * seconds(partial(loss, kind), setting, 3),
+            "ms",
+        )
         for kind in kinds
-    ]  # fmt: skip
+    ]
 
 
 def adamw(model: LanguageModel, case: Run, setting: Setting) -> float:

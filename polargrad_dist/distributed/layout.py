@@ -91,12 +91,17 @@ class Layout:
         """Whether what this place works out is counted here, and not at another copy that works out the same."""
         return self.cut is not None or place % self.copies == 0
 
+    @cached_property
+    def longest(self) -> list[int]:
+        """Elements of the longest optimizer shard among the copies of each block of the tensor."""
+        sizes = list(map(volume, self.shards))
+        return [max(sizes[first : first + self.copies]) for first in range(0, self.world, self.copies)]
+
     def gathered(self, place: int) -> int:
         """Elements that a place receives when the copies share their shards, padded to the longest."""
         if self.copies == 1 or self.cut is None:
             return 0
-        first = place - place % self.copies
-        return self.copies * max(map(volume, self.shards[first : first + self.copies]))
+        return self.copies * self.longest[place // self.copies]
 
 
 @lru_cache(maxsize=4096)
@@ -114,7 +119,7 @@ def laid_out(
     if plain.copies == 1 or not among:
         return plain
     found = [Layout(shape, sizes, cuts, dim) for dim in among]
-    return min(found, key=lambda layout: max(layout.gathered(place) for place in range(0, layout.world, layout.copies)))
+    return min(found, key=lambda layout: max(layout.longest))
 
 
 Cut3 = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
@@ -124,8 +129,8 @@ Cut3 = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 class Split:
     """The matrices of a parameter of ``stack * rows * cols`` elements, each stepped as one.
 
-    ``runs`` cuts each of the ``stack`` slices, along its columns where ``transposed``, else along its rows, into equal blocks:
-    (first, blocks, size of a block). A transposed parameter stores the transposes of its matrices.
+    ``runs`` cuts each of the ``stack`` slices, along its columns where ``transposed``, else along its rows, into equal
+    blocks: (first, blocks, size of a block). A transposed parameter stores the transposes of its matrices.
     """
 
     stack: int
@@ -179,7 +184,9 @@ class Split:
     def matrices(self) -> list[Cut3]:
         """Each matrix as ranges of (slice, row, column), in the order of the parameter's elements."""
         blocks = [
-            (first + i * size, first + (i + 1) * size) for first, count, size in self.runs for i in range(count)
+            (first + i * size, first + (i + 1) * size)
+            for first, count, size in self.runs
+            for i in range(count)
         ]
         if self.transposed:
             return [((s, s + 1), (0, self.rows), block) for s in range(self.stack) for block in blocks]

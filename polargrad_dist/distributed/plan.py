@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -92,17 +92,23 @@ class Entry:
         """The places among which each matrix may be dealt: where it lies whole, if that is even enough, else all."""
         assert self.split is not None
         everywhere = tuple(range(self.layout.world))
-        if self.layout.world == 1 or self.kind == "tall" or self.in_order:
-            return [everywhere] * len(self.costs)
-        holders: list[tuple[int, ...]] = []
-        load = [0] * self.layout.world
-        for matrix in self.split.matrices:
-            holders.append(tuple(t for t in everywhere if _within(matrix, self.rectangles[t])))
-            for place in holders[-1]:
-                load[place] += 1
-        if all(len(h) == 1 for h in holders) and max(load) * len(load) <= UNEVEN * len(holders):
-            return holders
-        return [everywhere] * len(holders)
+        if self.layout.world > 1 and self.kind == "owner" and not self.in_order:
+            homes = whole_at(self.layout, self.split)
+            counts = Counter(homes)
+            if None not in counts and max(counts.values()) * self.layout.world <= UNEVEN * len(homes):
+                return [(home,) for home in homes]  # type: ignore[misc]
+        return [everywhere] * len(self.costs)
+
+
+@lru_cache(maxsize=4096)
+def whole_at(layout: Layout, split: Split) -> list[int | None]:
+    """The one place in whose optimizer shard each matrix lies whole, None where there is none or several."""
+    shards = [rectangle(box, layout.shape, split.stacked) for box in layout.shards]
+    homes: list[int | None] = []
+    for matrix in split.matrices:
+        places = [place for place, shard in enumerate(shards) if _within(matrix, shard)]
+        homes.append(places[0] if len(places) == 1 else None)
+    return homes
 
 
 def deal(entries: Sequence[Entry], loads: dict[int, float]) -> None:
@@ -110,28 +116,38 @@ def deal(entries: Sequence[Entry], loads: dict[int, float]) -> None:
 
     ``loads`` are flops already dealt to each global rank, updated in place. Matrices that lie whole at one place stay there.
     Those whose rule keeps state at the owner are dealt in order, so that alike ones are one stack cut evenly over the ranks.
+    A parameter that lies alike on several meshes (experts, copied from mesh to mesh) is dealt alike on each: the same batches
+    give copies the same bits.
     """
     whole = [e for e in entries if e.kind != "elementwise"]
-    items = []
+    firsts: dict[tuple, Entry] = {}
+    twins: dict[tuple, list[Entry]] = defaultdict(list)
     for e in whole:
         e.owners = [-1] * len(e.costs)
-        for i, places in enumerate(e.candidates()):
-            if len(places) == 1:
-                e.owners[i] = places[0]
-                loads[e.ranks[places[0]]] += e.costs[i]
-            else:
-                items.append((e, i, places))
-    for alike in in_order(entries).values():
-        places = index_of(ranks := alike[0][0].ranks)
-        for k, (e, i) in enumerate(alike):
-            e.owners[i] = places[sorted(ranks)[k // -(-len(alike) // len(ranks))]]
-            loads[e.ranks[e.owners[i]]] += e.costs[i]
-    heaps: dict[tuple[int, ...], list[tuple[float, int, int]]] = {}
+        twins[firsts.setdefault((e.name, e.shape, e.layout, e.split), e).key].append(e)
     sizes: dict[int, int] = defaultdict(int)
+
+    def give(e: Entry, matrix: int, place: int) -> None:
+        for each in twins[e.key]:
+            each.owners[matrix] = place
+            loads[each.ranks[place]] += each.costs[matrix]
+            sizes[each.ranks[place]] += each.bytes // len(each.costs)
+
+    items = []
+    dealt = [e for e in whole if e.key in twins]
+    for e in dealt:
+        for i, places in enumerate([] if e.in_order else e.candidates()):
+            if len(places) == 1:
+                give(e, i, places[0])
+            else:
+                items.append((e, i))
+    for alike in in_order(dealt).values():
+        where = index_of(ranks := alike[0][0].ranks)
+        for k, (e, i) in enumerate(alike):
+            give(e, i, where[sorted(ranks)[k // -(-len(alike) // len(ranks))]])
+    heaps: dict[tuple[int, ...], list[tuple[float, int, int]]] = {}
     items.sort(key=lambda item: (-item[0].costs[item[1]], -item[0].bytes, item[0].name, item[1]))
-    for e, i, places in items:
-        if e.in_order:
-            continue
+    for e, i in items:
         if e.ranks not in heaps:
             heaps[e.ranks] = [(loads[rank], sizes[rank], place) for place, rank in enumerate(e.ranks)]
             heapq.heapify(heaps[e.ranks])
@@ -139,16 +155,15 @@ def deal(entries: Sequence[Entry], loads: dict[int, float]) -> None:
         while heap[0][:2] != (now := (loads[e.ranks[heap[0][2]]], sizes[e.ranks[heap[0][2]]])):
             heapq.heapreplace(heap, (*now, heap[0][2]))  # it was dealt something from another mesh meanwhile
         place = heap[0][2]
-        e.owners[i] = place
-        loads[e.ranks[place]] += e.costs[i]
-        sizes[e.ranks[place]] += e.bytes // len(e.costs)
+        give(e, i, place)
         heapq.heapreplace(heap, (loads[e.ranks[place]], sizes[e.ranks[place]], place))
     for e in whole:
         if e.kind == "owner" and e.split is not None:
-            pairs = zip(e.split.matrices, e.owners, strict=True)
-            e.travels = not all(_within(matrix, e.rectangles[owner]) for matrix, owner in pairs)
+            e.travels = e.layout.world > 1 and e.owners != whole_at(e.layout, e.split)
     if lost := [e.name for e in whole if min(e.owners) < 0]:
-        raise ConfigError(f"{lost[0]} has a matrix that no rank can own, expected one of the ranks that store it")
+        raise ConfigError(
+            f"{lost[0]} has a matrix that no rank can own, expected one of the ranks that store it"
+        )
 
 
 def in_order(entries: Iterable[Entry]) -> dict[tuple, list[tuple[Entry, int]]]:
@@ -162,8 +177,8 @@ def in_order(entries: Iterable[Entry]) -> dict[tuple, list[tuple[Entry, int]]]:
     for members in alike.values():
         if len({e.ranks for e, _ in members}) > 1:
             raise ConfigError(
-                f"{members[0][0].name} and {members[-1][0].name} are alike but on different meshes, and their rule keeps state "
-                "per matrix: give them to different parameter groups"
+                f"{members[0][0].name} and {members[-1][0].name} are alike but on different meshes, and their rule keeps "
+                "state per matrix: give them to different parameter groups"
             )
     return alike
 
@@ -244,7 +259,9 @@ class Plan:
                 out["broadcast"] += 8 * (e.triangle + ROOT_NUMBERS)
             elif e.kind == "owner" and e.travels:
                 assert e.split is not None
-                own = [math.prod(e.split.stored_shape(i)) for i, owner in enumerate(e.owners) if owner == place]
+                own = [
+                    math.prod(e.split.stored_shape(i)) for i, owner in enumerate(e.owners) if owner == place
+                ]
                 elements = volume(e.layout.shards[place]) + sum(own)
                 out["all_to_all"] += elements * (self.comm_itemsize or e.itemsize)
                 out["all_to_all"] += 8 * NUMBERS * len(own) * e.layout.world

@@ -16,6 +16,7 @@ from polargrad_dist.distributed.layout import volume
 from polargrad_dist.distributed.plan import Entry
 
 WINDOW = 2  # buckets on their way at a time
+SHARE = 4  # of the bucket's bytes, what an owner computes at a time: the rest is what it needs beside them, twice over
 ROWS = 4096  # rows of a tall matrix that are multiplied at a time where nothing is shared
 
 
@@ -60,10 +61,11 @@ class Bucket:
 
 
 def in_buckets(entries: Sequence[Entry], present: Sequence[bool], limit: int) -> list[Bucket]:
-    """The buckets of the parameters that have gradients, at most about ``limit`` bytes at each owner and in each share.
+    """The buckets of the parameters that have gradients, so that a step needs about three times ``limit`` bytes.
 
     Tall matrices come first, since their small problems travel while others compute; then elementwise ones, then the largest.
     """
+    limit = max(1, limit // SHARE)
     alike: dict[tuple, list[int]] = defaultdict(list)
     for number, (e, here) in enumerate(zip(entries, present, strict=True)):
         if not here:
@@ -106,7 +108,11 @@ def _filled(entries: Sequence[Entry], numbers: list[int], limit: int) -> list[li
             added: dict[int, int] = defaultdict(int)
             for i in range(first * per_slice, last * per_slice):
                 added[e.owners[i]] += math.prod(like.split.stored_shape(i)) * e.itemsize
-            if not buckets or len(slabs) > 1 or any(loads[t] + n > limit for t, n in added.items() if loads[t]):
+            if (
+                not buckets
+                or len(slabs) > 1
+                or any(loads[t] + n > limit for t, n in added.items() if loads[t])
+            ):
                 buckets.append([])
                 loads.clear()
             for t, size in added.items():
@@ -140,7 +146,9 @@ def _portions(items: list[Item], like: Entry, limit: int) -> list[Portion]:
         step = max(1, int(rows * limit // size))
         return [Portion(slice(0, 1), slice(at, min(rows, at + step))) for at in range(0, rows, step)]
     count = max(1, int(limit // max(1.0, size)))
-    return [Portion(slice(i, min(i + count, len(items))), slice(0, rows)) for i in range(0, len(items), count)]
+    return [
+        Portion(slice(i, min(i + count, len(items))), slice(0, rows)) for i in range(0, len(items), count)
+    ]
 
 
 def in_order(stages: Sequence[int]) -> list[int]:

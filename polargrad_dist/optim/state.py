@@ -6,7 +6,8 @@ keys: `torch.distributed.checkpoint` takes `NamedState.named_state` and torch's 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from polargrad_dist.distributed.layout import volume
 from polargrad_dist.distributed.teams import local
+from polargrad_dist.distributed.transport import Traffic
 from polargrad_dist.errors import CheckpointError, ConfigError
 from polargrad_dist.optim.checks import FIXED, check_values, fixed_part
 from polargrad_dist.optim.member import Member
@@ -27,11 +30,13 @@ class NamedState:
     """The part of `PolarGrad` that saves and loads; expects ``_world``, ``param_groups`` and ``state``."""
 
     _world: World
+    _check_placed: Callable[[], ConfigError | None]
     param_groups: list[dict[str, Any]]
 
     def named_state(self) -> dict[str, Tensor]:
-        """``{"<parameter>.<state>": tensor}``: the tensors themselves, DTensors where sharded, the same keys on all ranks that
-        store a parameter. Fill them in place to load."""
+        """``{"<parameter>.<state>": tensor}``: the tensors themselves, DTensors where sharded, the same keys on all ranks
+        that store a parameter. Fill them in place to load."""
+        self._adopt()
         return {f"{m.entry.name}.{key}": value for m, key, value in self._states()}
 
     def load_named_state(self, saved: Mapping[str, Tensor]) -> None:
@@ -54,16 +59,41 @@ class NamedState:
 
     def full_state_dict(self) -> dict[str, Any]:
         """Torch's form of state dict with whole tensors, on the CPU of every rank; loads anywhere. A collective."""
+        self._adopt()
         out: dict[str, Any] = {"state": {}, "param_groups": self.state_dict()["param_groups"]}
         ids = {n: i for g in out["param_groups"] for n, i in zip(g["param_names"], g["params"], strict=True)}
         for m, key, value in self._states():
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
-            out["state"].setdefault(ids[m.entry.name], {})[key] = whole.detach().cpu().clone()
+            out["state"].setdefault(ids[m.entry.name], {})[key] = (
+                self._whole(m, key, value).detach().cpu().clone()
+            )
+        return out
+
+    def _whole(self, m: Member, key: str, value: Tensor) -> Tensor:
+        """All of a state. A collective: one, where torch's ``full_tensor`` takes one per mesh dimension, and warns of it."""
+        if not isinstance(value, DTensor):
+            return value
+        if key not in m.elementwise:
+            return value.full_tensor()
+        here = value.to_local().to(self._world.travel.device)
+        out, boxes = here.new_empty(value.shape), m.entry.layout.shards
+        each = math.prod(value.shape[len(m.entry.shape) :])
+        flat = here.new_zeros(max(map(volume, boxes)) * each)
+        flat[: here.numel()] = here.reshape(-1)
+        assert m.team.group is not None
+        for place, part in zip(m.team.order, Traffic().all_gather(flat, m.team.group).wait(), strict=True):
+            where = out[tuple(slice(*cut) for cut in boxes[place])]
+            where.copy_(part[: where.numel()].view(where.shape))
         return out
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's form, of what this rank holds; it says whose it is, and loads only there (see `full_state_dict`)."""
+        self._adopt()
         return super().state_dict() | {"place": self._place_of_rank()}  # type: ignore[misc]
+
+    def _adopt(self) -> None:
+        """Takes up parameters that were swapped before the first step: their state is made only then."""
+        if (problem := self._check_placed()) is not None:
+            raise CheckpointError(str(problem))
 
     def _place_of_rank(self) -> list[Any]:
         """Where this rank stands: what its own part of the state depends on."""
@@ -76,6 +106,7 @@ class NamedState:
         before anything is changed, when parameters or shapes differ, or when the state is another rank's.
         """
         try:
+            self._adopt()
             found, problem = self._matched(state_dict), None
         except CheckpointError as error:
             found, problem = None, error
@@ -179,7 +210,9 @@ def _part(m: Member, key: str, saved: Tensor, mine: Tensor) -> Tensor:
         if key in m.rule.states(m.group) or key == "low_bits":
             part = saved[tuple(slice(*cut) for cut in m.entry.layout.shards[m.team.place])]
         else:  # kept per matrix, in the order of dealing
-            first = dist.get_rank(m.team.group) * -(-len(saved) // m.entry.layout.world) if m.team.group else 0
+            first = (
+                dist.get_rank(m.team.group) * -(-len(saved) // m.entry.layout.world) if m.team.group else 0
+            )
             part = saved[first : first + len(here)]
     else:
         part = saved

@@ -84,7 +84,7 @@ def inverse_sqrt(
         root: "eigh" waits for a GPU. "products" never does: a fixed number of fp64 products (42 of n×n matrices for
             the default `lower`), batched; sigma_max and sigma_min are then Rayleigh quotients after a few power
             iterations, hence never outside the spectrum: σ_max to 5 % at worst, σ_min to a factor of two.
-            "auto" takes products on a GPU and eigh on a CPU, where LAPACK is 5 to 8 times faster.
+            "auto" takes products on a GPU and eigh on a CPU, where LAPACK is about 6 times faster.
 
     Raises:
         PolarError: an unknown root, or products with homogenized.

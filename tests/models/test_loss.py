@@ -32,19 +32,19 @@ def small_pieces(monkeypatch):
 
 
 @pytest.mark.parametrize("cap", CAPS)
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_loss_and_gradients_are_those_of_the_plain_loss(cap, compiled, small_pieces):
+@pytest.mark.parametrize("backend", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_loss_and_gradients_are_those_of_the_plain_loss(cap, backend, small_pieces):
     inputs = example()
     precise = [x.detach().double().requires_grad_(x.is_floating_point()) for x in inputs[:2]]
     expected = plain(*precise, inputs[2], cap)
     wanted = torch.autograd.grad(3 * expected, precise)
-    loss = loss_sum(*inputs, cap, compiled=compiled)
+    loss = loss_sum(*inputs, cap, backend=backend)
     assert loss.dtype == torch.float32
     assert abs(float(loss.detach()) / float(expected.detach()) - 1) <= 1e-6
     for found, right in zip(torch.autograd.grad(3 * loss, inputs[:2]), wanted, strict=True):
         assert (found - right).abs().max() <= 1e-6 * right.abs().max()
     with torch.no_grad():
-        assert abs(float(loss_sum(*inputs, cap, compiled=compiled)) / float(expected.detach()) - 1) <= 1e-6
+        assert abs(float(loss_sum(*inputs, cap, backend=backend)) / float(expected.detach()) - 1) <= 1e-6
 
 
 @pytest.mark.parametrize("cap", CAPS)
@@ -108,7 +108,7 @@ def test_only_the_gradients_that_are_asked_for_are_worked_out(frozen, monkeypatc
 def test_without_a_compiler_the_loss_runs_uncompiled_and_says_so_once(monkeypatch, caplog):
     from torch._inductor.exc import InductorError
 
-    def broken(function):
+    def broken(function, backend):
         def call(*args):
             raise InductorError(RuntimeError("no working C++ compiler"), None)
 
@@ -118,7 +118,7 @@ def test_without_a_compiler_the_loss_runs_uncompiled_and_says_so_once(monkeypatc
     monkeypatch.setattr(models.loss._uncompiled, "reason", "")
     hidden, weight, targets = example()
     with caplog.at_level(logging.WARNING, logger="models.loss"):
-        losses = [float(loss_sum(hidden, weight, targets, compiled=True).detach()) for _ in range(3)]
+        losses = [float(loss_sum(hidden, weight, targets, backend="inductor").detach()) for _ in range(3)]
     assert losses == [float(loss_sum(hidden, weight, targets).detach())] * 3
     assert len(caplog.records) == 1
     assert "uncompiled" in caplog.text
@@ -127,15 +127,13 @@ def test_without_a_compiler_the_loss_runs_uncompiled_and_says_so_once(monkeypatc
 def test_compiling_the_blocks_compiles_the_loss(monkeypatch):
     seen = []
     plain_run = models.loss._run
-    monkeypatch.setattr(
-        models.loss, "_run", lambda f, compiled, *a: (seen.append(compiled), plain_run(f, False, *a))[1]
-    )
+    monkeypatch.setattr(models.loss, "_run", lambda f, how, *a: (seen.append(how), plain_run(f, None, *a))[1])
     model = tiny("gpt2-small")
     tokens = torch.randint(0, 95, (1, 40))
     model(tokens, tokens)
     model.compile_blocks(backend="eager")
     model(tokens, tokens)
-    assert seen == [False, False, True, True]
+    assert seen == [None, None, "eager", "eager"]
 
 
 @pytest.mark.parametrize("rows", [7, 16, 80, 1000])
@@ -179,3 +177,13 @@ def test_a_frozen_head_still_lets_the_gradient_through():
     assert torch.equal(*grads)
     with torch.no_grad():
         assert not model(tokens, tokens + 1).requires_grad
+
+
+@pytest.mark.slow
+def test_the_compiled_loss_moves_at_most_fifteen_bytes_per_logit():
+    from benchmarks.loss_bytes import CASES, GOAL, measure
+
+    for case in CASES:
+        compiled, eager = measure(case)
+        assert compiled <= GOAL
+        assert compiled < eager / 4

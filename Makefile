@@ -3,9 +3,9 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-EXTRAS := train,wandb,tensorboard,accelerate,eval,dev
+EXTRAS := train,wandb,tensorboard,accelerate,plots,lm-eval,dev
 
-.PHONY: train test test-slow test-all lint format bench bench-gpu chaos soak paper paper-lm race setup clean
+.PHONY: train test test-slow test-all test-transformers4 lint format bench bench-gpu chaos soak paper paper-lm race setup clean
 
 setup: $(VENV)/.ready
 
@@ -24,6 +24,12 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# Exports load in Transformers 4.57 too: that version in an environment of its own.
+test-transformers4: setup
+	$(PYTHON) -m venv $(VENV)/transformers4
+	$(VENV)/transformers4/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers==4.57.*'
+	POLARGRAD_TRANSFORMERS4=$(CURDIR)/$(VENV)/transformers4/bin/python $(BIN)/python -m pytest -m slow tests/tools/test_export.py
 
 test-all: setup
 	$(BIN)/python -m pytest -m "not gpu"

@@ -5,16 +5,20 @@ The same under `torchrun`, `srun` and `accelerate launch`. Every key: `python tr
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+import sys
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from data import DataConfig, open_data
-from models import ModelConfig, build_model
+from models import ModelConfig, adopt, build_model
 from polargrad_dist.optim import OptimizerConfig
 from polargrad_dist.trainer import Outcome, Trainer, TrainerConfig, join, seed_everything
 from polargrad_dist.trainer.cli import parse, run
 from polargrad_dist.trainer.dry_run import dry_run
+from polargrad_dist.trainer.initial import checkpoint_of, initialize
 
 
 @dataclass
@@ -36,13 +40,24 @@ class RunConfig:
 
 def parse_run(args: list[str] | None = None) -> tuple[RunConfig, dict[str, Any], int | None]:
     """The run that a command line describes, its JSON-able form, and the ranks of a dry run or None."""
-    return parse(RunConfig, "Pre-train a language model with polar-gradient optimizers.", args)
+    given = sys.argv[1:] if args is None else args
+    given = [re.sub(r"^--profile(?=$|=)", "--trainer.logging.profile", word) for word in given]
+    return parse(RunConfig, "Pre-train a language model with polar-gradient optimizers.", given)
+
+
+def report(run_dir: Path) -> Path:
+    """Writes the run's page, see `tools.report`."""
+    from tools.report import write_report
+
+    return write_report([run_dir], run_dir / "report.html")
 
 
 def main() -> int:
     config, configuration, ranks = parse_run()
     if ranks is not None:
-        build = partial(build_model, config.model, vocab_size=config.data.planned_vocab_size)
+        origin = checkpoint_of(config.model.init_from)
+        model = adopt(config.model, origin.manifest.configuration["model"] if origin else None)
+        build = partial(build_model, model, vocab_size=config.data.planned_vocab_size)
         return dry_run(build, config.optimizer, config.trainer, ranks)
     return pretrain(config, configuration).exit_code
 
@@ -54,6 +69,10 @@ def pretrain(config: RunConfig, configuration: dict[str, Any]) -> Outcome:
         trainer = config.trainer.for_world(world.size)
         trainer.check(world.size)
         config.optimizer.check()
+        origin = checkpoint_of(config.model.init_from)
+        adopted = adopt(config.model, origin.manifest.configuration["model"] if origin else None)
+        if adopted != config.model:  # what a name meant when the run began is the run's
+            configuration["model"] = asdict(adopted)
         data = open_data(
             config.data,
             sequence_length=trainer.sequence_length,
@@ -66,9 +85,13 @@ def pretrain(config: RunConfig, configuration: dict[str, Any]) -> Outcome:
             meanwhile=world.meanwhile,
         )
         seed_everything(trainer.seed)
-        model = build_model(config.model, vocab_size=data.vocab_size, end_of_text=data.end_of_text)
+        model = build_model(adopted, vocab_size=data.vocab_size, end_of_text=data.end_of_text)
         data.check_vocabulary(model.vocab_size)
-        return Trainer(trainer, config.optimizer, model, data, world, configuration).fit()
+        if adopted.init_from is not None and not trainer.resumes:
+            initialize(model, adopted.init_from, origin, data, world)
+        made = Trainer(trainer, config.optimizer, model, data, world, configuration)
+        made.report = report
+        return made.fit()
     finally:
         world.close()
 

@@ -14,8 +14,8 @@ class TokenizerConfig:
     """Which tokenizer turns text into ids.
 
     Args:
-        name: `bpe`: a byte-level BPE trained on the corpus itself and cached; else a folder or hub name that AutoTokenizer
-            loads, or `tiktoken:NAME`.
+        name: `bpe`: a byte-level BPE of Qwen2's form, trained on the corpus itself and cached; else a folder or hub name that
+            AutoTokenizer loads, or `tiktoken:NAME`.
         vocab_size: entries of the trained BPE, end-of-text included; a ready-made tokenizer brings its own.
         train_bytes: bytes of training text, from the start of the corpus, that the BPE learns its merges from.
         end_of_text: token that opens each document, as its string or its id; null: `<|endoftext|>` where the vocabulary has
@@ -49,14 +49,42 @@ class HubConfig:
 
 
 @dataclass
+class SourceConfig:
+    """One corpus of a mixture; its keys mean what they mean in a run's `data`.
+
+    Args:
+        weight: its share of the training sequences, against the other weights.
+        name: what its validation loss is called; null for what it reads.
+        source: as data.source.
+        paths: as data.paths.
+        text_field: as data.text_field.
+        hub: as data.hub.
+        max_tokens: as data.max_tokens, of this source.
+    """
+
+    weight: float = 1.0
+    name: str | None = None
+    source: Literal["builtin", "files", "hub", "shards"] = "files"
+    paths: list[str] = field(default_factory=list)
+    text_field: str = "text"
+    hub: HubConfig = field(default_factory=HubConfig)
+    max_tokens: int | None = None
+
+
+@dataclass
 class DataConfig:
     """The corpus, its tokenizer, and how the loader reads the token shards.
 
     Args:
         source: `builtin`: the Python standard library's sources and documentation; `files`: local text, JSON lines, parquet;
             `hub`: the Hugging Face hub; `shards`: folders that `python -m data.prepare` wrote, or foreign `.bin` shards.
-        paths: for `files` (.txt, .md, .jsonl, .ndjson, .parquet) and `shards` (.bin): files, folders or globs, read in the
-            given order, each folder and glob sorted by name.
+        paths: for `files` (.txt, .md, .jsonl, .ndjson, .parquet; text also as .gz or .zst) and `shards` (.bin): files,
+            folders or globs, read in the given order, each folder and glob sorted by name. URLs such as s3://bucket/folder
+            name text and prepared folders wherever fsspec reads them.
+        sources: a mixture, in place of source, paths, text_field, hub and max_tokens: several corpora, each with a weight.
+            Every source keeps a validation set of its own.
+        validation_sets: further validation sets by name, each a list of text files, or of one prepared folder; tokenized with
+            the run's tokenizer, and measured whenever the validation loss is.
         validation_paths: separate files or foreign shards for validation, in place of validation_fraction. Where it is
             empty, foreign shards in paths with `val` as a word of their name are for validation.
         text_field: field of a JSON line, or column of a parquet file or hub data set, that holds the document.
@@ -77,6 +105,8 @@ class DataConfig:
 
     source: Literal["builtin", "files", "hub", "shards"] = "builtin"
     paths: list[str] = field(default_factory=list)
+    sources: list[SourceConfig] = field(default_factory=list)
+    validation_sets: dict[str, list[str]] = field(default_factory=dict)
     validation_paths: list[str] = field(default_factory=list)
     text_field: str = "text"
     hub: HubConfig = field(default_factory=HubConfig)
@@ -93,4 +123,7 @@ class DataConfig:
     @property
     def planned_vocab_size(self) -> int | None:
         """Entries of a tokenizer that is yet to be trained; None for ready-made ones, which say so themselves."""
-        return self.tokenizer.vocab_size if self.tokenizer.name == "bpe" and self.source != "shards" else None
+        if self.tokenizer.name != "bpe":
+            return None
+        ready = [part.source == "shards" for part in self.sources] or [self.source == "shards"]
+        return None if any(ready) else self.tokenizer.vocab_size

@@ -20,6 +20,7 @@ class HubSource:
     """The rows of one split, streamed over the network while they are tokenized, or downloaded first."""
 
     size: int | None = None
+    position = 0
 
     def __init__(self, hub: HubConfig, field: str, validation_fraction: float) -> None:
         self._hub, self._text_field, self._fraction = hub, field, validation_fraction

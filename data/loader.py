@@ -136,6 +136,10 @@ class Loader:
             out[chosen] = permutation(samples[chosen] % self.num_samples, self.num_samples, key)
         return out
 
+    def places(self, samples: np.ndarray) -> list[tuple[Tokens, int]]:
+        """The tokens that each sample index reads from, and its window there."""
+        return [(self.tokens, window) for window in self.windows(samples).tolist()]
+
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """Micro-batches (tokens, targets), each (b, T) int64, from a step on, without end."""
         return self.batches_from(start_step * self.global_batch)
@@ -152,13 +156,13 @@ class Loader:
         ahead = max(1, _PERMUTED_AT_ONCE // share)  # steps whose windows are looked up in one go
         while True:
             steps = sample + self.global_batch * np.arange(ahead)[:, None]
-            windows = self.windows((steps + self._share(0)).ravel())
-            for first in range(0, len(windows), self.micro_batch):
+            places = self.places((steps + self._share(0)).ravel())
+            for first in range(0, len(places), self.micro_batch):
                 if self.background is not None:
                     self.background.raise_if_found()
                 rows = np.empty((self.micro_batch, length + 1), dtype=np.int64)
-                for row, window in zip(rows, windows[first : first + self.micro_batch].tolist(), strict=True):
-                    row[:] = self.tokens.read(window * length, length + 1)
+                for row, (tokens, window) in zip(rows, places[first : first + self.micro_batch], strict=True):
+                    row[:] = tokens.read(window * length, length + 1)
                 yield _pair(rows)
             sample += ahead * self.global_batch
 

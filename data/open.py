@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data.checksums import Background
 from data.config import DataConfig
+from data.corpora import Corpus, find_corpora
 from data.files import sha256
+from data.kept import keep
 from data.loader import Loader, Tokens, ValidationSet
-from data.prepare import Report, prepare, say
-from data.shards import MANIFEST, Manifest, Shard, foreign_shard, open_shard, sampled_sha256, verify_shards
-from data.sources import find_files
+from data.mixture import MixedLoader, shares
+from data.prepare import Report, say
+from data.shards import Manifest, Shard, open_shard, sampled_sha256, verify_shards
 from data.tokenizers import TokenizerInfo, open_ready
 from polargrad_dist.errors import ConfigError, DataError, PolarGradError
 
 Gather = Callable[[Any], list[Any]]
 Meanwhile = Callable[[str, Callable[[], Any]], Any]
-# Published shards of one folder tell their split by name: fineweb_train_000001.bin, fineweb_val_000000.bin.
-_VALIDATION = re.compile(r"(^|[_.-])val(idation)?([_.-]|$)")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Data:
     end_of_text: int | None
     folder: Path
     shards: tuple[Shard, ...]
+    validations: Mapping[str, ValidationSet] = field(default_factory=dict)
+    """Further validation sets by name: of each source of a mixture, and those of ``data.validation_sets``."""
 
     def fingerprint(self) -> dict[str, Any]:
         """JSON-able: tokenizer, shards, sequence length and seed."""
@@ -46,15 +49,19 @@ class Data:
             raise DataError("these shards come without a tokenizer; set data.tokenizer.name to theirs.")
         return self.tokenizer.load(self.folder)
 
+    def keep_tokenizer(self, run_dir: Path) -> None:
+        """Puts the tokenizer into a run's directory, for its tools to work where the data are not."""
+        keep(run_dir, self.load_tokenizer() if self.tokenizer else None, self.end_of_text)
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises DataError when a shard holds a token id that a model of this vocabulary does not have."""
         for shard in self.shards:
             largest = shard.max_token
             if largest is None:
-                largest = int(open_shard(self.folder / shard.name).max())
+                largest = int(open_shard(Path(shard.name)).max())
             if largest >= vocab_size:
                 raise DataError(
-                    f"{self.folder / shard.name} holds token {largest}, the model's vocabulary ends at {vocab_size - 1}; set "
+                    f"{shard.name} holds token {largest}, the model's vocabulary ends at {vocab_size - 1}; set "
                     "model.vocab_size to the tokenizer's, or prepare the data with the model's tokenizer."
                 )
 
@@ -84,99 +91,107 @@ def open_data(
     def on_rank_0(doing: str, fn: Callable[[], Any]) -> Any:
         return _together(lambda: meanwhile(doing, lambda: fn() if rank == 0 else None), all_gather)[0]
 
-    folder, manifest, train, validation = on_rank_0("prepare the data", lambda: _shards(config, report))
+    corpora: list[Corpus] = on_rank_0("prepare the data", lambda: find_corpora(config, report))
+    everything = [shard for corpus in corpora for shard in (*corpus.train, *corpus.validation)]
     _together(
-        lambda: verify_shards(folder, [*train, *validation], config.verify, part=rank, parts=world),
+        lambda: verify_shards(Path(), everything, config.verify, part=rank, parts=world),
         all_gather,
     )
-
-    info, end_of_text = on_rank_0("open the tokenizer", lambda: _tokenizer(config, folder, manifest))
-    description = {
-        "tokenizer": info.hash if info else None,
-        "shards": [_identity(folder, shard) for shard in train],
-        "validation": [_identity(folder, shard) for shard in validation],
-    }
-    unknown = (
-        [] if config.verify == "sizes" else [shard for shard in (*train, *validation) if not shard.sha256]
+    first = corpora[0]
+    info, end_of_text = on_rank_0(
+        "open the tokenizer", lambda: _tokenizer(config, first.folder, first.manifest)
     )
-    foreign = [folder / shard.name for shard in unknown]
-    loader = Loader(
-        _open(folder, train),
-        sequence_length,
-        global_batch,
-        micro_batch,
-        rank,
-        world,
-        seed,
-        config.prefetch,
-        description,
-        Background(foreign[rank::world], Path(config.cache) / "checksums", report),
-    )
-    held_out = None
-    if validation:
-        tokens = _open(folder, validation)
-        known = all(shard.text_bytes is not None for shard in validation)
-        size = sum(shard.text_bytes or 0 for shard in validation)
-        targets = len(tokens) - 1
-        if config.validation_tokens is not None:
-            targets = min(targets, config.validation_tokens)
-        if targets > 0:
-            ratio = size / (len(tokens) - 1) if known else None
-            held_out = ValidationSet(tokens, sequence_length, micro_batch, rank, world, targets, ratio)
-    vocab_size = info.vocab_size if info else None
-    return Data(loader, held_out, info, vocab_size, end_of_text, folder, (*train, *validation))
-
-
-def _shards(
-    config: DataConfig, report: Report
-) -> tuple[Path, Manifest | None, tuple[Shard, ...], tuple[Shard, ...]]:
-    if config.source != "shards":
-        folder = prepare(config, report=report)
-        manifest = Manifest.load(folder)
-        return folder, manifest, manifest.train, manifest.validation
-    folders = [Path(path).expanduser() for path in config.paths]
-    if any((folder / MANIFEST).exists() for folder in folders):
-        return _prepared(folders, config)
-    found = find_files(config.paths, "data.paths", (".bin",))
-    if config.validation_paths:
-        train, held_out = found, find_files(config.validation_paths, "data.validation_paths", (".bin",))
+    held = ValidationMaker(sequence_length, micro_batch, rank, world, config.validation_tokens)
+    mixed = [corpus for corpus in corpora if corpus.weight]
+    order = (sequence_length, global_batch, micro_batch, rank, world, seed, config.prefetch)
+    tokenizer_hash = info.hash if info else None
+    unknown = [] if config.verify == "sizes" else [shard for shard in everything if not shard.sha256]
+    foreign = [Path(shard.name) for shard in unknown]
+    background = Background(foreign[rank::world], Path(config.cache) / "checksums", report)
+    held_out = [_identity(shard) for corpus in corpora if corpus.weight for shard in corpus.validation]
+    if config.sources:
+        counts = shares([corpus.weight for corpus in mixed])
+        parts = [
+            {"name": corpus.name, "share": count, "shards": [_identity(shard) for shard in corpus.train]}
+            for corpus, count in zip(mixed, counts, strict=True)
+        ]
+        opened = [_open(corpus.train) for corpus in mixed]
+        train: Loader = MixedLoader(
+            Tokens([shard for part in opened for shard in part.shards]),
+            *order,
+            {"tokenizer": tokenizer_hash, "sources": parts, "validation": held_out},
+            background,
+            tuple(opened),
+            tuple(corpus.name for corpus in mixed),
+            tuple(counts),
+        )
+        validation = held.together([corpus.validation for corpus in mixed], counts)
     else:
-        train = [path for path in found if not _VALIDATION.search(path.name)]
-        held_out = [path for path in found if _VALIDATION.search(path.name)]
-    if not train:
-        raise DataError(f"data.paths names no training shards but {held_out[0]} for validation; add some.")
-    return Path(), None, tuple(map(_foreign, train)), tuple(map(_foreign, held_out))
+        description = {
+            "tokenizer": tokenizer_hash,
+            "shards": [_identity(shard) for shard in first.train],
+            "validation": held_out,
+        }
+        train = Loader(_open(first.train), *order, description, background)
+        validation = held.of(first.validation)
+    named = {corpus.name: held.of(corpus.validation) for corpus in corpora if corpus.name}
+    return Data(
+        train,
+        validation,
+        info,
+        info.vocab_size if info else None,
+        end_of_text,
+        first.folder,
+        tuple(everything),
+        {name: found for name, found in named.items() if found is not None},
+    )
 
 
-def _prepared(
-    folders: list[Path], config: DataConfig
-) -> tuple[Path, Manifest, tuple[Shard, ...], tuple[Shard, ...]]:
-    """Folders that ``data.prepare`` wrote, read one after another."""
-    if strange := [str(folder) for folder in folders if not (folder / MANIFEST).exists()]:
-        raise ConfigError(
-            f"data.paths names prepared folders and, with {strange[0]}, shards without a manifest; name one kind only."
-        )
-    if config.validation_paths:
-        raise ConfigError(
-            "data.validation_paths is set, but prepared folders bring their own validation shards; leave it empty."
-        )
-    manifests = [Manifest.load(folder) for folder in folders]
-    for folder, manifest in zip(folders, manifests, strict=True):
-        if manifest.tokenizer.get("hash") != manifests[0].tokenizer.get("hash"):
-            raise DataError(
-                f"{folder} was prepared with another tokenizer than {folders[0]}; prepare both with the same one."
-            )
-    if len(folders) == 1:
-        return folders[0], manifests[0], manifests[0].train, manifests[0].validation
+@dataclass(frozen=True)
+class ValidationMaker:
+    """Makes this rank's validation sets."""
 
-    def of_all(split: str) -> tuple[Shard, ...]:
-        return tuple(
-            replace(shard, name=str((folder / shard.name).absolute()))
-            for folder, manifest in zip(folders, manifests, strict=True)
-            for shard in getattr(manifest, split)
-        )
+    sequence_length: int
+    micro_batch: int
+    rank: int
+    world: int
+    limit: int | None
 
-    return folders[0], manifests[0], of_all("train"), of_all("validation")
+    def of(self, shards: tuple[Shard, ...]) -> ValidationSet | None:
+        """The first targets of some shards, as many as the limit allows; None where there are none."""
+        return self._made(_open(shards), _text_bytes(shards), self.limit) if shards else None
+
+    def together(self, sets: list[tuple[Shard, ...]], counts: list[int]) -> ValidationSet | None:
+        """The beginnings of several sources' shards: whole ones without a limit, else their shares of it."""
+        parts: list[np.ndarray] = []
+        size: float | None = 0.0
+        for shards, count in zip(sets, counts, strict=True):
+            if not shards:
+                continue
+            tokens, known = _open(shards), _text_bytes(shards)
+            wanted = len(tokens)
+            if self.limit is not None:
+                wanted = min(wanted, self.limit * count // sum(counts) + 1)
+            parts.append(tokens.read(0, wanted).astype(np.uint32))
+            size = None if size is None or known is None else size + known * wanted / len(tokens)
+        if not parts:
+            return None
+        return self._made(Tokens(parts), size, self.limit)
+
+    def _made(self, tokens: Tokens, text_bytes: float | None, limit: int | None) -> ValidationSet | None:
+        targets = len(tokens) - 1
+        ratio = None if text_bytes is None or targets < 1 else text_bytes / targets
+        targets = targets if limit is None else min(targets, limit)
+        if targets < 1:
+            return None
+        where = (self.sequence_length, self.micro_batch, self.rank, self.world)
+        return ValidationSet(tokens, *where, targets, ratio)
+
+
+def _text_bytes(shards: tuple[Shard, ...]) -> int | None:
+    """Bytes of the text of shards; None where one does not say."""
+    known = [shard.text_bytes for shard in shards if shard.text_bytes is not None]
+    return sum(known) if len(known) == len(shards) else None
 
 
 def _tokenizer(
@@ -201,18 +216,14 @@ def _tokenizer(
     return info, info.end_of_text
 
 
-def _identity(folder: Path, shard: Shard) -> dict[str, Any]:
+def _identity(shard: Shard) -> dict[str, Any]:
     """What tells one shard from another, whatever folder it lies in."""
-    checksum = shard.sha256 or sampled_sha256(folder / shard.name)
+    checksum = shard.sha256 or sampled_sha256(Path(shard.name))
     return {"name": Path(shard.name).name, "tokens": shard.tokens, "sha256": checksum}
 
 
-def _foreign(path: Path) -> Shard:
-    return replace(foreign_shard(path), name=str(path.absolute()))
-
-
-def _open(folder: Path, shards: tuple[Shard, ...]) -> Tokens:
-    opened = [open_shard(folder / shard.name) for shard in shards]
+def _open(shards: tuple[Shard, ...]) -> Tokens:
+    opened = [open_shard(Path(shard.name)) for shard in shards]
     if len({shard.dtype for shard in opened}) > 1:
         raise ConfigError("some shards hold uint16 tokens and some uint32; prepare all with one tokenizer.")
     return Tokens(opened)

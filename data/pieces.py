@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from data.remote import File, Remote
 from polargrad_dist.errors import DataError
 
 DOCUMENT_PIECE = 2**18
@@ -42,13 +42,20 @@ class Source(Protocol):
         """
         ...
 
+    @property
+    def position(self) -> int:
+        """Bytes read so far, of `size`; only for a progress bar."""
+        ...
+
     def cursor(self) -> Any:
         """Where the pieces given out so far end, for a source that can go there faster than by counting; else None."""
         ...
 
 
-def stamp(path: Path) -> list[Any]:
+def stamp(path: File) -> list[Any]:
     """What changes whenever a file's content does, without reading it."""
+    if isinstance(path, Remote):
+        return [path.url, path.size, path.mark]
     status = path.stat()
     return [str(path.resolve()), status.st_size, status.st_mtime_ns]
 

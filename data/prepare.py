@@ -27,6 +27,7 @@ import numpy as np
 
 from data.config import DataConfig
 from data.files import digest, folder_lock, make_folder, read_json, write_atomically, write_json
+from data.gauge import Gauge
 from data.pieces import DOCUMENT_PIECE, Piece, Source
 from data.shards import (
     MANIFEST,
@@ -54,16 +55,19 @@ def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def prepare(config: DataConfig, out: Path | None = None, report: Report = say) -> Path:
+def prepare(
+    config: DataConfig, out: Path | None = None, report: Report = say, tokenizer: Tokenizer | None = None
+) -> Path:
     """Tokenizes the configured corpus, and returns the folder of its shards, complete and with a manifest.
 
     ``out``: the folder; None for one in ``config.cache`` named by a hash of everything that changes a token. What is
-    there already is kept. Raises DataError or ConfigError.
+    there already is kept. ``tokenizer``: one that is open already, in place of the configured one. Raises DataError or
+    ConfigError.
     """
     _check(config)
     source = open_source(config)
     report(source.describe())
-    tokenizer = open_tokenizer(config.tokenizer, source, Path(config.cache) / "tokenizers")
+    tokenizer = tokenizer or open_tokenizer(config.tokenizer, source, Path(config.cache) / "tokenizers")
     inputs = source.identity() | {
         "pieces": DOCUMENT_PIECE,
         "tokenizer": tokenizer.info.hash,
@@ -83,6 +87,10 @@ def prepare(config: DataConfig, out: Path | None = None, report: Report = say) -
 
 
 def _check(config: DataConfig) -> None:
+    if config.sources:
+        raise ConfigError(
+            "data.sources is a mixture, whose sources are prepared one by one when a run starts: name one corpus here."
+        )
     if not 0 < config.shard_tokens <= MAX_SHARD_TOKENS // 2:
         raise ConfigError(
             f"data.shard_tokens is {config.shard_tokens}; it must lie in 1 … {MAX_SHARD_TOKENS // 2}."
@@ -168,8 +176,6 @@ def _write_shards(
     folder: Path,
     report: Report,
 ) -> None:
-    from tqdm import tqdm
-
     progress = Progress.load(folder, inputs)
     if progress.pieces:
         report(f"continuing after {progress.pieces:,} pieces and {len(progress.train)} shards in {folder}")
@@ -189,22 +195,19 @@ def _write_shards(
         progress.pieces, progress.cursor = done, cursor
         progress.save(folder, inputs)
 
-    bar = tqdm(
-        total=source.size, unit="B", unit_scale=True, desc="tokenizing", disable=not sys.stderr.isatty()
-    )
+    gauge = Gauge(source.size, config.max_tokens, report, progress.tokens)
     chunks = _chunks(source, progress.pieces, progress.cursor)
     with (
-        bar,
+        contextlib.closing(gauge),
         contextlib.closing(_tokenized(chunks, tokenizer, config.workers or _cores(), dtype)) as tokenized,
     ):
-        bar.update(sum(shard.text_bytes or 0 for shard in progress.train + progress.validation))
         while progress.tokens + buffers["train"].tokens < limit:
             if (chunk := next(tokenized, None)) is None:
                 break
             for piece, ids in zip(chunk.pieces, chunk.ids, strict=True):
                 buffers["validation" if piece.validation else "train"].add(piece, ids, end_of_text)
             done, cursor = done + len(chunk.pieces), chunk.cursor
-            bar.update(sum(piece.size for piece in chunk.pieces))
+            gauge.show(chunk.position, progress.tokens + buffers["train"].tokens)
             if buffers["train"].tokens >= config.shard_tokens:
                 flush()
     if any(buffer.tokens for buffer in buffers.values()):
@@ -233,6 +236,7 @@ class Chunk:
 
     pieces: list[Piece]
     cursor: Any
+    position: int
     ids: list[np.ndarray] = field(default_factory=list)
 
     @property
@@ -302,10 +306,10 @@ def _chunks(source: Source, start: int, cursor: Any) -> Iterator[Chunk]:
         pieces.append(piece)
         size += piece.size
         if size >= CHUNK_BYTES and piece.ends:
-            yield Chunk(pieces, source.cursor())
+            yield Chunk(pieces, source.cursor(), source.position)
             pieces, size = [], 0
     if pieces:
-        yield Chunk(pieces, source.cursor())
+        yield Chunk(pieces, source.cursor(), source.position)
 
 
 def _cores() -> int:

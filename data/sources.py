@@ -9,16 +9,18 @@ import glob
 import hashlib
 import itertools
 import json
+import sys
 import sysconfig
 import tokenize
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from data.config import DataConfig
 from data.hub import HubSource
 from data.pieces import Piece, Source, document_hash, document_pieces, stamp, text_field
+from data.remote import PACKED, File, find_remote, is_remote, kind, opened, size_of, unpacked_size
 from polargrad_dist.errors import ConfigError, DataError
 
 LINE_BYTES = 2**27
@@ -58,6 +60,8 @@ class BuiltinSource:
     It differs between Python versions, so its sha256 is part of its identity. Validation documents are those with
     the lowest hashes, as many as reach the given share of the bytes.
     """
+
+    position = 0
 
     def __init__(self, validation_fraction: float) -> None:
         self._fraction = validation_fraction
@@ -103,7 +107,9 @@ class BuiltinSource:
                 break
             validation.add(index)
             kept += len(self._documents[index][1])
+        self.position = sum(len(text) for _, text in self._documents[:start])
         for index, (_, text) in enumerate(self._documents[start:], start):
+            self.position += len(text)
             yield Piece(text.decode(), len(text), index in validation)
 
 
@@ -149,8 +155,10 @@ class FileSource:
             if validation_paths
             else []
         )
-        self.size: int | None = sum(path.stat().st_size for path in self._validation + self._files)
-        text_bytes = sum(path.stat().st_size for path in self._files if path.suffix in TEXT)
+        self.size: int | None = sum(size_of(path) for path in self._validation + self._files)
+        self._before = 0  # bytes of the files that are read through
+        self._raw: list[BinaryIO] = []  # the file that is being read
+        text_bytes = sum(unpacked_size(path) for path in self._files if kind(path) in TEXT)
         self._text_split = text_bytes - int(self._fraction * text_bytes)
 
     def identity(self) -> dict[str, Any]:
@@ -170,73 +178,111 @@ class FileSource:
     def cursor(self) -> None:
         return None
 
+    @property
+    def position(self) -> int:
+        """Bytes of the files, as they lie, that are read so far."""
+        return self._before + (self._raw[0].tell() if self._raw and not self._raw[0].closed else 0)
+
     def pieces(self, start: int = 0, cursor: Any = None) -> Iterator[Piece]:
         return itertools.islice(self._pieces(), start, None)
 
     def _pieces(self) -> Iterator[Piece]:
         # Validation files come first, so that a limit on training tokens never cuts them off.
+        self._before = 0
         for path in self._validation:
-            for piece in self._read(path, path.stat().st_size):
+            for piece in self._read(path, sys.maxsize):
                 yield piece._replace(validation=True)
+            self._before += size_of(path)
         before = 0
         for path in self._files:
             yield from self._read(path, self._text_split - before)
-            before += path.stat().st_size if path.suffix in TEXT else 0
+            before += unpacked_size(path) if kind(path) in TEXT else 0
+            self._before += size_of(path)
 
-    def _read(self, path: Path, split: int) -> Iterator[Piece]:
-        if path.suffix in TEXT:
-            return read_text(path, split)
-        documents = (
-            read_json_lines(path, self._field) if path.suffix in LINES else read_parquet(path, self._field)
-        )
+    def _read(self, path: File, split: int) -> Iterator[Piece]:
+        if kind(path) in TEXT:
+            return read_text(path, split, self._raw)
+        read = read_json_lines if kind(path) in LINES else read_parquet
+        documents = read(path, self._field, self._raw)
         return (piece for where, text in documents for piece in document_pieces(text, self._fraction, where))
 
 
-def find_files(paths: list[str], key: str, suffixes: tuple[str, ...]) -> list[Path]:
-    """Files, folders (searched to the bottom) and globs, expanded in the given order. Raises DataError, ConfigError."""
+def find_local(paths: list[str], key: str, suffixes: tuple[str, ...]) -> list[Path]:
+    """As `find_files`, where only files of this machine will do, since they are mapped into memory."""
+    for path in paths:
+        if is_remote(path):
+            raise ConfigError(
+                f"{key} is {path}, expected a local path or a folder that data.prepare wrote: fetch these shards first."
+            )
+    return [path for path in find_files(paths, key, suffixes) if isinstance(path, Path)]
+
+
+def find_files(paths: list[str], key: str, suffixes: tuple[str, ...]) -> list[File]:
+    """Files, folders (searched to the bottom) and globs, expanded in the given order, and URLs of them.
+
+    Text may be packed (.gz, .zst). Raises DataError, ConfigError.
+    """
     if not paths:
         raise ConfigError(f"{key} is empty; name files, folders or globs of {', '.join(suffixes)}.")
-    found: list[Path] = []
+    found: list[File] = []
     for pattern in paths:
+        if is_remote(pattern):
+            found += find_remote(pattern, key, suffixes)
+            continue
         path = Path(pattern).expanduser()
         if path.is_dir():
-            matches = sorted(p for p in path.rglob("*") if p.suffix in suffixes and p.is_file())
+            matches = sorted(p for p in path.rglob("*") if _known(p, suffixes) and p.is_file())
         elif path.is_file():
-            if path.suffix not in suffixes:
+            if not _known(path, suffixes):
                 raise ConfigError(f"{key}: {path} ends in {path.suffix!r}; known are {', '.join(suffixes)}.")
             matches = [path]
         else:
             matches = [
                 Path(name)
                 for name in sorted(glob.glob(str(path), recursive=True))
-                if Path(name).suffix in suffixes and not Path(name).is_dir()
+                if _known(Path(name), suffixes) and not Path(name).is_dir()
             ]
         if not matches:
             raise DataError(f"{key}: {pattern} matches no file that ends in {', '.join(suffixes)}.")
         found += matches
-    for path in found:
+    for file in found:
         try:
-            empty = path.stat().st_size == 0
+            empty = size_of(file) == 0
         except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}; remove it from {key}.") from error
+            raise DataError(f"{file} cannot be read: {error.strerror}; remove it from {key}.") from error
         if empty:
-            raise DataError(f"{path} is empty; remove it from {key} or fill it.")
+            raise DataError(f"{file} is empty; remove it from {key} or fill it.")
     return found
 
 
-def read_text(path: Path, split: int) -> Iterator[Piece]:
-    """One document in pieces that end at line breaks; those from byte ``split`` on are for validation."""
-    size = path.stat().st_size
+def _known(path: Path, suffixes: tuple[str, ...]) -> bool:
+    return (kind(path) if path.suffix in PACKED and kind(path) in TEXT + LINES else path.suffix) in suffixes
+
+
+def read_text(path: File, split: int, raw: list[BinaryIO] | None = None) -> Iterator[Piece]:
+    """One document in pieces that end at line breaks; those from byte ``split`` on are for validation.
+
+    raw: see `data.remote.opened`.
+    """
+    size = unpacked_size(path)
     position, line, was_validation = 0, 1, False
-    with open(path, "rb") as file:
+    rest = b""
+    with opened(path, raw) as file:
         while position < size:
             stop = position + PIECE_BYTES
-            block = file.read(min(stop, split if position < split else stop) - position)
+            wanted = min(stop, split if position < split else stop) - position
+            block, rest = (rest + file.read(max(0, wanted - len(rest)))), b""
+            if len(block) > wanted:
+                block, rest = block[:wanted], block[wanted:]
             if not block.endswith(b"\n"):
-                block += file.readline(PIECE_BYTES)
+                more, end = rest, rest.find(b"\n") + 1
+                if not end:
+                    more += file.readline(max(1, PIECE_BYTES - len(rest)))
+                    end = len(more)
+                block, rest = block + more[:end], more[end:]
             if not block.endswith(b"\n") and position + len(block) < size:
-                block = block[: _cut_long_line(block)]
-                file.seek(position + len(block))
+                cut = _cut_long_line(block)
+                block, rest = block[:cut], block[cut:] + rest
             try:
                 text = block.decode("utf-8-sig" if position == 0 else "utf-8")
             except UnicodeDecodeError as error:
@@ -256,16 +302,16 @@ def _cut_long_line(block: bytes) -> int:
     return cut
 
 
-def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> str:
+def _not_utf8(path: File, line: int, error: UnicodeDecodeError) -> str:
     return (
         f"{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8 ({error.reason}); convert the file "
         f"first, for example with iconv -f LATIN1 -t UTF-8."
     )
 
 
-def read_json_lines(path: Path, field: str) -> Iterator[tuple[str, str]]:
-    """(where, text) of each line that is not blank."""
-    with open(path, "rb") as file:
+def read_json_lines(path: File, field: str, raw: list[BinaryIO] | None = None) -> Iterator[tuple[str, str]]:
+    """(where, text) of each line that is not blank. raw: see `data.remote.opened`."""
+    with opened(path, raw) as file:
         for number in itertools.count(1):
             if not (line := file.readline(LINE_BYTES + 1)):
                 return
@@ -296,17 +342,21 @@ def _rows_at_once(file: Any, group: int) -> int:
     return max(1, min(1000, 2**24 * known.num_rows // max(1, known.total_byte_size)))
 
 
-def read_parquet(path: Path, field: str) -> Iterator[tuple[str, str]]:
-    """(where, text) of each row."""
+def read_parquet(path: File, field: str, raw: list[BinaryIO] | None = None) -> Iterator[tuple[str, str]]:
+    """(where, text) of each row. raw: see `data.remote.opened`."""
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise DataError("parquet files need pyarrow: pip install 'polargrad-dist[train]'.") from error
     try:
-        schema = parquet.read_schema(path)
-        texts = [field] if field in schema.names and str(schema.field(field).type).endswith("string") else []
-        # As a dictionary, a text that a file holds once and names a million times stays one text in memory.
-        with parquet.ParquetFile(path, read_dictionary=texts) as file:
+        with opened(path, raw) as whole:
+            schema = parquet.read_schema(whole)
+            whole.seek(0)
+            texts = (
+                [field] if field in schema.names and str(schema.field(field).type).endswith("string") else []
+            )
+            # As a dictionary, a text that a file holds once and names a million times stays one text in memory.
+            file = parquet.ParquetFile(whole, read_dictionary=texts)
             if field not in file.schema_arrow.names:
                 raise DataError(
                     f"{path} has no column {field!r} but {', '.join(file.schema_arrow.names)}; set data.text_field."

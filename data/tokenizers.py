@@ -23,6 +23,8 @@ from polargrad_dist.errors import ConfigError, DataError
 
 END_OF_TEXT = "<|endoftext|>"
 FILE = "tokenizer.json"
+# Qwen2's own, with NFC before it: Transformers gives it to every tokenizer that lies beside a Qwen2 model.
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LONG_WORD = re.compile(r"\S{1000}")
 
 
@@ -204,7 +206,7 @@ def _trained(config: TokenizerConfig, source: Source, cache: Path) -> Tokenizer:
         )
     if config.train_bytes < 1:
         raise ConfigError(f"data.tokenizer.train_bytes is {config.train_bytes}; it must be at least 1.")
-    key = digest([source.identity(), config.vocab_size, config.train_bytes, "bpe 1"])[:16]
+    key = digest([source.identity(), config.vocab_size, config.train_bytes, "bpe 2"])[:16]
     make_folder(cache)
     path = cache / f"bpe-{key}.json"
     if not path.exists():
@@ -214,11 +216,17 @@ def _trained(config: TokenizerConfig, source: Source, cache: Path) -> Tokenizer:
 
 
 def _train(config: TokenizerConfig, source: Source) -> str:
+    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers, trainers
 
     backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,

@@ -19,10 +19,14 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class Mask:
-    """Which keys each query sees, for one window: ``flex`` a BlockMask or ``dense`` a (B, 1, T, T) boolean."""
+    """Which keys each query sees, for one window: ``flex`` a BlockMask or ``dense`` a (B, 1, T, T) boolean.
+
+    With a ``cache`` (see `models.cache`) queries see earlier tokens too, and ``dense`` is (B, 1, T, all tokens).
+    """
 
     flex: Any = None
     dense: torch.Tensor | None = None
+    cache: Any = None
 
 
 def documents(tokens: torch.Tensor, end_of_text: int) -> torch.Tensor:
@@ -81,8 +85,12 @@ def _compiled_flex() -> Callable[..., torch.Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, scale: float) -> torch.Tensor:
-    """Attention of q, k, v (B, heads, T, head_width) under a mask."""
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, scale: float, layer: int = 0
+) -> torch.Tensor:
+    """Attention of q, k, v (B, heads, T, head_width) under a mask; ``layer`` finds the mask's cached keys and values."""
+    if mask.cache is not None:
+        k, v = mask.cache.join(layer, k, v)
     if mask.flex is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.dense, scale=scale)
     if q.device.type == "cuda" and not torch.compiler.is_compiling():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +13,9 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
-from models.attention import BLOCK
 from models.config import Sizes
 from models.loss import Backend, SoftCap, loss_sum, soft_capped
+from models.sampling import choose
 from polargrad_dist.errors import ConfigError
 
 
@@ -31,8 +33,13 @@ class LanguageModel(nn.Module, ABC):
         """The repeated blocks: what is compiled, checkpointed and sharded one by one."""
 
     @abstractmethod
-    def hidden(self, tokens: torch.Tensor, progress: float) -> torch.Tensor:
-        """The normalized output of the last block, (B, T, width)."""
+    def hidden(self, tokens: torch.Tensor, progress: float, cache: Any = None) -> torch.Tensor:
+        """The normalized output of the last block, (B, T, width). ``cache``, one of `make_cache`, holds the tokens before
+        these, and holds these too afterwards."""
+
+    @abstractmethod
+    def make_cache(self) -> Any:
+        """An empty cache of keys and values for `forward`."""
 
     @abstractmethod
     def get_input_embeddings(self) -> nn.Module:
@@ -47,25 +54,57 @@ class LanguageModel(nn.Module, ABC):
         return soft_capped(F.linear(hidden, weight).float(), self.soft_cap)
 
     def forward(
-        self, tokens: torch.Tensor, targets: torch.Tensor | None = None, *, progress: float = 0.0
+        self,
+        tokens: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        *,
+        progress: float = 0.0,
+        cache: Any = None,
     ) -> torch.Tensor:
         """Mean cross-entropy (fp32, 0-d) over targets other than -100, or logits (B, T, V) without targets.
 
-        tokens, targets: (B, T) int64. progress: the part of training that is done, in [0, 1].
+        tokens, targets: (B, T) int64. progress: the part of training that is done, in [0, 1]. With a ``cache`` tokens
+        go on from those that it holds, and the logits are the last token's alone, (B, 1, V).
         """
+        self.check_length(tokens)
+        hidden = self.hidden(tokens, progress, cache)
+        if targets is None:
+            return self.logits(*self.with_bias(hidden if cache is None else hidden[:, -1:]))
+        return self.loss(hidden, targets)
+
+    def loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy (fp32, 0-d) of hidden states (B, T, width) over targets (B, T) other than -100."""
+        return self.loss_of(*self.with_bias(hidden), targets)
+
+    def with_bias(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states and a head's weight whose product are the logits before a cap: a bias is one column more of both."""
+        head = self.get_output_embeddings()
+        if head.bias is None:
+            return hidden, head.weight
+        ones = hidden.new_ones((*hidden.shape[:-1], 1))
+        return torch.cat([hidden, ones], -1), torch.cat([head.weight, head.bias[:, None]], 1)
+
+    def loss_of(self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The same with a head's weight (V, width) given. The logits of the whole batch never exist."""
+        backend = self.loss_backend or ("inductor" if hidden.device.type == "cuda" else None)
+        total = loss_sum(hidden.flatten(0, 1), weight, targets.flatten(), self.soft_cap, backend=backend)
+        return total / (targets != -100).sum()
+
+    def check_length(self, tokens: torch.Tensor) -> None:
+        """Raises ``ConfigError`` for sequences longer than the model's."""
         limit = self.config.max_sequence_length
         if tokens.shape[1] > limit:
             raise ConfigError(
                 f"the sequences have {tokens.shape[1]} tokens, model.max_sequence_length allows {limit}: raise it, or "
                 "lower trainer.sequence_length"
             )
-        hidden = self.hidden(tokens, progress)
-        weight = self.get_output_embeddings().weight
-        if targets is None:
-            return self.logits(hidden, weight)
-        backend = self.loss_backend or ("inductor" if hidden.device.type == "cuda" else None)
-        total = loss_sum(hidden.flatten(0, 1), weight, targets.flatten(), self.soft_cap, backend=backend)
-        return total / (targets != -100).sum()
+
+    def load_pretrained(self, folder: str) -> None:
+        """Takes over weights in Hugging Face's form. Raises ``ConfigError`` where the architecture has none."""
+        raise ConfigError(
+            f"model.init_from is {folder!r}, weights in Hugging Face's form, which {self.config.architecture!r} does "
+            "not have: expected a run of this trainer"
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -74,6 +113,16 @@ class LanguageModel(nn.Module, ABC):
     @property
     def max_sequence_length(self) -> int:
         return self.config.max_sequence_length
+
+    hub_prefix = ""
+    """What the names of the parameters begin with here and not in an export for Transformers."""
+
+    hub_code: Path | None = None
+    """A modelling file that has to lie beside exported weights; None where Transformers knows the architecture."""
+
+    @abstractmethod
+    def hub_config(self, progress: float) -> dict[str, Any]:
+        """The ``config.json`` of an export, without data types. progress: as in ``forward``, of the exported weights."""
 
     def parameter_hints(self) -> dict[str, dict[str, Any]]:
         """Roles and splits of parameters that their modules do not tell."""
@@ -112,31 +161,39 @@ class LanguageModel(nn.Module, ABC):
         return 6.0 * weights + 12.0 * c.layers * c.heads * c.head_width * sequence_length
 
     @torch.no_grad()
-    def generate(
+    def generate(self, tokens: torch.Tensor, new_tokens: int, **options: Any) -> torch.Tensor:
+        """Continues tokens (B, T) int64; returns (B, T + new_tokens). Options are those of `stream`."""
+        return torch.cat([tokens, *self.stream(tokens, new_tokens, **options)], 1)
+
+    @torch.no_grad()
+    def stream(
         self,
         tokens: torch.Tensor,
         new_tokens: int,
         *,
         temperature: float = 1.0,
         top_k: int | None = None,
+        top_p: float | None = None,
+        progress: float = 1.0,
         generator: torch.Generator | None = None,
-    ) -> torch.Tensor:
-        """Continues tokens (B, T) by sampling; returns (B, T + new_tokens). Temperature 0 takes the likeliest.
+        cached: bool = True,
+    ) -> Iterator[torch.Tensor]:
+        """Samples after tokens (B, T) int64, and yields (B, 1) at a time. Temperature 0 takes the likeliest.
 
-        Nothing is cached between tokens: meant for samples of a run, not for serving. Call ``eval()`` before.
+        Keys and values are kept between tokens (``cached``) as long as the text is no longer than the model's sequences;
+        beyond, each token is computed from the last of them. Both ways give the same logits. Call ``eval()`` before.
         """
+        limit = self.max_sequence_length
+        cache = self.make_cache() if cached else None
+        fresh = tokens
         for _ in range(new_tokens):
-            window = tokens[:, -self.max_sequence_length :]
-            length = window.shape[1]
-            # Whole blocks, so that compiled code meets few shapes; no token sees what is padded behind it.
-            whole = min(-(-length // BLOCK) * BLOCK, self.max_sequence_length)
-            logits = self(F.pad(window, (0, whole - length)), progress=1.0)[:, length - 1, : self.vocab_size]
-            if top_k is not None:
-                least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                logits = logits.masked_fill(logits < least, -torch.inf)
-            if temperature == 0:
-                chosen = logits.argmax(-1, keepdim=True)
-            else:
-                chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-            tokens = torch.cat([tokens, chosen], 1)
-        return tokens
+            # Blocks may be compiled, for other shapes than these.
+            with torch.compiler.set_stance("force_eager"):
+                if cache is not None and tokens.shape[1] <= limit:
+                    logits = self(fresh, progress=progress, cache=cache)[:, -1, : self.vocab_size]
+                else:
+                    cache = None
+                    logits = self(tokens[:, -limit:], progress=progress)[:, -1, : self.vocab_size]
+            fresh = choose(logits, temperature, top_k, top_p, generator)
+            tokens = torch.cat([tokens, fresh], 1)
+            yield fresh

@@ -28,6 +28,14 @@ FULL_SIZE: dict[str, dict[str, Any]] = {
         "max_sequence_length": 65_536,
         "end_of_text": 50_256,
     },
+    "gpt": {
+        "vocab_size": 50_304,
+        "width": 768,
+        "layers": 12,
+        "heads": 6,
+        "max_sequence_length": 1_024,
+        "end_of_text": 50_256,
+    },
     "gpt2-medium": {
         "vocab_size": 50_257,
         "width": 1024,
@@ -44,7 +52,13 @@ class ModelConfig:
     """Which model, and its sizes; null takes the architecture's full-size value, or what follows from the others.
 
     Args:
-        architecture: "qwen2.5", "gpt2-small" or "gpt2-medium".
+        architecture: "qwen2.5", "gpt2-small", "gpt2-medium"; "gpt", the plain one of modded-nanoGPT's optimizer benchmark; or
+            "transformers" for any causal language model of Transformers.
+        config: for "transformers", its configuration: a mapping with model_type and whatever that type's configuration
+            has (as in config.json), or a folder or hub name to take it from. Defaults to that of init_from.
+        init_from: where the first weights come from: a folder or hub name with Qwen2 weights (for "transformers", of any
+            architecture) in Hugging Face's form, or a run directory or checkpoint of this trainer. Weights only: the run
+            starts at step 0 with a fresh optimizer, and sizes that are left open are those of the weights.
         vocab_size: rows of the embedding; null takes the tokenizer's (GPT-2 small: rounded up to 128), or the
             full size.
         width: model dimension.
@@ -60,7 +74,7 @@ class ModelConfig:
         attention_dropout: dropout of attention weights, Qwen2.5 only.
     """
 
-    architecture: Literal["qwen2.5", "gpt2-small", "gpt2-medium"] = "qwen2.5"
+    architecture: Literal["qwen2.5", "gpt2-small", "gpt2-medium", "gpt", "transformers"] = "qwen2.5"
     vocab_size: int | None = None
     width: int | None = None
     layers: int | None = None
@@ -72,12 +86,40 @@ class ModelConfig:
     end_of_text: int | None = None
     attention: Literal["auto", "flex", "sdpa"] = "auto"
     attention_dropout: float = 0.0
+    config: dict[str, Any] | str | None = None
+    init_from: str | None = None
+
+    def check_transformers(self) -> None:
+        """Raises ``ConfigError`` for sizes set beside ``model.config``, and for a ``model.config`` that would be ignored."""
+        if self.architecture != "transformers":
+            if self.config is not None:
+                raise ConfigError(
+                    f"model.config is set with model.architecture {self.architecture!r}, expected 'transformers': set "
+                    f"that, or "
+                    "leave model.config out"
+                )
+            return
+        if self.config is None:
+            raise ConfigError(
+                "model.architecture is 'transformers' without model.config, expected a configuration of Transformers, "
+                "the name "
+                "of a model, or model.init_from"
+            )
+        for entry in fields(self):
+            if entry.name not in ("architecture", "config", "init_from", "vocab_size", "end_of_text"):
+                value = getattr(self, entry.name)
+                if value != entry.default:
+                    raise ConfigError(
+                        f"model.{entry.name} is {value!r} with model.architecture 'transformers', whose sizes stand in "
+                        "model.config: set it there, under the name it has in Transformers"
+                    )
 
     def resolved(self, vocab_size: int | None = None, end_of_text: int | None = None) -> Sizes:
         """The sizes of the model. Raises ``ConfigError`` for those that make no model.
 
         ``vocab_size`` and ``end_of_text`` are the tokenizer's, used where the configuration says nothing.
         """
+        self.check_transformers()
         if self.architecture not in FULL_SIZE:
             known = ", ".join(FULL_SIZE)
             raise ConfigError(f"model.architecture is {self.architecture!r}, expected one of: {known}")
@@ -86,10 +128,9 @@ class ModelConfig:
             name: getattr(self, name) if getattr(self, name) is not None else full[name] for name in full
         }
         if self.vocab_size is None and vocab_size is not None:
-            # GPT-2 small's 50,304 rows are its tokenizer's 50,257 in whole blocks of 128
-            values["vocab_size"] = (
-                -(-vocab_size // 128) * 128 if self.architecture == "gpt2-small" else vocab_size
-            )
+            # The 50,304 rows of GPT-2 small and of the plain GPT are their tokenizer's 50,257 in whole blocks of 128
+            whole = self.architecture in ("gpt2-small", "gpt")
+            values["vocab_size"] = -(-vocab_size // 128) * 128 if whole else vocab_size
             values["end_of_text"] = -1  # another tokenizer than the full size's
         if end_of_text is not None:
             values["end_of_text"] = end_of_text
@@ -136,10 +177,16 @@ class Sizes:
         qwen = self.architecture == "qwen2.5"
         for entry in fields(self):
             value = getattr(self, entry.name)
-            least = -1 if entry.name == "end_of_text" else 2 if entry.name == "layers" and not qwen else 1
+            least = (
+                -1
+                if entry.name == "end_of_text"
+                else 2
+                if entry.name == "layers" and "gpt2" in self.architecture
+                else 1
+            )
             if isinstance(value, int) and value < least:
                 raise ConfigError(f"model.{entry.name} is {value}, expected a whole number >= {least}")
-        if qwen and self.attention != "auto":
+        if self.architecture in ("qwen2.5", "gpt") and self.attention != "auto":
             raise ConfigError(
                 f"model.attention is {self.attention!r}, which only the GPT-2 models have: set it to 'auto'"
             )
@@ -147,7 +194,7 @@ class Sizes:
             raise ConfigError(f"model.kv_heads is {self.kv_heads}, which only qwen2.5 has: set it to null")
         if not qwen and self.attention_dropout:
             raise ConfigError("model.attention_dropout is set, which only qwen2.5 has: set it to 0")
-        if not qwen and self.end_of_text >= self.vocab_size:
+        if "gpt2" in self.architecture and self.end_of_text >= self.vocab_size:
             raise ConfigError(
                 f"model.end_of_text is {self.end_of_text}, but the vocabulary has {self.vocab_size} tokens, so no document "
                 "would ever end: set it to the token that ends documents"

@@ -7,8 +7,10 @@ where it is computed. Every scalar is at least one-dimensional: FSDP2 takes no 0
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +19,38 @@ from torch.nn import functional as F  # noqa: N812
 
 from models.attention import BLOCK, Mask, attend, documents, make_mask
 from models.base import LanguageModel
+from models.cache import Cache
 from models.config import Sizes
 from polargrad_dist.errors import ConfigError
+
+HUB_CODE = Path(__file__).parent / "hub" / "modeling_polargrad_gpt.py"
+
+
+def gpt_hub_config(c: Sizes, variant: str, window: int) -> dict[str, Any]:
+    """The ``config.json`` of an export that `HUB_CODE` reads. window: tokens that a query sees back."""
+    marker = c.end_of_text if 0 <= c.end_of_text < c.vocab_size else None
+    return {
+        "model_type": "polargrad_gpt",
+        "architectures": ["PolarGradGPTForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{HUB_CODE.stem}.PolarGradGPTConfig",
+            "AutoModelForCausalLM": f"{HUB_CODE.stem}.PolarGradGPTForCausalLM",
+        },
+        "variant": variant,
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.width,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "head_dim": c.head_width,
+        "intermediate_size": c.mlp_width,
+        "max_position_embeddings": c.max_sequence_length,
+        "window": window,
+        "document_token_id": c.end_of_text,
+        "bos_token_id": marker,
+        "eos_token_id": marker,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+    }
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
@@ -39,12 +71,12 @@ class Turn:
         return torch.cat([a * self.cos + b * self.sin, b * self.cos - a * self.sin], -1).to(x.dtype)
 
 
-def rotary(length: int, head_width: int, device: torch.device) -> Turn:
-    """Half of the pairs turn with frequencies 1 to 1/1024, the others do not."""
+def rotary(length: int, head_width: int, device: torch.device, first: int = 0) -> Turn:
+    """Half of the pairs turn with frequencies 1 to 1/1024, the others do not. ``first``: position of the first token."""
     turning = head_width // 4
     frequencies = (1 / 1024) ** torch.linspace(0, 1, turning, device=device)
     frequencies = torch.cat([frequencies, frequencies.new_zeros(head_width // 2 - turning)])
-    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequencies
+    angles = torch.arange(first, first + length, device=device, dtype=torch.float32)[:, None] * frequencies
     return Turn(angles.cos(), angles.sin())
 
 
@@ -75,8 +107,9 @@ class MLP(nn.Module):
 class SmallAttention(nn.Module):
     """Heads with normalized q and k, values mixed with a value embedding, output projection zero at the start."""
 
-    def __init__(self, c: Sizes):
+    def __init__(self, c: Sizes, layer: int):
         super().__init__()
+        self.layer = layer
         self.heads, self.head_width = c.heads, c.head_width
         inner = c.heads * c.head_width
         self.q, self.k, self.v = (nn.Linear(c.width, inner, bias=False) for _ in range(3))
@@ -89,15 +122,16 @@ class SmallAttention(nn.Module):
         q, k, v = (split(linear(x), self.heads) for linear in (self.q, self.k, self.v))
         # Without a value embedding its weight still takes part, times zero, so that its gradient exists on every rank.
         v = self.mix[0] * v + (self.mix[1] * split(ve, self.heads) if ve is not None else 0 * self.mix[1])
-        y = attend(turn(norm(q)), turn(norm(k)), v.to(q.dtype), mask, self.scale)
+        y = attend(turn(norm(q)), turn(norm(k)), v.to(q.dtype), mask, self.scale, self.layer)
         return self.o(y.transpose(1, 2).flatten(2))
 
 
 class MediumAttention(nn.Module):
     """q, k, v, o in one 4 x inner x width tensor; values normalized too; softmax scale 0.12."""
 
-    def __init__(self, c: Sizes):
+    def __init__(self, c: Sizes, layer: int):
         super().__init__()
+        self.layer = layer
         self.heads = c.heads
         inner = c.heads * c.head_width
         self.qkvo = nn.Parameter(torch.empty(4, inner, c.width))
@@ -109,7 +143,7 @@ class MediumAttention(nn.Module):
     ) -> torch.Tensor:
         q, k, v = (split(F.linear(x, weight), self.heads) for weight in self.qkvo[:3].unbind())
         v = mix[0] * norm(v) + (mix[1] * split(ve, self.heads) if ve is not None else 0 * mix[1])
-        y = attend(turn(norm(q)), turn(norm(k)), v.to(q.dtype), mask, 0.12)
+        y = attend(turn(norm(q)), turn(norm(k)), v.to(q.dtype), mask, 0.12, self.layer)
         return F.linear(y.transpose(1, 2).flatten(2), self.qkvo[3].T)
 
 
@@ -127,9 +161,9 @@ def split(x: torch.Tensor, heads: int) -> torch.Tensor:
 class SmallBlock(nn.Module):
     """x <- a x + b x0, then attention and MLP, both on the normalized x."""
 
-    def __init__(self, c: Sizes, has_attention: bool):
+    def __init__(self, c: Sizes, layer: int, has_attention: bool):
         super().__init__()
-        self.attention = SmallAttention(c) if has_attention else None
+        self.attention = SmallAttention(c, layer) if has_attention else None
         self.mlp = MLP(c.width, c.mlp_width)
         self.mix = nn.Parameter(torch.tensor([1.0, 0.0]))
 
@@ -145,9 +179,9 @@ class SmallBlock(nn.Module):
 class MediumBlock(nn.Module):
     """As the small one, but attention takes x as it is, and the scalars come from the model's one tensor."""
 
-    def __init__(self, c: Sizes, has_attention: bool):
+    def __init__(self, c: Sizes, layer: int, has_attention: bool):
         super().__init__()
-        self.attention = MediumAttention(c) if has_attention else None
+        self.attention = MediumAttention(c, layer) if has_attention else None
         self.mlp = MLP(c.width, c.mlp_width)
         start_uniform(self.mlp.up.weight)
 
@@ -183,9 +217,19 @@ class GPT2(LanguageModel):
             nn.Embedding(c.vocab_size, inner) for _ in range(max(self.value_of.values()) + 1)
         )
         bare = attention_free(c.layers, self.full_layers)
-        self.layers = nn.ModuleList(self.block(c, i != bare) for i in range(c.layers))
+        self.layers = nn.ModuleList(self.block(c, i, i != bare) for i in range(c.layers))
         self.head = nn.Linear(c.width, head_rows, bias=False)
         nn.init.zeros_(self.head.weight)
+
+    hub_code = HUB_CODE
+
+    def hub_config(self, progress: float) -> dict[str, Any]:
+        variant = self.config.architecture.removeprefix("gpt2-")
+        return gpt_hub_config(self.config, variant, self.window(progress))
+
+    @abstractmethod
+    def window(self, progress: float) -> int:
+        """Tokens that a query sees back where windows are long."""
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -224,9 +268,23 @@ class GPT2(LanguageModel):
             self.config.attention == "auto" and gpu and self.config.head_width >= 16
         )
 
-    def _start(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], Turn]:
+    def make_cache(self) -> Cache:
+        return Cache()
+
+    def _masks(self, tokens: torch.Tensor, windows: list[int], cache: Cache | None) -> list[Mask]:
+        """The masks of tokens (B, T) for each window, with what the cache holds before them."""
+        if cache is not None:
+            docs = cache.documents(tokens, self.config.end_of_text)
+            return [cache.mask(docs, window) for window in windows]
+        docs, flex = documents(tokens, self.config.end_of_text), self._flex(tokens)
+        return [make_mask(docs, window, flex) for window in windows]
+
+    def _start(
+        self, tokens: torch.Tensor, cache: Cache | None
+    ) -> tuple[torch.Tensor, list[torch.Tensor], Turn]:
         """x0 (B, T, width), the value embeddings (B, T, inner), and the rotary angles' cos and sin."""
-        turn = rotary(tokens.shape[1], self.config.head_width, tokens.device)
+        first = 0 if cache is None else cache.length
+        turn = rotary(tokens.shape[1], self.config.head_width, tokens.device, first)
         kind = tokens.device.type  # blocks compute in the matrices' type, whatever that of the tables
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.head.weight.dtype
         return (
@@ -251,10 +309,9 @@ class GPT2Small(GPT2):
         """Tokens that a query sees back: linear from 128 to 1,856 over training, floored to whole blocks."""
         return int((BLOCK + (1856 - BLOCK) * progress) // BLOCK * BLOCK)
 
-    def hidden(self, tokens: torch.Tensor, progress: float) -> torch.Tensor:
-        x0, values, turn = self._start(tokens)
-        docs = documents(tokens, self.config.end_of_text)
-        mask = make_mask(docs, self.window(progress), self._flex(tokens))
+    def hidden(self, tokens: torch.Tensor, progress: float, cache: Cache | None = None) -> torch.Tensor:
+        x0, values, turn = self._start(tokens, cache)
+        (mask,) = self._masks(tokens, [self.window(progress)], cache)
         x = x0.clone()  # were it x0 itself, the first block would be compiled on its own
         kept: list[torch.Tensor] = []
         half = self.config.layers // 2
@@ -306,11 +363,10 @@ class GPT2Medium(GPT2):
         t = progress
         return max(BLOCK, math.ceil(3456 * (4 * t**3 - 6 * t**2 + 3 * t) / BLOCK) * BLOCK)
 
-    def hidden(self, tokens: torch.Tensor, progress: float) -> torch.Tensor:
-        x0, values, turn = self._start(tokens)
-        docs = documents(tokens, self.config.end_of_text)
-        window, flex = self.window(progress), self._flex(tokens)
-        long, short = make_mask(docs, window, flex), make_mask(docs, window // 2 // BLOCK * BLOCK, flex)
+    def hidden(self, tokens: torch.Tensor, progress: float, cache: Cache | None = None) -> torch.Tensor:
+        x0, values, turn = self._start(tokens, cache)
+        window = self.window(progress)
+        long, short = self._masks(tokens, [window, window // 2 // BLOCK * BLOCK], cache)
         layers = self.config.layers
         skip, mix, value_mix = self.scalars.split([layers, 2 * layers, 2 * layers])
         mix, value_mix = mix.view(layers, 2), value_mix.view(layers, 2)

@@ -50,12 +50,34 @@ class QwenModel(LanguageModel):
             )
         )
 
+    hub_prefix = "qwen."
+
+    def hub_config(self, progress: float) -> dict[str, Any]:
+        config = {
+            name: value
+            for name, value in self.qwen.config.to_dict().items()
+            if name not in ("dtype", "torch_dtype")
+        }
+        # Transformers 4 reads the base of the rotary frequencies from rope_theta, 5 from rope_parameters.
+        return config | {
+            "architectures": ["Qwen2ForCausalLM"],
+            "rope_theta": THETA,
+            "rope_scaling": None,
+            "use_cache": True,
+        }
+
     @property
     def blocks(self) -> list[nn.Module]:
         return list(self.qwen.model.layers)
 
-    def hidden(self, tokens: torch.Tensor, progress: float) -> torch.Tensor:
-        return self.qwen.model(input_ids=tokens, use_cache=False).last_hidden_state
+    def hidden(self, tokens: torch.Tensor, progress: float, cache: Any = None) -> torch.Tensor:
+        cached = cache is not None
+        return self.qwen.model(input_ids=tokens, past_key_values=cache, use_cache=cached).last_hidden_state
+
+    def make_cache(self) -> Any:
+        from transformers import DynamicCache
+
+        return DynamicCache()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.qwen.get_input_embeddings()
@@ -70,6 +92,15 @@ class QwenModel(LanguageModel):
         rope = self.qwen.model.rotary_emb
         rope.inv_freq = inverse_frequencies(self.config.head_width, rope.inv_freq.device)
         return self
+
+    def load_pretrained(self, folder: str) -> None:
+        """Takes over the weights of a Qwen2 checkpoint; where its head is its embedding, both start as that one table."""
+        from models.start import pretrained
+
+        theirs: Any = pretrained(folder)
+        state = theirs.state_dict()
+        state["lm_head.weight"] = theirs.get_output_embeddings().weight
+        self.qwen.load_state_dict(state)
 
     def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:
         """Writes an ordinary Qwen2 checkpoint that ``AutoModelForCausalLM.from_pretrained(folder)`` loads."""

@@ -1,53 +1,207 @@
-"""A run's weights for other programs: `python -m tools.export RUN_DIR OUT`.
+"""A run's weights for other programs: `python -m tools.export RUN_OR_CHECKPOINT OUT [--dtype bfloat16] [--format dcp]`.
 
-A Qwen2.5-style model becomes an ordinary Qwen2 checkpoint with its tokenizer, which Transformers loads; a GPT-2 one, whose
-architecture no other library has, becomes a safetensors file under its own parameter names.
+The default is a folder that Transformers loads: safetensors, configuration, tokenizer, model card; a GPT-2 model brings its
+modelling file. ``--format dcp`` writes weights and optimizer state as a plain `torch.distributed.checkpoint`. Tensors are
+read one by one from whatever ranks saved them, so that no more than a shard is in memory at a time.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
-from models.qwen import QwenModel
-from polargrad_dist.errors import ConfigError
+import torch
+
+from models import LanguageModel
+from models.auto import TransformersModel
+from polargrad_dist.errors import CheckpointError, ConfigError
+from polargrad_dist.trainer.checkpoint.single import MODEL, Checkpoint, find_checkpoint
 from polargrad_dist.trainer.cli import run
-from tools.runs import load_run
+from polargrad_dist.trainer.initial import fill, weights
+from tools.export_text import DTYPES, add_tokenizer, model_card
+from tools.runs import build, known_tokens
+
+SHARD_BYTES = 5 * 10**9
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Export the weights of a run.")
-    parser.add_argument("run_dir", help="the run's directory")
+    parser.add_argument("run", help="a run directory, or one of its checkpoints")
     parser.add_argument("out", help="folder to write; must not exist or be empty")
     parser.add_argument(
-        "--step", type=int, default=None, help="checkpoint to load; default: the newest valid one"
+        "--step", type=int, default=None, help="checkpoint to export; default: the newest valid one"
+    )
+    parser.add_argument("--format", choices=("transformers", "dcp"), default="transformers")
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPES), default=None, help="default: the widest among the weights"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        choices=("beside", "apart", "none"),
+        default="beside",
+        help="beside the model; apart: in a folder tokenizer/, which no model's name can change; none",
     )
     options = parser.parse_args()
-    out = Path(options.out)
+    checkpoint = find_checkpoint(options.run, options.step)
+    out = new_folder(Path(options.out))
+    if options.format == "dcp":
+        if options.dtype is not None:
+            raise ConfigError(
+                "--dtype is set with --format dcp, which keeps every tensor as it is: leave it out"
+            )
+        export_dcp(checkpoint, out)
+    else:
+        export(checkpoint, out, dtype=options.dtype, tokenizer=options.tokenizer)
+    print(f"step {checkpoint.step} of {checkpoint.run_dir} is in {out}")
+    return 0
+
+
+def new_folder(out: Path) -> Path:
+    """Raises ``ConfigError`` unless the folder is new or empty."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not empty, expected a new or an empty folder: choose another")
-    opened = load_run(options.run_dir, step=options.step)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{out} cannot be made ({error.strerror}): choose another folder") from error
-    if isinstance(opened.model, QwenModel):
-        opened.model.save_pretrained(out)
-    else:
-        from safetensors.torch import save_model
+    return out
 
-        save_model(opened.model, str(out / "model.safetensors"))
-    text = opened.data.load_tokenizer().json() if opened.data.tokenizer else None
-    if text is not None:
-        from tokenizers import Tokenizer
-        from transformers import PreTrainedTokenizerFast
 
-        tokenizer = Tokenizer.from_str(text)
-        assert opened.data.end_of_text is not None
-        marker = tokenizer.id_to_token(opened.data.end_of_text)
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=marker).save_pretrained(out)
-    print(f"step {opened.step} of {opened.folder} is in {out}")
-    return 0
+def export(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    tokenizer: str = "beside",
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a folder that ``AutoModelForCausalLM.from_pretrained`` loads, in a new or empty folder.
+
+    dtype: of all weights, a key of `DTYPES`; None for the widest floating type among them. Raises ``ConfigError`` where
+    AutoTokenizer would give other token ids than the run's tokenizer.
+    """
+    known = known_tokens(checkpoint)
+    model = build(checkpoint, known, device="meta")
+    kind = DTYPES[dtype] if dtype else _widest(checkpoint)
+    config = model.hub_config(checkpoint.progress) | {"dtype": _name(kind), "torch_dtype": _name(kind)}
+    if not (isinstance(model, TransformersModel) and model.renames):
+        _write_weights(checkpoint, model, out, kind, shard_bytes)
+    else:  # its files name weights otherwise than its modules: Transformers writes them, from the whole model
+        whole: Any = build(checkpoint, known)
+        fill(whole, checkpoint, "the run")
+        whole.to(kind).inner.save_pretrained(out, max_shard_size=shard_bytes)
+    _write(out / "config.json", config)
+    marker = config.get("eos_token_id")
+    generation: dict[str, Any] = {
+        "bos_token_id": marker,
+        "eos_token_id": marker,
+        "pad_token_id": marker,
+        "use_cache": True,
+    }
+    rows = model.get_output_embeddings().weight.shape[0]
+    if rows > model.vocab_size:  # a head padded to whole blocks: those rows are no tokens
+        generation["suppress_tokens"] = list(range(model.vocab_size, rows))
+    _write(out / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
+    if model.hub_code is not None:
+        shutil.copyfile(model.hub_code, out / model.hub_code.name)
+    if tokenizer != "none":
+        add_tokenizer(known, out, apart=tokenizer == "apart", trust=model.hub_code is not None)
+    (out / "README.md").write_text(model_card(checkpoint, model, known, kind), encoding="utf-8")
+    ordinary_modes(out)
+
+
+def ordinary_modes(folder: Path) -> None:
+    """Files that everybody may read as far as the umask allows: libraries make some of them private."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _name(kind: torch.dtype) -> str:
+    return str(kind).removeprefix("torch.")
+
+
+def _widest(checkpoint: Checkpoint) -> torch.dtype:
+    """The floating type that holds every weight: embedding tables may be bf16 beside fp32 matrices."""
+    kinds = [checkpoint.manifest.tensors[MODEL + name].dtype for name in checkpoint.names()]
+    return max((kind for kind in kinds if kind.is_floating_point), key=lambda kind: kind.itemsize)
+
+
+def _write_weights(
+    checkpoint: Checkpoint, model: LanguageModel, out: Path, kind: torch.dtype, shard_bytes: int
+) -> None:
+    """One safetensors file, or several below ``shard_bytes`` with an index, as Transformers writes them."""
+    from safetensors.torch import save_file
+
+    wanted = {MODEL + name for name in weights(model)}
+    names = [name for name in map(MODEL.__add__, checkpoint.names()) if name in wanted]
+    if missing := sorted(wanted - set(names)):
+        raise CheckpointError(
+            f"{checkpoint.folder} has no {missing[0].removeprefix(MODEL)}: it is of another model"
+        )
+    sizes = {name: checkpoint.manifest.tensors[name].bytes for name in names}
+    for name in names:
+        saved = checkpoint.manifest.tensors[name]
+        if saved.dtype.is_floating_point:
+            sizes[name] = sizes[name] // saved.dtype.itemsize * kind.itemsize
+    shards: list[list[str]] = [[]]
+    room = shard_bytes
+    for name in names:
+        if shards[-1] and sizes[name] > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= sizes[name]
+    index: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = (
+            "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        )
+        tensors = {
+            name.removeprefix(MODEL).removeprefix(model.hub_prefix): checkpoint.read(name) for name in shard
+        }
+        tensors = {n: t.to(kind) if t.is_floating_point() else t for n, t in tensors.items()}
+        save_file(tensors, out / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, file)
+    if len(shards) > 1:
+        _write(
+            out / "model.safetensors.index.json",
+            {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index},
+        )
+
+
+def export_dcp(checkpoint: Checkpoint, out: Path) -> None:
+    """Writes a plain torch DCP checkpoint: ``model.<name>`` for weights, ``optim.<name>.<state>`` for the optimizer's state.
+
+    ``dcp.load({"model": model.state_dict()}, checkpoint_id=out)`` reads it, at any world size.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+
+    class Lazily(dcp.DefaultSavePlanner):
+        """Plans from shapes alone, and reads a tensor when it is written."""
+
+        def lookup_object(self, index: MetadataIndex) -> Any:
+            part, name = index.fqn.split(".", 1)
+            return checkpoint.read(f"{part}/{name}")
+
+    state: dict[str, Any] = {}
+    for part in ("model", "optim"):
+        shapes = {
+            name: checkpoint.manifest.tensors[f"{part}/{name}"] for name in checkpoint.names(part + "/")
+        }
+        state[part] = {n: torch.empty(s.shape, dtype=s.dtype, device="meta") for n, s in shapes.items()}
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(out), planner=Lazily(), no_dist=True)
+    ordinary_modes(out)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def drawable() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ConfigError(
-            "the report draws its figures with matplotlib, which is not installed: pip install 'polargrad-dist[eval]'"
+            "the report draws its figures with matplotlib, which is not installed: pip install 'polargrad-dist[plots]'"
         ) from None
 
 

@@ -76,12 +76,15 @@ def page(runs: list[RunRecords], parts: list[Section], drawings: dict[str, str],
     several = len(runs) > 1
     title = f"Comparison of {len(runs)} runs" if several else f"Run {runs[0].label}"
     anchors = [("summary", "Summary"), *((part.anchor, part.title) for part in parts)]
+    written = [run for run in runs if run.samples]
+    anchors += [("samples", "Samples")] if written else []
     anchors += [("differences", "Differences")] if several else []
     anchors += [("configuration", "Configuration")]
     links = "".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name in anchors)
     body = [summary(runs)]
     for part in parts:
         body.append(section(part, drawings, left_out if part.anchor == "conditioning" else ""))
+    body += [samples(written, several)] if written else []
     body += [difference_table(runs)] if several else []
     body.append(configurations(runs))
     return f"""<!doctype html>
@@ -149,6 +152,20 @@ def section(part: Section, drawings: dict[str, str], note: str) -> str:
     text = part.text if part.figures else f"Nothing to show: {part.missing}."
     notes = "".join(f"<p>{escape(words)}</p>\n" for words in (text, note) if words)
     return f'<section id="{part.anchor}"><h2>{escape(part.title)}</h2>\n{notes}{figures}</section>\n'
+
+
+SAMPLES = 12  # the newest of each run
+
+
+def samples(runs: Sequence[RunRecords], several: bool) -> str:
+    """What the runs wrote when they were asked to, the newest first."""
+    rows = []
+    for run in runs:
+        label = f"{escape(run.label)}, " if several else ""
+        for step, prompt, text in reversed(run.samples[-SAMPLES:]):
+            shown = f"<strong>{escape(prompt)}</strong>{escape(text)}"
+            rows.append(f"<details open><summary>{label}step {step}</summary><pre>{shown}</pre></details>")
+    return f'<section id="samples"><h2>Samples</h2>\n{"".join(rows)}</section>\n'
 
 
 def difference_table(runs: list[RunRecords]) -> str:

@@ -74,6 +74,8 @@ class RunRecords:
     step: int = 0
     records: int = 0
     unreadable: int = 0
+    samples: list[tuple[int, str, str]] = field(default_factory=list)
+    """Step, prompt and continuation of each sample, in the order in which they were written."""
 
     def curve(self, *path: str) -> tuple[Array, Array]:
         """(steps, values) of a series; empty where nothing finite was recorded."""
@@ -111,8 +113,12 @@ class RunRecords:
         if step < self.step:
             for series in self.series.values():
                 series.cut(step)
+            self.samples = [entry for entry in self.samples if entry[0] < step]
         self.records += 1
         self.step = step
+        for sample in record.get("samples") or ():
+            if isinstance(sample, dict):
+                self.samples.append((step, str(sample.get("prompt", "")), str(sample.get("text", ""))))
         for path, value in numbers(record, ()):
             if path != ("step",):
                 self.series.setdefault(path, Series()).add(step, value)

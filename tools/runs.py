@@ -2,52 +2,124 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from data import open_data
+from data.kept import Kept, kept
 from data.open import Data
-from models import LanguageModel, build_model
+from data.tokenizers import Tokenizer
+from models import LanguageModel, ModelConfig, build_model
 from polargrad_dist.errors import CheckpointError
-from polargrad_dist.optim.routing import clean_name
-from polargrad_dist.trainer import rundir
-from polargrad_dist.trainer.checkpoint import CheckpointStore
-from polargrad_dist.trainer.loop import identity_of
+from polargrad_dist.trainer.checkpoint.single import Checkpoint, find_checkpoint
+from polargrad_dist.trainer.initial import fill
 from polargrad_dist.trainer.metrics import quiet
 from train import RunConfig, parse_run
 
 
 @dataclass
 class Run:
-    """A run directory with what is in it."""
+    """A checkpoint with its model built, on the CPU."""
 
-    folder: Path
-    config: RunConfig
-    data: Data
+    checkpoint: Checkpoint
     model: LanguageModel
-    step: int
+    known: Kept
+
+    @property
+    def folder(self) -> Path:
+        """The run directory."""
+        return self.checkpoint.run_dir
+
+    @property
+    def step(self) -> int:
+        return self.checkpoint.step
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The run's configuration, from its directory."""
+        return parse_run(["--config", str(self.folder / "config.yaml")])[0]
+
+    @cached_property
+    def data(self) -> Data:
+        """The run's data, prepared where need be."""
+        trainer = self.config.trainer
+        return open_data(
+            self.config.data,
+            sequence_length=trainer.sequence_length,
+            global_batch=trainer.global_batch,
+            micro_batch=trainer.micro_batch,
+            seed=trainer.seed,
+            report=quiet,
+        )
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Raises ``DataError`` for a run on shards that came without one."""
+        return self.known.load()
+
+    def prompt(self, text: str) -> torch.Tensor:
+        """(1, T) int64: a text's tokens; of an empty one the token that opens a document."""
+        return torch.tensor([self.tokenizer.encode(text) or [self.known.end_of_text or 0]])
 
     def sample(self, prompt: str, tokens: int, temperature: float = 0.8, seed: int = 0) -> str:
-        """Text that the model continues the prompt with."""
-        tokenizer = self.data.load_tokenizer()
-        start = torch.tensor([tokenizer.encode(prompt) or [self.data.end_of_text]])
-        generator = torch.Generator().manual_seed(seed)
+        """The prompt with the text that the model continues it with."""
+        return self.tokenizer.decode(self.prompt(prompt)[0].tolist()) + "".join(
+            self.stream(prompt, tokens, temperature=temperature, top_k=50, seed=seed)
+        )
+
+    def stream(
+        self,
+        prompt: str,
+        tokens: int,
+        *,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """The continuation of a prompt, piece by piece as it is sampled; whole characters only."""
+        ids: list[int] = []
+        shown = ""
         self.model.eval()
-        out = self.model.generate(start, tokens, temperature=temperature, top_k=50, generator=generator)
-        return tokenizer.decode(out[0].tolist())
+        for token in self.model.stream(
+            self.prompt(prompt),
+            tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            progress=self.checkpoint.progress,
+            generator=torch.Generator().manual_seed(seed),
+        ):
+            ids.append(int(token))
+            text = self.tokenizer.decode(ids)
+            if text.endswith("\ufffd") and len(ids) < tokens:
+                continue  # in the middle of a character
+            yield text[len(shown) :]
+            shown = text
 
 
-def load_run(folder: Path | str, *, step: int | None = None) -> Run:
-    """Opens a run directory; weights are those of ``step``, or of the newest valid checkpoint.
+def load_run(path: Path | str, *, step: int | None = None) -> Run:
+    """Opens a run directory or one of its checkpoints; weights are those of ``step``, or of the newest valid checkpoint.
 
-    Raises ``CheckpointError`` when there is none, ``ConfigError`` when the folder is no run's.
+    Raises ``CheckpointError`` when there is none, ``ConfigError`` when the folder is neither.
     """
-    folder = Path(folder)
-    rundir.expect(folder, "config.yaml")
-    config, configuration, _ = parse_run(["--config", str(folder / "config.yaml")])
+    checkpoint = find_checkpoint(path, step)
+    known = known_tokens(checkpoint)
+    model = build(checkpoint, known)
+    fill(model, checkpoint, "the run")
+    return Run(checkpoint, model.eval(), known)
+
+
+def known_tokens(checkpoint: Checkpoint) -> Kept:
+    """The run's tokenizer: the one in its directory, or in an older run that of its data."""
+    known = kept(checkpoint.run_dir)
+    if known is not None:
+        return known
+    config = parse_run(["--config", str(checkpoint.run_dir / "config.yaml")])[0]
     trainer = config.trainer
     data = open_data(
         config.data,
@@ -57,18 +129,16 @@ def load_run(folder: Path | str, *, step: int | None = None) -> Run:
         seed=trainer.seed,
         report=quiet,
     )
-    model = build_model(config.model, vocab_size=data.vocab_size, end_of_text=data.end_of_text)
-    store = CheckpointStore(folder / "checkpoints", identity=identity_of(configuration, data))
-    path = folder / "checkpoints" / f"step-{step:08}" if step is not None else store.newest_valid()
-    if path is None or not path.exists():
+    return Kept(data.tokenizer, data.end_of_text, data.folder)
+
+
+def build(checkpoint: Checkpoint, known: Kept, device: str = "cpu") -> LanguageModel:
+    """The checkpoint's model with weights of its own; ``device="meta"`` for names and shapes alone."""
+    try:
+        config = ModelConfig(**checkpoint.manifest.configuration["model"])
+    except (KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{folder} holds no valid checkpoint{'' if step is None else f' of step {step}'}, expected one"
-        )
-    loaded = store.load(path, weights(model))
-    store.close()
-    return Run(folder, config, data, model, loaded.step)
-
-
-def weights(model: torch.nn.Module) -> dict[str, Any]:
-    """A model's tensors under their names in a checkpoint."""
-    return {f"model/{clean_name(name)}": p.detach() for name, p in model.named_parameters()}
+            f"{checkpoint.folder} says nothing of its model that this version understands ({error}): expected a checkpoint "
+            "of train.py"
+        ) from None
+    return build_model(config, vocab_size=known.vocab_size, end_of_text=known.end_of_text, device=device)

@@ -4,15 +4,19 @@ from polargrad_dist.errors import TrainingError
 from polargrad_dist.trainer.config import TrainerConfig
 from polargrad_dist.trainer.loop import Outcome, Trainer
 from polargrad_dist.trainer.signals import PREEMPTED
+from polargrad_dist.trainer.sinks import RunInfo, Sink, register_sink
 from polargrad_dist.trainer.world import World, join, seed_everything
 
 __all__ = [
     "PREEMPTED",
     "Outcome",
+    "RunInfo",
+    "Sink",
     "Trainer",
     "TrainerConfig",
     "TrainingError",
     "World",
     "join",
+    "register_sink",
     "seed_everything",
 ]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 from polargrad_dist.diagnostics import DiagnosticsConfig
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.schedules import ScheduleConfig
-from polargrad_dist.trainer.checkpoint import CheckpointConfig
+from polargrad_dist.trainer.checkpoint import CheckpointConfig, checkpoints_in
 
 
 @dataclass
@@ -40,10 +41,54 @@ class EvaluationConfig:
     Args:
         every: steps between validations; 0 for only at the end.
         at_end: also validate after the last step.
+        hellaswag: JSON lines of HellaSwag's form (ctx or ctx_a and ctx_b, endings, label), which the model has to complete;
+            null for none.
+        hellaswag_every: steps between these; 0 for only at the end.
+        hellaswag_items: questions from the start of the file; null for all.
     """
 
     every: int = 250
     at_end: bool = True
+    hellaswag: str | None = None
+    hellaswag_every: int = 1000
+    hellaswag_items: int | None = None
+
+
+@dataclass
+class SamplesConfig:
+    """Text that the model continues while it trains: in the log, the report, TensorBoard and wandb.
+
+    Args:
+        every: steps between samples; 0 for never.
+        prompts: texts to continue; an empty one begins a document.
+        tokens: tokens to add to each.
+        temperature: 0 takes the likeliest token each time.
+        top_k: sample from the k likeliest tokens only; null for all.
+        top_p: sample from the likeliest tokens that together have this probability; null for all.
+        seed: of the sampling; the same at every step.
+    """
+
+    every: int = 0
+    prompts: list[str] = field(default_factory=lambda: [""])
+    tokens: int = 64
+    temperature: float = 0.8
+    top_k: int | None = 50
+    top_p: float | None = None
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises ``ConfigError`` for a value that nothing can be sampled with."""
+        for name, good, expected in (
+            ("every", self.every >= 0, "a whole number >= 0"),
+            ("prompts", len(self.prompts) > 0, "at least one text"),
+            ("tokens", self.tokens >= 1, "a whole number >= 1"),
+            ("temperature", 0 <= self.temperature < math.inf, "a finite number >= 0"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "a whole number >= 1, or null"),
+            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "a number in (0, 1], or null"),
+            ("seed", 0 <= self.seed < 2**63, "a whole number in [0, 2**63)"),
+        ):
+            if not good:
+                raise ConfigError(f"trainer.samples.{name} is {getattr(self, name)!r}, expected {expected}")
 
 
 @dataclass
@@ -58,6 +103,7 @@ class LoggingConfig:
         wandb: "disabled", "offline" or "online".
         wandb_project: project on wandb.
         wandb_name: name of the run on wandb; null for the run directory's.
+        profile: steps to trace with torch's profiler, after two of warm-up; 0 for none. Also ``--profile N``.
     """
 
     every: int = 10
@@ -67,6 +113,7 @@ class LoggingConfig:
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "polargrad-dist"
     wandb_name: str | None = None
+    profile: int = 0
 
 
 @dataclass
@@ -106,6 +153,7 @@ class TrainerConfig:
         schedule: learning-rate and momentum schedule.
         strategy: ddp, fsdp or hsdp.
         evaluation: validation.
+        samples: text that the model writes while it trains.
         logging: metrics.
         diagnostics: condition numbers, norms and orthogonality of chosen matrices.
         checkpoint: saving and resuming.
@@ -127,15 +175,29 @@ class TrainerConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     safety: SafetyConfig = field(default_factory=SafetyConfig)
 
+    @property
+    def resumes(self) -> bool:
+        """Whether the run goes on from a checkpoint, whose weights take the place of any first ones."""
+        return self.checkpoint.resume not in ("auto", "never") or bool(
+            checkpoints_in(Path(self.run_dir) / "checkpoints")
+        )
+
     def check(self, world: int) -> None:
         """Raises ``ConfigError`` for what cannot be run on ``world`` ranks, naming the key and what would be right."""
         if not self.run_dir.strip():
             raise ConfigError("trainer.run_dir is empty, expected the folder that this run writes into")
+        if "://" in self.run_dir:
+            raise ConfigError(
+                f"trainer.run_dir is {self.run_dir}, expected a folder on a file system that every rank sees: "
+                f"checkpoints are "
+                "renamed and locked there, which object stores cannot; copy the run there when it has ended"
+            )
         for name in ("steps", "global_batch", "micro_batch", "sequence_length"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"trainer.{name} is {getattr(self, name)}, expected a whole number >= 1")
@@ -143,11 +205,15 @@ class TrainerConfig:
             ("logging.every", self.logging.every, 1),
             ("logging.stats_every", self.logging.stats_every, 0),
             ("evaluation.every", self.evaluation.every, 0),
+            ("evaluation.hellaswag_every", self.evaluation.hellaswag_every, 0),
+            ("evaluation.hellaswag_items", self.evaluation.hellaswag_items or 1, 1),
+            ("logging.profile", self.logging.profile, 0),
             ("safety.max_skipped", self.safety.max_skipped, 1),
             ("safety.spike_window", self.safety.spike_window, 2),
         ):
             if value < least:
                 raise ConfigError(f"trainer.{name} is {value}, expected a whole number >= {least}")
+        self.samples.check()
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"trainer.seed is {self.seed}, expected a whole number in [0, 2**32)")
         if not 0 < self.strategy.timeout_minutes < 1e6:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -34,3 +35,40 @@ class Data(Protocol):
     def validation(self) -> Any: ...
 
     def fingerprint(self) -> dict[str, Any]: ...
+
+
+@dataclass
+class Progress:
+    """What a run has done; saved with every checkpoint. ``sample`` is the index of the next one.
+
+    validation_owed: a validation was due when the run was asked to leave; the next start makes up for it.
+    """
+
+    step: int = 0
+    sample: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    recent: list[float] = field(default_factory=list)
+    validation_owed: bool = False
+
+
+@dataclass
+class Outcome:
+    """How a run ended: 0 and its last figures, or `PREEMPTED` when it was asked to leave and saved."""
+
+    exit_code: int
+    step: int
+    validation: dict[str, float]
+
+
+def identity_of(configuration: dict[str, Any], data: Data) -> dict[str, Any]:
+    """What a checkpoint must share with a run to be loaded by it. Other data may be allowed, another tokenizer not."""
+    fingerprint = dict(data.fingerprint())
+    tokenizer = {"tokenizer": fingerprint.pop("tokenizer", None)}
+    # Where the first weights came from makes no other model, nor does a key that is newer than the checkpoint and not set.
+    model = {
+        k: v
+        for k, v in configuration.get("model", {}).items()
+        if k != "init_from" and (k, v) != ("config", None)
+    }
+    return {"model": model, "tokenizer": tokenizer, "data": fingerprint}

@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.profiler import record_function
 
 from polargrad_dist.diagnostics import Diagnostics
 from polargrad_dist.errors import CheckpointError, ConfigError, PolarError, TrainingError
@@ -27,10 +27,12 @@ from polargrad_dist.trainer.checkpoint import CheckpointStore, folder_name, rest
 from polargrad_dist.trainer.config import TrainerConfig
 from polargrad_dist.trainer.evaluation import evaluate
 from polargrad_dist.trainer.health import culprits, poisoned, reason_to_skip
-from polargrad_dist.trainer.interfaces import Batch, Data
+from polargrad_dist.trainer.interfaces import Batch, Data, Outcome, Progress, identity_of
+from polargrad_dist.trainer.measure import Evaluator
 from polargrad_dist.trainer.metrics import Metrics
 from polargrad_dist.trainer.output import start_log
 from polargrad_dist.trainer.phases import Phases, memory_gib, peak_flops
+from polargrad_dist.trainer.profiling import PREFIX, Profile
 from polargrad_dist.trainer.signals import PREEMPTED, LeaveRequest
 from polargrad_dist.trainer.strategies import place
 from polargrad_dist.trainer.world import World, seed_everything
@@ -38,37 +40,6 @@ from polargrad_dist.trainer.world import World, seed_everything
 log = logging.getLogger("polargrad_dist.trainer")
 
 PATIENCE = 60.0  # seconds that a start waits for another process to leave its run directory
-
-
-@dataclass
-class Progress:
-    """What a run has done; saved with every checkpoint. ``sample`` is the index of the next one.
-
-    validation_owed: a validation was due when the run was asked to leave; the next start makes up for it.
-    """
-
-    step: int = 0
-    sample: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    recent: list[float] = field(default_factory=list)
-    validation_owed: bool = False
-
-
-@dataclass
-class Outcome:
-    """How a run ended: 0 and its last figures, or `PREEMPTED` when it was asked to leave and saved."""
-
-    exit_code: int
-    step: int
-    validation: dict[str, float]
-
-
-def identity_of(configuration: dict[str, Any], data: Data) -> dict[str, Any]:
-    """What a checkpoint must share with a run to be loaded by it. Other data may be allowed, another tokenizer not."""
-    fingerprint = dict(data.fingerprint())
-    tokenizer = {"tokenizer": fingerprint.pop("tokenizer", None)}
-    return {"model": configuration.get("model", {}), "tokenizer": tokenizer, "data": fingerprint}
 
 
 class Trainer:
@@ -120,6 +91,7 @@ class Trainer:
         self.phases = Phases(world.device)
         self.peak = peak_flops(world.device) if config.precision != "fp32" else None  # the peaks are bf16's
         self.validated: dict[str, float] = {}
+        self.evaluator = Evaluator(config, self.placed, model, self.data, world)
         self.run_id = self._on_main(lambda: rundir.run_id(self.run_dir))
         self.store = CheckpointStore(
             self.run_dir / "checkpoints",
@@ -154,6 +126,8 @@ class Trainer:
         self.world.at("resuming")
         self._resume()
         self._on_main(lambda: rundir.claim(self.run_dir, self.configuration, self.run_id))
+        if keep_tokenizer := getattr(self.data, "keep_tokenizer", None):
+            self._on_main(lambda: keep_tokenizer(self.run_dir))
         metrics = Metrics(
             config.logging,
             self.run_dir,
@@ -162,7 +136,9 @@ class Trainer:
             run_id=self.run_id,
             configuration=self.configuration,
             active=self.world.is_main,
+            report=self.report,
         )
+        profile = Profile(config.logging.profile, self.run_dir, self.world.device, self.world.is_main)
         log.info(
             "%d ranks, each with %d micro-batches of %d sequences per step",
             self.world.size,
@@ -177,7 +153,9 @@ class Trainer:
                 stop = self._validate(metrics, leave)
             while progress.step < config.steps and not stop:
                 self.world.at(f"step {progress.step + 1}")
-                record, stop = self._step(batches, leave)
+                with record_function(f"{PREFIX}whole"):
+                    record, stop = self._step(batches, leave)
+                profile.step()
                 progress.step += 1
                 progress.sample += config.global_batch
                 self._report(metrics, record)
@@ -185,6 +163,7 @@ class Trainer:
             self.world.at("the last save")
         finally:
             try:
+                profile.close()
                 metrics.close()
                 if hasattr(batches, "close"):
                     batches.close()
@@ -348,6 +327,8 @@ class Trainer:
 
     _reported = 0
     _due = False
+    report: Callable[[Path], Path] | None = None
+    """Writes the run's HTML report, for the sinks that take one when it ends."""
     _unproved = ""
 
     def _validate_and_save(self, metrics: Metrics, leave: LeaveRequest, stop: bool) -> bool:
@@ -363,6 +344,8 @@ class Trainer:
             stop = self._validate(metrics, leave)
             validated = not stop
         loss = self.validated["validation_loss"] if validated else None
+        if not stop and (looked := self.evaluator.look(step, last)):
+            metrics.write({"step": step, **looked})
         self._due |= stop or last or bool(config.checkpoint.every and step % config.checkpoint.every == 0)
         self._unproved = self._doubt(loss, final=last)
         if self._due and not self._unproved:
@@ -377,7 +360,7 @@ class Trainer:
         if figures is None:
             return True
         self.validated, self.progress.validation_owed = figures, False
-        metrics.write({"step": self.progress.step, **figures})
+        metrics.write({"step": self.progress.step, **figures, **self.evaluator.named(self.progress.step)})
         if self.progress.step == self.config.steps and not math.isfinite(figures["validation_loss"]):
             self._due, self._unproved = True, self._doubt(figures["validation_loss"], final=True)
         return False

@@ -15,21 +15,17 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.trainer.config import LoggingConfig
+from polargrad_dist.trainer.rundir import leaves
+from polargrad_dist.trainer.sinks import RunInfo, Sink, registered
 
 log = logging.getLogger("polargrad_dist.trainer")
 PATIENCE = 5.0  # seconds that the end of a run waits for a full disk
-
-
-class Sink(Protocol):
-    """Where records go."""
-
-    def write(self, record: dict[str, Any]) -> None: ...
-    def close(self) -> None: ...
 
 
 def record_in(line: bytes) -> dict[str, Any] | None:
@@ -114,16 +110,31 @@ class JsonLines:
 class TensorBoard:
     """Event files in the run directory."""
 
-    def __init__(self, folder: Path, first: int):
+    def __init__(self, folder: Path, first: int, configuration: dict[str, Any] | None = None):
         """A resume takes the place of what was written after its checkpoint."""
         require("tensorboard", "trainer.logging.tensorboard is true", "tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), purge_step=first + 1 if first else None)
+        if not first:
+            self._write_hparams(configuration or {})
+
+    def _write_hparams(self, configuration: dict[str, Any]) -> None:
+        """The configuration under HPARAMS, in this run's own events: ``add_hparams`` would make a second run of it."""
+        from torch.utils.tensorboard.summary import hparams
+
+        kinds = bool | int | float | str
+        values = {k: v if isinstance(v, kinds) else str(v) for k, v in leaves(configuration).items()}
+        figures = {"loss": 0.0, "validation_loss": 0.0, "bits_per_byte": 0.0}
+        for summary in hparams(values, figures):
+            self._writer._get_file_writer().add_summary(summary)
 
     def write(self, record: dict[str, Any]) -> None:
         for name, value in flat(record).items():
             self._writer.add_scalar(name, value, record["step"])
+        for i, sample in enumerate(record.get("samples", ())):
+            text = f"**{sample['prompt']}**{sample['text']}".replace("\n", "  \n")
+            self._writer.add_text(f"samples/{i}", text, record["step"])
 
     def close(self) -> None:
         self._writer.close()
@@ -147,7 +158,24 @@ class Wandb:
         )
 
     def write(self, record: dict[str, Any]) -> None:
-        self._run.log(flat(record), step=record["step"])
+        shown: dict[str, Any] = flat(record)
+        if "samples" in record:
+            import wandb
+
+            rows = [[record["step"], sample["prompt"], sample["text"]] for sample in record["samples"]]
+            shown["samples"] = wandb.Table(columns=["step", "prompt", "text"], data=rows)
+        self._run.log(shown, step=record["step"])
+
+    def attach(self, path: Path) -> None:
+        """The run's report as an artefact."""
+        import wandb
+
+        artefact = wandb.Artifact(f"report-{self._run.id}", type="report")
+        artefact.add_file(str(path))
+        figures = path.parent / f"{path.stem}-figures"
+        if figures.is_dir():
+            artefact.add_dir(str(figures), name=figures.name)
+        self._run.log_artifact(artefact)
 
     def close(self) -> None:
         self._run.finish()
@@ -214,7 +242,7 @@ class Console:
     def _show(self, record: dict[str, Any], text: str) -> None:
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {record['loss']:.4f}" if "loss" in record else "")
-            if "validation_loss" in record:
+            if {"validation_loss", "hellaswag", "samples"} & record.keys():
                 self._bar.write(text)
         elif self.mode == "lines":
             done = record["step"] - self.first
@@ -252,6 +280,11 @@ def line(record: dict[str, Any], steps: int) -> str:
         parts.append(" ".join(f"{name}:{value:.0%}" for name, value in record["share"].items()))
     if record.get("skipped"):
         parts.append(f"skipped {record['skipped']}")
+    for name, found in record.get("validation", {}).items():
+        parts.append(f"{name} {found['loss']:.4f}")
+    if "hellaswag" in record:
+        parts.append("hellaswag {acc_norm:.3f} ({acc:.3f} not normalized)".format_map(record["hellaswag"]))
+    parts += [f"\n  {sample['prompt']!r} -> {sample['text']!r}" for sample in record.get("samples", ())]
     return "  ".join(parts)
 
 
@@ -279,16 +312,22 @@ class Metrics:
         run_id: str,
         configuration: dict[str, Any],
         active: bool,
+        report: Callable[[Path], Path] | None = None,
     ):
+        """report: writes the run's HTML report from its directory, for the sinks that take one when the run ends."""
         self.sinks: list[Sink] = []
+        self._run_dir, self._report = run_dir, report
         self.console = Console(config.progress if active else "off", steps, first)
         if not active:
             return
         self._add("metrics.jsonl", lambda: JsonLines(run_dir / "metrics.jsonl", first))
         if config.tensorboard:
-            self._add("TensorBoard", lambda: TensorBoard(run_dir / "tensorboard", first))
+            self._add("TensorBoard", lambda: TensorBoard(run_dir / "tensorboard", first, configuration))
         if config.wandb != "disabled":
             self._add("wandb", lambda: Wandb(config, run_dir, run_id, configuration))
+        info = RunInfo(run_dir, run_id, configuration, steps, first)
+        for name, make in registered().items():
+            self._add(name, partial(make, info))
 
     def _add(self, name: str, make: Any) -> None:
         try:
@@ -308,7 +347,19 @@ class Metrics:
                 log.warning("%s failed (%s) and is dropped; training goes on", type(sink).__name__, error)
         self.console.show(record)
 
+    def _attach_report(self) -> None:
+        takers = [sink for sink in self.sinks if hasattr(sink, "attach")]
+        if not takers or self._report is None:
+            return
+        try:
+            path = self._report(self._run_dir)
+            for sink in takers:
+                sink.attach(path)
+        except Exception as error:
+            log.warning("the report was not attached (%s)", error)
+
     def close(self) -> None:
+        self._attach_report()
         self.console.close()
         for sink in self.sinks:
             try:

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.profiler import record_function
+
+from polargrad_dist.trainer.profiling import PREFIX
 
 # Dense bf16 peak in FLOP/s, from the vendors' data sheets.
 PEAKS = {
@@ -57,6 +60,11 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        with record_function(PREFIX + name), self._timed(name):
+            yield
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
         if self.gpu and name != "data":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()

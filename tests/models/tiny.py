@@ -4,7 +4,7 @@ import torch
 
 from models import LanguageModel, ModelConfig, build_model
 
-COUNTS = {"qwen2.5": 540_865_536, "gpt2-small": 275_742_772, "gpt2-medium": 454_496_336}
+COUNTS = {"qwen2.5": 540_865_536, "gpt2-small": 275_742_772, "gpt2-medium": 454_496_336, "gpt": 162_354_816}
 TINY = {"vocab_size": 96, "width": 32, "layers": 4, "heads": 2, "max_sequence_length": 512, "end_of_text": 95}
 ALL = list(COUNTS)
 

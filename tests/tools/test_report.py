@@ -428,7 +428,7 @@ def test_without_matplotlib_one_sentence_says_what_to_install(tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, error = tool(monkeypatch, capsys, str(run_of(tmp_path / "run")))
     assert code == 2
-    assert "pip install 'polargrad-dist[eval]'" in error
+    assert "pip install 'polargrad-dist[plots]'" in error
     assert not (tmp_path / "run" / "report.html").exists()
 
 

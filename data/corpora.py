@@ -1,0 +1,227 @@
+"""The token shards of a run: prepared from its text where need be, fetched, or found; of one corpus or of several.
+
+For one process; the others are handed what it returns. Shards are named by absolute paths here.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from data.config import DataConfig, SourceConfig
+from data.mixture import MixedText, shares
+from data.prepare import Report, prepare
+from data.remote import fetch_prepared, is_remote
+from data.shards import MANIFEST, Manifest, Shard, foreign_shard
+from data.sources import find_local, open_source
+from data.tokenizers import Tokenizer, TokenizerInfo, open_ready, open_tokenizer
+from polargrad_dist.errors import ConfigError, DataError
+
+# Published shards of one folder tell their split by name: fineweb_train_000001.bin, fineweb_val_000000.bin.
+_VALIDATION = re.compile(r"(^|[_.-])val(idation)?([_.-]|$)")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Shards for training and for validation; a manifest unless they are foreign.
+
+    name: of its validation set; empty where it is the only one. weight: its share of a mixture; 0: for validation only.
+    """
+
+    folder: Path
+    manifest: Manifest | None
+    train: tuple[Shard, ...]
+    validation: tuple[Shard, ...]
+    name: str = ""
+    weight: float = 0.0
+
+
+def find_corpora(config: DataConfig, report: Report) -> list[Corpus]:
+    """The run's corpora, those to train on first. Raises ``ConfigError`` or ``DataError``."""
+    tokenizer = None
+    if config.sources:
+        corpora, tokenizer = _mixture(config, report)
+    else:
+        corpora = [replace(_corpus(config, report, None), weight=1.0)]
+    names = [corpus.name for corpus in corpora]
+    for name, paths in config.validation_sets.items():
+        if not name or name in names:
+            raise ConfigError(
+                f"data.validation_sets names {name!r}, expected a name of its own: choose another"
+            )
+        tokenizer = tokenizer or _tokenizer_of(corpora[0], config)
+        corpora.append(validation_corpus(name, paths, config, tokenizer, report))
+    return corpora
+
+
+def _mixture(config: DataConfig, report: Report) -> tuple[list[Corpus], Tokenizer | None]:
+    for entry in fields(SourceConfig):
+        default = getattr(DataConfig(), entry.name, None)
+        if entry.name not in ("weight", "name") and getattr(config, entry.name) != default:
+            raise ConfigError(
+                f"data.{entry.name} is set beside data.sources, whose entries have one each: set it there instead"
+            )
+    if config.validation_paths:
+        raise ConfigError(
+            "data.validation_paths is set beside data.sources, which keep shares of their own: use data.validation_sets"
+        )
+    counts = shares([part.weight for part in config.sources])
+    settings = [_alone(config, part) for part in config.sources]
+    ready = {i: _corpus(one, report, None) for i, one in enumerate(settings) if one.source == "shards"}
+    prepared = [corpus for corpus in ready.values() if corpus.manifest is not None]
+    tokenizer: Tokenizer | None = None
+    if prepared:
+        tokenizer = _tokenizer_of(prepared[0], config)
+    elif len(ready) < len(settings) or config.tokenizer.name != "bpe":
+        texts = [(one, n) for one, n in zip(settings, counts, strict=True) if one.source != "shards"]
+        sources = [open_source(one) for one, _ in texts]
+        text = MixedText(sources, [n for _, n in texts], config.tokenizer.train_bytes)
+        tokenizer = open_tokenizer(config.tokenizer, text, Path(config.cache) / "tokenizers")
+    found: list[Corpus] = []
+    for i, (one, part) in enumerate(zip(settings, config.sources, strict=True)):
+        corpus = ready[i] if i in ready else _corpus(one, report, tokenizer)
+        if corpus.manifest is not None and tokenizer is not None:
+            _same_tokenizer(corpus, tokenizer.info)
+        name = part.name or _called(part)
+        if name in [other.name for other in found]:
+            raise ConfigError(f"data.sources has two sources called {name!r}: give each a name of its own")
+        found.append(replace(corpus, name=name, weight=part.weight))
+    # One with a manifest first: it says what the tokenizer is.
+    return sorted(found, key=lambda corpus: corpus.manifest is None), tokenizer
+
+
+def _alone(config: DataConfig, part: SourceConfig) -> DataConfig:
+    """The configuration of one source of a mixture."""
+    own = {
+        entry.name: getattr(part, entry.name)
+        for entry in fields(part)
+        if entry.name not in ("weight", "name")
+    }
+    return replace(config, sources=[], validation_sets={}, **own)
+
+
+def _called(part: SourceConfig) -> str:
+    """What a source is called that has no name: by what it reads."""
+    if part.source == "hub":
+        return part.hub.subset or part.hub.name.split("/")[-1]
+    return Path(part.paths[0].rstrip("/*")).name.split(".")[0] if part.paths else part.source
+
+
+def _corpus(config: DataConfig, report: Report, tokenizer: Tokenizer | None) -> Corpus:
+    if config.source != "shards":
+        return _of_folder(prepare(config, report=report, tokenizer=tokenizer))
+    places = [_fetched(path, config, report) for path in config.paths]
+    folders = [Path(path).expanduser() for path in places]
+    if any((folder / MANIFEST).exists() for folder in folders):
+        return _of_folders(folders, config)
+    found = find_local(places, "data.paths", (".bin",))
+    if config.validation_paths:
+        train, held_out = found, find_local(config.validation_paths, "data.validation_paths", (".bin",))
+    else:
+        train = [path for path in found if not _VALIDATION.search(path.name)]
+        held_out = [path for path in found if _VALIDATION.search(path.name)]
+    if not train:
+        raise DataError(f"data.paths names no training shards but {held_out[0]} for validation; add some.")
+    return Corpus(Path(), None, tuple(map(_foreign, train)), tuple(map(_foreign, held_out)))
+
+
+def _fetched(path: str, config: DataConfig, report: Report) -> str:
+    """A path on this machine: prepared folders elsewhere are fetched into the cache."""
+    if not is_remote(path) or path.endswith(".bin"):
+        return path
+    report(f"fetching {path}")
+    return str(fetch_prepared(path.rstrip("/"), Path(config.cache), MANIFEST))
+
+
+def _of_folder(folder: Path) -> Corpus:
+    manifest = Manifest.load(folder)
+
+    def named(shards: tuple[Shard, ...]) -> tuple[Shard, ...]:
+        return tuple(replace(shard, name=str((folder / shard.name).absolute())) for shard in shards)
+
+    return Corpus(folder, manifest, named(manifest.train), named(manifest.validation))
+
+
+def _of_folders(folders: list[Path], config: DataConfig) -> Corpus:
+    """Folders that ``data.prepare`` wrote, read one after another."""
+    if strange := [str(folder) for folder in folders if not (folder / MANIFEST).exists()]:
+        raise ConfigError(
+            f"data.paths names prepared folders and, with {strange[0]}, shards without a manifest; name one kind only."
+        )
+    if config.validation_paths:
+        raise ConfigError(
+            "data.validation_paths is set, but prepared folders bring their own validation shards; leave it empty."
+        )
+    found = [_of_folder(folder) for folder in folders]
+    for corpus in found[1:]:
+        _same_tokenizer(corpus, found[0])
+    whole = [
+        tuple(s for corpus in found for s in getattr(corpus, split)) for split in ("train", "validation")
+    ]
+    return replace(found[0], train=whole[0], validation=whole[1])
+
+
+def _same_tokenizer(corpus: Corpus, other: Corpus | TokenizerInfo) -> None:
+    theirs = (
+        other.hash
+        if isinstance(other, TokenizerInfo)
+        else other.manifest and other.manifest.tokenizer.get("hash")
+    )
+    if corpus.manifest is not None and corpus.manifest.tokenizer.get("hash") != theirs:
+        than = "the run's" if isinstance(other, TokenizerInfo) else str(other.folder)
+        raise DataError(
+            f"{corpus.folder} was prepared with another tokenizer than {than}; prepare both with the same one."
+        )
+
+
+def _tokenizer_of(corpus: Corpus, config: DataConfig) -> Tokenizer:
+    """The tokenizer of shards. Raises ``ConfigError`` for foreign ones that the configuration names none for."""
+    if corpus.manifest is not None:
+        return TokenizerInfo(**corpus.manifest.tokenizer).load(corpus.folder)
+    if config.tokenizer.name == "bpe":
+        raise ConfigError(
+            "data.validation_sets or data.sources has text, but the shards come without a tokenizer: set data.tokenizer.name "
+            "to theirs"
+        )
+    return open_ready(config.tokenizer.name, config.tokenizer.end_of_text)
+
+
+def validation_corpus(
+    name: str, paths: list[str], config: DataConfig, tokenizer: Tokenizer, report: Report
+) -> Corpus:
+    """A named validation set: a prepared folder's validation shards, or its training shards where it has none; or text."""
+    if len(paths) == 1:
+        folder = Path(
+            _fetched(paths[0], config, report) if _looks_prepared(paths[0]) else paths[0]
+        ).expanduser()
+        if (folder / MANIFEST).exists():
+            corpus = _of_folder(folder)
+            _same_tokenizer(corpus, tokenizer.info)
+            return replace(corpus, train=(), validation=corpus.validation or corpus.train, name=name)
+    whole = replace(
+        config,
+        source="files",
+        paths=paths,
+        sources=[],
+        validation_sets={},
+        validation_paths=[],
+        validation_fraction=0.0,
+        max_tokens=None,
+    )
+    corpus = _of_folder(prepare(whole, report=report, tokenizer=tokenizer))
+    return replace(corpus, train=(), validation=corpus.train, name=name)
+
+
+def _looks_prepared(path: str) -> bool:
+    """Whether a URL names a folder with a manifest."""
+    if not is_remote(path):
+        return False
+    from data.remote import file_system
+
+    system, inside = file_system(path.rstrip("/"))
+    return bool(system.exists(f"{inside}/{MANIFEST}"))
+
+
+def _foreign(path: Path) -> Shard:
+    return replace(foreign_shard(path), name=str(path.absolute()))

@@ -1,0 +1,70 @@
+"""A run's tokenizer beside its checkpoints, so that the run can be used where neither its data nor their cache are.
+
+``tokenizer/info.json`` says what it is, ``tokenizer/tokenizer.json`` is the tokenizer itself; tiktoken's are named only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data.files import make_folder, read_json, write_atomically, write_json
+from data.tokenizers import Tokenizer, TokenizerInfo
+from polargrad_dist.errors import DataError
+
+FOLDER, INFO = "tokenizer", "info.json"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a run directory knows of its tokens. ``info`` is None for foreign shards without a tokenizer."""
+
+    info: TokenizerInfo | None
+    end_of_text: int | None
+    folder: Path
+
+    @property
+    def vocab_size(self) -> int | None:
+        """The tokenizer's entries; None without one."""
+        return self.info.vocab_size if self.info else None
+
+    def load(self) -> Tokenizer:
+        """The tokenizer. Raises DataError where there is none."""
+        if self.info is None:
+            raise DataError(
+                f"{self.folder.parent} was trained on shards without a tokenizer, expected one to read or write text: "
+                "name it with --tokenizer"
+            )
+        return self.info.load(self.folder)
+
+
+def keep(folder: Path, tokenizer: Tokenizer | None, end_of_text: int | None) -> None:
+    """Writes a run's tokenizer into its directory; one that is there already stays, runs do not change theirs."""
+    folder = folder / FOLDER
+    if (folder / INFO).exists():
+        return
+    make_folder(folder)
+    info: dict[str, Any] | None = None
+    if tokenizer is not None:
+        text = tokenizer.json()
+        info = asdict(tokenizer.info) | {"file": None if text is None else "tokenizer.json"}
+        if text is not None:
+            write_atomically(folder / "tokenizer.json", text.encode())
+    write_json(folder / INFO, {"tokenizer": info, "end_of_text": end_of_text})
+
+
+def kept(folder: Path) -> Kept | None:
+    """What `keep` left in a run directory; None in a run that is older than it. Raises DataError for a damaged one."""
+    folder = folder / FOLDER
+    if not (folder / INFO).exists():
+        return None
+    raw = read_json(folder / INFO)
+    try:
+        info = TokenizerInfo(**raw["tokenizer"]) if raw["tokenizer"] else None
+        return Kept(info, raw["end_of_text"], folder)
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{folder / INFO} is not a tokenizer's description ({error!r}), expected what a run writes: delete its folder, "
+            "and start the run once more"
+        ) from error

@@ -1,0 +1,168 @@
+"""Several corpora in fixed shares: which sample comes from which source is a function of its index and the weights alone.
+
+Weights become whole numbers over a common denominator D. Among any first i samples source k has i·w_k/D of them, give or take
+less than one, and exactly w_k in each D (the sample that is furthest behind comes next: the chairman assignment of Tijdeman
+1980). So shares do not depend on the world size, and the position of a run stays one number.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from data.loader import Loader, Tokens, permutation
+from data.pieces import Piece, Source
+from polargrad_dist.errors import ConfigError, DataError
+
+MOST = 1_000_000  # samples after which the dealing repeats, at most
+
+
+def shares(weights: list[float]) -> list[int]:
+    """The weights as whole numbers without a common factor. Raises ``ConfigError`` where that takes more than `MOST`."""
+    if bad := [w for w in weights if not (math.isfinite(w) and w > 0)]:
+        raise ConfigError(f"data.sources has the weight {bad[0]}, expected a finite number > 0")
+    exact = [Fraction(str(weight)) for weight in weights]
+    total = sum(exact)
+    parts = [weight / total for weight in exact]
+    denominator = math.lcm(*(part.denominator for part in parts))
+    if denominator > MOST:
+        raise ConfigError(
+            f"data.sources has weights {weights}, exact only over {denominator:,} samples, expected at most {MOST:,}: "
+            f"round them"
+        )
+    return [int(part * denominator) for part in parts]
+
+
+class Dealing:
+    """Which source each sample index belongs to, and the how-manieth of that source it is."""
+
+    def __init__(self, counts: list[int]):
+        """counts: whole shares, see `shares`."""
+        self.counts = np.array(counts, dtype=np.int64)
+        self.period = int(self.counts.sum())
+        self._source = _dealt(counts)
+        self._before = np.empty(
+            self.period, dtype=np.int64
+        )  # samples of the same source earlier in the period
+        for k in range(len(counts)):
+            here = self._source == k
+            self._before[here] = np.arange(int(here.sum()))
+
+    def __call__(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(source, index within the source) of sample indices (n,) int64."""
+        rounds, at = np.divmod(samples, self.period)
+        source = self._source[at]
+        return source, rounds * self.counts[source] + self._before[at]
+
+
+def _dealt(counts: list[int]) -> np.ndarray:
+    """(D,) int64: the source of each sample of a period.
+
+    Source k's j-th sample may come once its share allows it, and has to by ⌈j·D/w_k⌉: always the one whose time runs out
+    first, of those that may.
+    """
+
+    period = sum(counts)
+    waiting: list[tuple[int, int]] = [(0, k) for k in range(len(counts))]  # (first allowed place, source)
+    ready: list[tuple[int, int]] = []  # (last allowed place, source)
+    done = [0] * len(counts)
+    out = np.empty(period, dtype=np.int64)
+    heapq.heapify(waiting)
+    for place in range(period):
+        while waiting and waiting[0][0] <= place:
+            _, k = heapq.heappop(waiting)
+            heapq.heappush(ready, (-(-(done[k] + 1) * period // counts[k]), k))
+        _, k = heapq.heappop(ready)
+        out[place] = k
+        done[k] += 1
+        if done[k] < counts[k]:
+            heapq.heappush(waiting, (done[k] * period // counts[k], k))
+    return out
+
+
+@dataclass(frozen=True)
+class MixedLoader(Loader):
+    """A `Loader` over several sources, each in its own order and epochs. ``tokens`` are all of them, one after the other."""
+
+    parts: tuple[Tokens, ...] = ()
+    names: tuple[str, ...] = ()
+    counts: tuple[int, ...] = ()
+    _dealing: Dealing = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, part in zip(self.names, self.parts, strict=True):
+            if self._windows(part) < 1:
+                raise DataError(
+                    f"data.sources: {name} holds {len(part):,} tokens, too few for one sequence of {self.sequence_length}; "
+                    "lower trainer.sequence_length, or add text."
+                )
+        object.__setattr__(self, "_dealing", Dealing(list(self.counts)))
+
+    def _windows(self, part: Tokens) -> int:
+        return max(0, (len(part) - 1) // self.sequence_length)
+
+    @property
+    def num_samples(self) -> int:
+        """Sequences of all sources together; of a small source with a large weight some come again before all have come."""
+        return sum(map(self._windows, self.parts))
+
+    def places(self, samples: np.ndarray) -> list[tuple[Tokens, int]]:
+        """Source and window of each sample index."""
+        sources, indices = self._dealing(samples)
+        windows = np.empty_like(samples)
+        for k, part in enumerate(self.parts):
+            size = self._windows(part)
+            mine = sources == k
+            for epoch in np.unique(indices[mine] // size):
+                chosen = mine & (indices // size == epoch)
+                key = (k << 96) + (self.seed << 32) + int(epoch)
+                windows[chosen] = permutation(indices[chosen] % size, size, key)
+        return [(self.parts[k], window) for k, window in zip(sources.tolist(), windows.tolist(), strict=True)]
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """How often each source has been read through after ``samples`` samples."""
+        total = sum(self.counts)
+        return {
+            name: samples * count / total / self._windows(part)
+            for name, count, part in zip(self.names, self.counts, self.parts, strict=True)
+        }
+
+
+class MixedText:
+    """The beginning of each of several corpora, as much as its share says: what a tokenizer of the mixture learns from."""
+
+    size: int | None = None
+    position = 0
+
+    def __init__(self, sources: list[Source], counts: list[int], limit: int):
+        """limit: bytes of training text from all sources together."""
+        self._sources, self._counts, self._limit = sources, counts, limit
+
+    def identity(self) -> dict[str, Any]:
+        parts = [
+            [source.identity(), count] for source, count in zip(self._sources, self._counts, strict=True)
+        ]
+        return {"source": "mixture", "parts": parts}
+
+    def describe(self) -> str:
+        return "; ".join(source.describe() for source in self._sources)
+
+    def cursor(self) -> None:
+        return None
+
+    def pieces(self, start: int = 0, cursor: Any = None) -> Iterator[Piece]:
+        for source, count in zip(self._sources, self._counts, strict=True):
+            left = self._limit * count // sum(self._counts)
+            for piece in source.pieces():
+                if left <= 0:
+                    break
+                if not piece.validation:
+                    yield piece
+                    left -= piece.size

@@ -1,0 +1,194 @@
+"""Files wherever they lie and however they are packed: local paths, `s3://`, `gs://` and the like through fsspec, .gz, .zst.
+
+Text is read where it lies. Prepared shards have to be mapped into memory: their folders are fetched once into the cache.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, cast
+
+from data.files import digest, folder_lock, make_folder, read_json, sha256
+from polargrad_dist.errors import ConfigError, DataError
+
+PACKED = (".gz", ".zst")
+BLOCK = 1 << 22
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether a path names another file system than the local one."""
+    return "://" in str(path)
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file on another file system, with as much of `pathlib.Path` as reading text takes."""
+
+    url: str
+    size: int
+    mark: str
+    """What changes whenever the file's content does."""
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.url).name
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.url).suffix
+
+
+File = Path | Remote
+
+
+def kind(path: File) -> str:
+    """The ending that tells a file's form, below that of its packing: ``.jsonl`` of ``a.jsonl.gz``."""
+    return PurePosixPath(path.name.removesuffix(path.suffix)).suffix if path.suffix in PACKED else path.suffix
+
+
+def size_of(path: File) -> int:
+    """Bytes of a file as it lies, packed or not. Raises OSError."""
+    return path.size if isinstance(path, Remote) else path.stat().st_size
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, and the path there. Raises ``ConfigError`` for one that fsspec cannot open."""
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:  # a missing package, an unknown scheme
+        raise ConfigError(f"{url} cannot be opened: {error}") from error
+
+
+def find_remote(pattern: str, key: str, suffixes: tuple[str, ...]) -> list[Remote]:
+    """The files of a URL, a folder's or a glob's sorted by name. Raises ``DataError`` where there is none."""
+    system, path = file_system(pattern)
+    try:
+        if any(sign in path for sign in "*?["):
+            found = system.glob(path, detail=True)
+        elif system.isdir(path):
+            found = system.find(path, detail=True)
+        else:
+            found = {path: system.info(path)}
+    except FileNotFoundError:
+        found = {}
+    except Exception as error:  # whatever the file system's own client raises
+        raise DataError(f"{key}: {pattern} cannot be listed ({type(error).__name__}: {error})") from error
+    files = [
+        Remote(system.unstrip_protocol(name), int(info["size"]), str(system.ukey(name)))
+        for name, info in sorted(found.items())
+        if info["type"] == "file"
+    ]
+    files = [file for file in files if kind(file) in suffixes or file.suffix in suffixes]
+    if not files:
+        raise DataError(f"{key}: {pattern} matches no file that ends in {', '.join(suffixes)}.")
+    return files
+
+
+@contextmanager
+def opened(path: File, raw: list[BinaryIO] | None = None) -> Iterator[BinaryIO]:
+    """The unpacked bytes of a file, read forward; ``raw`` receives the packed file, whose ``tell()`` says how far it is read.
+
+    Raises ``DataError`` where it cannot be read or unpacked.
+    """
+    import fsspec
+
+    if isinstance(path, Remote):
+        system, name = file_system(path.url)
+    else:
+        system, name = fsspec.filesystem("file"), str(path)
+    try:
+        with system.open(name, "rb") as file:
+            if raw is not None:
+                raw[:] = [file]
+            if path.suffix not in PACKED:
+                yield file
+            else:
+                with _unpacking(file, path.suffix) as unpacked:
+                    yield unpacked
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+
+
+def _unpacking(file: Any, suffix: str) -> BinaryIO:
+    """The bytes of a packed file; one that was cut raises OSError or EOFError at its end, several frames are one file."""
+    if suffix == ".gz":
+        return cast(BinaryIO, gzip.GzipFile(fileobj=file))
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd"))
+
+
+def unpacked_size(path: File) -> int:
+    """Bytes of a file's text; of a packed one by reading it through, once."""
+    if path.suffix not in PACKED:
+        return size_of(path)
+    return _unpacked(
+        path, path.mark if isinstance(path, Remote) else str(path.stat().st_mtime_ns), size_of(path)
+    )
+
+
+@cache
+def _unpacked(path: File, mark: str, size: int) -> int:
+    total = 0
+    with opened(path) as file:
+        while block := file.read(BLOCK):
+            total += len(block)
+    return total
+
+
+def fetch_prepared(url: str, store: Path, manifest: str) -> Path:
+    """A folder of prepared shards from another file system, in the cache: each file once, shards checked by their sha256.
+
+    Raises ``DataError`` where a file cannot be fetched, or is not what the manifest says.
+    """
+    system, path = file_system(url)
+    folder = store / "fetched" / digest(url)[:16]
+    make_folder(folder)
+    with folder_lock(folder):
+        _fetch(system, f"{path}/{manifest}", folder / manifest, None)
+        raw = read_json(folder / manifest)
+        shards = [shard for split in ("train", "validation") for shard in raw[split]["shards"]]
+        wanted: dict[str, str | None] = {shard["name"]: shard["sha256"] for shard in shards}
+        if file := raw["tokenizer"].get("file"):
+            wanted[file] = None
+        for name, checksum in wanted.items():
+            if Path(name).name != name:
+                raise DataError(f"{url}: the manifest names {name!r}, expected a plain file name.")
+            target = folder / name
+            if checksum is not None and target.exists() and sha256(target) == checksum:
+                continue
+            _fetch(system, f"{path}/{name}", target, checksum)
+    return folder
+
+
+def _fetch(system: Any, source: str, target: Path, checksum: str | None) -> None:
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        with system.open(source, "rb") as file, open(temporary, "wb") as out:
+            shutil.copyfileobj(file, out, BLOCK)
+            out.flush()
+            os.fsync(out.fileno())
+        if checksum is not None and (found := sha256(temporary)) != checksum:
+            raise DataError(
+                f"{source} has sha256 {found[:16]}…, its manifest says {checksum[:16]}…: upload the folder again."
+            )
+        os.replace(temporary, target)
+    except FileNotFoundError as error:
+        raise DataError(f"{source} does not exist; expected a folder that data.prepare wrote.") from error
+    except OSError as error:
+        raise DataError(f"{source} cannot be fetched to {target}: {error.strerror or error}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)

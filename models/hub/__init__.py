@@ -1,0 +1,1 @@
+"""Files that go into an export as they stand: Transformers loads them beside the weights."""

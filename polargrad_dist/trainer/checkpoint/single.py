@@ -1,0 +1,89 @@
+"""Checkpoints read without their run: one tensor at a time, on one process, whatever ranks and strategy saved them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from polargrad_dist.errors import CheckpointError, ConfigError
+from polargrad_dist.trainer.checkpoint.manifest import MANIFEST, Manifest, checkpoints_in, read_piece, verify
+from polargrad_dist.trainer.checkpoint.storage import as_bytes
+
+MODEL = "model/"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint and the run directory that it lies in."""
+
+    folder: Path
+    run_dir: Path
+    manifest: Manifest
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    @property
+    def progress(self) -> float:
+        """The part of its training that was done, in [0, 1]."""
+        steps = self.manifest.configuration.get("trainer", {}).get("steps") or self.step
+        return min(1.0, self.step / max(1, steps))
+
+    def names(self, prefix: str = MODEL) -> list[str]:
+        """The tensors below a prefix, without it, in the order of the manifest."""
+        return [name.removeprefix(prefix) for name in self.manifest.tensors if name.startswith(prefix)]
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor, whole, on the CPU, in the dtype that it was saved with. Raises CheckpointError where it is damaged."""
+        saved = self.manifest.tensors[name]
+        whole = torch.empty(saved.shape, dtype=saved.dtype)
+        for piece in saved.pieces:
+            part = whole if piece.shape == saved.shape else torch.empty(piece.shape, dtype=saved.dtype)
+            try:
+                good = not piece.bytes or read_piece(self.folder, piece, as_bytes(part))
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.folder / piece.file} cannot be read: {error.strerror}"
+                ) from error
+            if not good:
+                raise CheckpointError(
+                    f"{self.folder / piece.file} is damaged at {name}: choose another checkpoint with --step"
+                )
+            if part is not whole:
+                box = tuple(slice(o, o + s) for o, s in zip(piece.offset, piece.shape, strict=True))
+                whole[box] = part
+        return whole
+
+
+def find_checkpoint(path: Path | str, step: int | None = None) -> Checkpoint:
+    """A checkpoint by its own folder, or by its run directory: that of ``step``, else the newest one that is undamaged.
+
+    Raises ``ConfigError`` for a folder that is neither, ``CheckpointError`` where there is no valid checkpoint.
+    """
+    path = Path(path).absolute()
+    if (path / MANIFEST).is_file():
+        if step is not None:
+            raise ConfigError(
+                f"{path} is one checkpoint and --step is {step}, expected one of the two: name the run"
+            )
+        return Checkpoint(path, path.parent.parent, Manifest.read(path))
+    if not (path / "config.yaml").is_file():
+        raise ConfigError(
+            f"{path} is neither a run directory (it holds no config.yaml) nor a checkpoint (no {MANIFEST}): expected the "
+            "trainer.run_dir of a run, or a folder in its checkpoints/"
+        )
+    found = checkpoints_in(path / "checkpoints")
+    if step is not None:
+        found = [folder for folder in found if folder.name == f"step-{step:08}"]
+    problems: list[str] = []
+    for folder in reversed(found):
+        try:
+            return Checkpoint(folder, path, verify(folder))
+        except CheckpointError as error:
+            problems.append(str(error))
+    which = "" if step is None else f" of step {step}"
+    why = f" ({problems[0]})" if problems else ""
+    raise CheckpointError(f"{path} holds no valid checkpoint{which}{why}: expected at least one")

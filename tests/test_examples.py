@@ -1,0 +1,27 @@
+"""The examples run as they stand."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.commandline import ROOT
+
+LOSS = re.compile(r"validation loss (\d+\.\d+) after (\d+) steps")
+
+
+def ran(command: list[str], folder: Path) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_a_module_of_ones_own_trains(tmp_path):
+    example = [sys.executable, "-m", "examples.own_model", str(tmp_path / "run")]
+    first = LOSS.search(ran(example, tmp_path))
+    assert first is not None
+    assert float(first[1]) < 6.2  # ln 512 = 6.24
+    assert len((ROOT / "examples" / "own_model.py").read_text().splitlines()) <= 60
+    assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").exists()

@@ -142,9 +142,9 @@ def deal(entries: Sequence[Entry], loads: dict[int, float]) -> None:
             else:
                 items.append((e, i))
     for alike in in_order(dealt).values():
-        places = index_of(ranks := alike[0][0].ranks)
+        index = index_of(ranks := alike[0][0].ranks)
         for k, (e, i) in enumerate(alike):
-            give(e, i, places[sorted(ranks)[k // -(-len(alike) // len(ranks))]])
+            give(e, i, index[sorted(ranks)[k // -(-len(alike) // len(ranks))]])
     heaps: dict[tuple[int, ...], list[tuple[float, int, int]]] = {}
     items.sort(key=lambda item: (-item[0].costs[item[1]], -item[0].bytes, item[0].name, item[1]))
     for e, i in items:

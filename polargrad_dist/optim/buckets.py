@@ -245,7 +245,7 @@ class Owned(Batch):
     def _ruled(self, A: Tensor, owners: list[Member], at: int, facts: Facts) -> tuple[Tensor, Tensor]:
         """The rule on alike matrices A (k, m, n) of these parameters, the first of them number ``at`` of this rank's."""
         rows = [self.members[i].owner_rows[j] for i, j in self.mine[at : at + len(A)]] if self.entry.in_order else []
-        held = self.first.owner_state() if rows else {}
+        held = self.first.owner_state((A.shape[1], A.shape[2])) if rows else {}
         with facts.clock(self.entry.role, A.device):
             answer = self.rule.direction(A, {key: value[rows] for key, value in held.items()}, self.group)
         if answer.D.shape != A.shape or answer.scale.shape != A.shape[:1]:

@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 EXTRAS := train,wandb,tensorboard,accelerate,eval,dev
 
-.PHONY: train test test-slow test-all lint format bench chaos paper paper-lm race setup clean
+.PHONY: train test test-slow test-all lint format bench bench-gpu chaos soak paper paper-lm race setup clean
 
 setup: $(VENV)/.ready
 
@@ -41,9 +41,20 @@ format: setup
 bench: setup
 	$(BIN)/python -m benchmarks
 
-# Kills a two-process run 25 times at random moments; it must end with the bits of an undisturbed one.
+# One GPU, ten minutes, with any Python that has torch, transformers and numpy (docs/gpu.md); no set-up.
+bench-gpu:
+	$(PYTHON) -m benchmarks.gpu
+
+# Kills runs 25 times at random moments, on two ranks and on four; they must end with the bits of an undisturbed one.
 chaos: setup
 	$(BIN)/python -m tests.chaos --kills 25
+	$(BIN)/python -m tests.chaos --kills 25 --asynchronous
+	$(BIN)/python -m tests.chaos --kills 25 --strategy fsdp
+	$(BIN)/python -m tests.chaos --kills 25 --strategy hsdp
+
+# Half an hour of training, validating, saving, leaving and reporting; fails when anything grows.
+soak: setup
+	$(BIN)/python -m tests.soak --minutes 30
 
 # The paper's matrix problems with every optimizer of its tables, three seeds: figures and curves in runs/paper.
 paper: setup

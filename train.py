@@ -49,9 +49,9 @@ def main() -> int:
 
 def pretrain(config: RunConfig, configuration: dict[str, Any]) -> Outcome:
     """Runs, or resumes, what `parse_run` returned, as one of the processes that the launcher started."""
-    trainer = config.trainer
-    world = join(trainer.device, trainer.strategy.timeout_minutes)
+    world = join(config.trainer.device, config.trainer.strategy.timeout_minutes)
     try:
+        trainer = config.trainer.for_world(world.size)
         trainer.check(world.size)
         config.optimizer.check()
         data = open_data(
@@ -63,6 +63,7 @@ def pretrain(config: RunConfig, configuration: dict[str, Any]) -> Outcome:
             world=world.size,
             seed=trainer.seed,
             all_gather=world.gather,
+            meanwhile=world.meanwhile,
         )
         seed_everything(trainer.seed)
         model = build_model(config.model, vocab_size=data.vocab_size, end_of_text=data.end_of_text)

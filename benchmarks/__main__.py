@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ALL = ("polar", "optimizer", "training", "data", "checkpoint", "diagnostics")
+ALL = ("polar", "optimizer", "step", "training", "data", "checkpoint", "diagnostics", "loss_bytes")
 
 
 def main() -> int:

@@ -175,7 +175,14 @@ def balance() -> list[Row]:
                 target = "≤ 1.1" if matrices >= 4 else "reported"
                 note = f"{matrices:.1f} matrices per rank, all-gather {gathered:.3f} P"
                 rows.append(
-                    Row(f"(d) {name}, {mode}, {world} ranks", "max/mean load", "mean load", plan.imbalance, target, note)
+                    Row(
+                        f"(d) {name}, {mode}, {world} ranks",
+                        "max/mean load",
+                        "mean load",
+                        plan.imbalance,
+                        target,
+                        note,
+                    )
                 )
     return rows
 
@@ -185,7 +192,9 @@ def group(shapes: dict[str, tuple[int, ...]], role: str, rule: Rule) -> dict[str
 
     params = [torch.empty(shape, device="meta", dtype=torch.bfloat16) for shape in shapes.values()]
     own = {"params": params, "param_names": list(shapes), "role": role}
-    return asdict(rule) | {"split_sizes": None, "num_heads": None, "flatten": False, "transposed": False} | own
+    return (
+        asdict(rule) | {"split_sizes": None, "num_heads": None, "flatten": False, "transposed": False} | own
+    )
 
 
 class Stack(nn.Module):
@@ -234,7 +243,11 @@ def traffic() -> list[Row]:
             busiest = max(sum(measured.values()) for measured, _, _ in results)
             sizes = results[0][1]
             tall = 2 * 4 * sizes["n"] * (sizes["n"] + 1)
-            formula = 2 * (sizes["P"] - sizes["tall"]) / world + tall + {"DDP": 1, "reduce_scatter": 2}.get(mode, 0) * sizes["P"]
+            formula = (
+                2 * (sizes["P"] - sizes["tall"]) / world
+                + tall
+                + {"DDP": 1, "reduce_scatter": 2}.get(mode, 0) * sizes["P"]
+            )
             rows.append(
                 Row(f"(e) {mode}, {world} ranks", f"{busiest} B", f"2P_h/W + P + tall = {formula:.0f} B", busiest / formula,
                     "≤ 1.03", "every rank as planned, to the byte" if exact else "NOT as planned")
@@ -245,7 +258,9 @@ def traffic() -> list[Row]:
 def _extra_memory(rank: int, world: int) -> tuple[int, int, int]:
     torch.manual_seed(0)
     p = parameters([(1024, 1024)] * 24)
-    optimizer = PolarGrad(p, lr=1e-3, momentum="momentum_first", scale="none", oracle="newton_schulz", bucket_mb=16)
+    optimizer = PolarGrad(
+        p, lr=1e-3, momentum="momentum_first", scale="none", oracle="newton_schulz", bucket_mb=16
+    )
     momentum = sum(getattr(t, "_local_tensor", t).nbytes for t in optimizer.named_state().values())
     for _ in range(3):  # the allocator's own first-use memory is not the optimizer's
         optimizer.step()
@@ -265,7 +280,9 @@ class Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        given = {
+            x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)
+        }
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor) and x.numel():
                 storage = x.untyped_storage()
@@ -289,7 +306,15 @@ def memory() -> list[Row]:
         results = run_ranks(_extra_memory, world)
         extra, momentum, total = max(results)
         figure, base = f"{momentum / 2**20:.0f} MiB of momentum", f"parameters: {total / 2**20:.0f} MiB"
-        rows.append(Row(f"(f) optimizer state of a rank, {world} ranks", figure, base, momentum / total, f"{1 / world}"))
+        rows.append(
+            Row(
+                f"(f) optimizer state of a rank, {world} ranks",
+                figure,
+                base,
+                momentum / total,
+                f"{1 / world}",
+            )
+        )
         figure, base = f"{extra / 2**20:.1f} MiB at most", "bucket: 16 MiB"
         rows.append(Row(f"(f) memory while stepping, {world} ranks", figure, base, extra / 2**24, "≤ 3"))
     return rows

@@ -70,7 +70,8 @@ class DataConfig:
         workers: threads that tokenize, each on a core of its own; 0: one per available core. Shards do not depend on it.
         cache: folder for prepared shards and trained tokenizers; a subfolder per configuration, named by a hash of it.
         verify: check of the shards at start: `full` reads all bytes (sha256); `auto` too, up to 4 GiB per process, and beyond
-            that a random 4 GiB of whole shards; `sizes` reads headers and file sizes only.
+            that a random 4 GiB of whole shards; `sizes` reads headers and file sizes only. Foreign shards, which have no
+            checksum, are read whole in the background of the first epoch, unless `sizes`; the checksums are kept in cache.
         prefetch: micro-batches that the loader's background thread keeps ready; 0: no thread.
     """
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from data.config import HubConfig
 from data.network import first_line, offline, unreachable
-from data.pieces import Piece, document_piece, stamp, text_field
+from data.pieces import Piece, document_pieces, stamp, text_field
 from polargrad_dist.errors import DataError
 
 
@@ -54,7 +54,7 @@ class HubSource:
         try:
             for number, row in enumerate(rows, start):
                 where = f"{self._hub.name}, row {number}"
-                yield document_piece(text_field(row, self._text_field, where), self._fraction, where)
+                yield from document_pieces(text_field(row, self._text_field, where), self._fraction, where)
         except OSError as error:  # what fsspec, requests and httpx raise when the network goes away
             raise DataError(
                 f"{self._hub.name} could not be read on from row {number} ({type(error).__name__}: {error}); what is "

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data.checksums import Background
 from polargrad_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ class Loader:
     seed: int
     prefetch: int = 4
     description: Any = None
+    background: Background | None = None
 
     def __post_init__(self) -> None:
         if self.global_batch % (self.world * self.micro_batch):
@@ -140,6 +142,8 @@ class Loader:
 
     def batches_from(self, sample: int) -> Iterator[Batch]:
         """The same from any sample index on: the position of a run, whatever its batches were."""
+        if self.background is not None:
+            self.background.start()
         made = self._batches(sample)
         return _Ahead(made, self.prefetch) if self.prefetch else made
 
@@ -150,6 +154,8 @@ class Loader:
             steps = sample + self.global_batch * np.arange(ahead)[:, None]
             windows = self.windows((steps + self._share(0)).ravel())
             for first in range(0, len(windows), self.micro_batch):
+                if self.background is not None:
+                    self.background.raise_if_found()
                 rows = np.empty((self.micro_batch, length + 1), dtype=np.int64)
                 for row, window in zip(rows, windows[first : first + self.micro_batch].tolist(), strict=True):
                     row[:] = self.tokens.read(window * length, length + 1)

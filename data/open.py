@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data.checksums import Background
 from data.config import DataConfig
+from data.files import sha256
 from data.loader import Loader, Tokens, ValidationSet
 from data.prepare import Report, prepare, say
 from data.shards import MANIFEST, Manifest, Shard, foreign_shard, open_shard, sampled_sha256, verify_shards
@@ -17,6 +19,7 @@ from data.tokenizers import TokenizerInfo, open_ready
 from polargrad_dist.errors import ConfigError, DataError, PolarGradError
 
 Gather = Callable[[Any], list[Any]]
+Meanwhile = Callable[[str, Callable[[], Any]], Any]
 # Published shards of one folder tell their split by name: fineweb_train_000001.bin, fineweb_val_000000.bin.
 _VALIDATION = re.compile(r"(^|[_.-])val(idation)?([_.-]|$)")
 
@@ -66,26 +69,37 @@ def open_data(
     world: int = 1,
     seed: int = 0,
     all_gather: Gather = lambda value: [value],
+    meanwhile: Meanwhile = lambda doing, prepare: prepare(),
     report: Report = say,
 ) -> Data:
-    """The data of one rank. Rank 0 prepares what is not prepared yet, while the others wait in ``all_gather``.
+    """The data of one rank. Rank 0 prepares what is not prepared yet, while the others wait in ``meanwhile``.
 
-    ``all_gather(x)`` returns every rank's x in rank order. An error of one rank (DataError, ConfigError) is raised on all.
+    ``all_gather(x)`` returns every rank's x in rank order. ``meanwhile(doing, fn)`` is ``fn()`` on rank 0, and on the others
+    a wait for it, however long it takes. An error of one rank (DataError, ConfigError) is raised on all.
     """
     for name, value in (("validation_tokens", config.validation_tokens), ("prefetch", config.prefetch)):
         if value is not None and value < 0:
             raise ConfigError(f"data.{name} is {value}, expected a whole number >= 0")
-    folder, manifest, train, validation = _on_rank_0(lambda: _shards(config, report), rank, all_gather)
+
+    def on_rank_0(doing: str, fn: Callable[[], Any]) -> Any:
+        return _together(lambda: meanwhile(doing, lambda: fn() if rank == 0 else None), all_gather)[0]
+
+    folder, manifest, train, validation = on_rank_0("prepare the data", lambda: _shards(config, report))
     _together(
         lambda: verify_shards(folder, [*train, *validation], config.verify, part=rank, parts=world),
         all_gather,
     )
 
-    info, end_of_text = _on_rank_0(lambda: _tokenizer(config, manifest), rank, all_gather)
+    info, end_of_text = on_rank_0("open the tokenizer", lambda: _tokenizer(config, folder, manifest))
     description = {
         "tokenizer": info.hash if info else None,
         "shards": [_identity(folder, shard) for shard in train],
+        "validation": [_identity(folder, shard) for shard in validation],
     }
+    unknown = (
+        [] if config.verify == "sizes" else [shard for shard in (*train, *validation) if not shard.sha256]
+    )
+    foreign = [folder / shard.name for shard in unknown]
     loader = Loader(
         _open(folder, train),
         sequence_length,
@@ -96,6 +110,7 @@ def open_data(
         seed,
         config.prefetch,
         description,
+        Background(foreign[rank::world], Path(config.cache) / "checksums", report),
     )
     held_out = None
     if validation:
@@ -164,10 +179,20 @@ def _prepared(
     return folders[0], manifests[0], of_all("train"), of_all("validation")
 
 
-def _tokenizer(config: DataConfig, manifest: Manifest | None) -> tuple[TokenizerInfo | None, int | None]:
-    """The tokenizer of the shards and their end-of-text; of foreign shards what the configuration says."""
+def _tokenizer(
+    config: DataConfig, folder: Path, manifest: Manifest | None
+) -> tuple[TokenizerInfo | None, int | None]:
+    """The tokenizer of the shards and their end-of-text; of foreign shards what the configuration says.
+
+    Raises DataError where the tokenizer beside the shards is no longer the one that made them.
+    """
     if manifest is not None:
         info = TokenizerInfo(**manifest.tokenizer)
+        if info.file is not None and (found := sha256(folder / info.file)) != info.hash:
+            raise DataError(
+                f"{folder / info.file} is not the tokenizer that made the shards beside it: its sha256 is {found[:16]}…, the "
+                f"manifest says {info.hash[:16]}…; restore it, or delete the folder and prepare again."
+            )
         return info, info.end_of_text
     named = config.tokenizer
     if named.name == "bpe":
@@ -191,10 +216,6 @@ def _open(folder: Path, shards: tuple[Shard, ...]) -> Tokens:
     if len({shard.dtype for shard in opened}) > 1:
         raise ConfigError("some shards hold uint16 tokens and some uint32; prepare all with one tokenizer.")
     return Tokens(opened)
-
-
-def _on_rank_0(fn: Callable[[], Any], rank: int, all_gather: Gather) -> Any:
-    return _together(lambda: fn() if rank == 0 else None, all_gather)[0]
 
 
 def _together(fn: Callable[[], Any], all_gather: Gather) -> list[Any]:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Protocol
 
 from polargrad_dist.errors import DataError
 
+DOCUMENT_PIECE = 2**18
+
 
 class Piece(NamedTuple):
     """A document, or a part of a long one."""
@@ -19,6 +21,8 @@ class Piece(NamedTuple):
     validation: bool = False
     begins: bool = True
     """Whether the document begins with this piece."""
+    ends: bool = True
+    """Whether reading may begin anew after this piece; in the middle of a document it may not."""
 
 
 class Source(Protocol):
@@ -58,15 +62,32 @@ def text_field(record: dict[str, Any], field: str, where: str) -> str:
     return record[field]
 
 
-def document_piece(text: str, validation_fraction: float, where: str) -> Piece:
-    """A whole document, for validation if a hash of its text falls below the fraction."""
+def document_pieces(text: str, validation_fraction: float, where: str) -> Iterator[Piece]:
+    """A document in pieces of at most DOCUMENT_PIECE characters, cut before a space where there is one.
+
+    All are for validation if a hash of the whole text falls below the fraction. A tokenizer takes some hundred bytes of
+    memory for each token of what it is given at once.
+    """
     try:
         raw = text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
             f"{where} holds half a surrogate pair (\\u{ord(text[error.start]):04x}), which is no text."
         ) from error
-    return Piece(text, len(raw), validation_fraction > 0 and document_hash(raw) < validation_fraction * 2**64)
+    validation = validation_fraction > 0 and document_hash(raw) < validation_fraction * 2**64
+    if len(text) <= DOCUMENT_PIECE:
+        yield Piece(text, len(raw), validation)
+        return
+    del raw
+    start = 0
+    while start < len(text):
+        stop = start + DOCUMENT_PIECE
+        if stop < len(text):
+            space = text.rfind(" ", start + DOCUMENT_PIECE // 2, stop)
+            stop = stop if space < 0 else space
+        part = text[start:stop]
+        yield Piece(part, len(part.encode()), validation, start == 0, stop >= len(text))
+        start = stop
 
 
 def document_hash(text: bytes) -> int:

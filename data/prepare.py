@@ -27,20 +27,31 @@ import numpy as np
 
 from data.config import DataConfig
 from data.files import digest, folder_lock, make_folder, read_json, write_atomically, write_json
-from data.pieces import Piece, Source
-from data.shards import MANIFEST, MAX_SHARD_TOKENS, Manifest, Shard, token_dtype, write_shard
+from data.pieces import DOCUMENT_PIECE, Piece, Source
+from data.shards import (
+    MANIFEST,
+    MAX_SHARD_TOKENS,
+    Manifest,
+    Shard,
+    check_fields,
+    token_dtype,
+    write_shard,
+)
 from data.sources import open_source
 from data.tokenizers import Tokenizer, open_tokenizer
+from polargrad_dist.arguments import read_arguments, safe_parser
 from polargrad_dist.errors import ConfigError, DataError
 
 CHUNK_BYTES = 2**20
+AHEAD_BYTES = 2**25  # text that waits for its tokens or to be written
 PROGRESS = "progress.json"
 Report = Callable[[str], None]
 
 
 def say(message: str) -> None:
     """One line to the terminal."""
-    print(message, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a terminal that is gone costs no data
+        print(message, file=sys.stderr, flush=True)
 
 
 def prepare(config: DataConfig, out: Path | None = None, report: Report = say) -> Path:
@@ -54,6 +65,7 @@ def prepare(config: DataConfig, out: Path | None = None, report: Report = say) -
     report(source.describe())
     tokenizer = open_tokenizer(config.tokenizer, source, Path(config.cache) / "tokenizers")
     inputs = source.identity() | {
+        "pieces": DOCUMENT_PIECE,
         "tokenizer": tokenizer.info.hash,
         "end_of_text": tokenizer.info.end_of_text,
         "shard_tokens": config.shard_tokens,
@@ -111,12 +123,13 @@ class Progress:
         if not path.exists():
             return cls()
         raw = read_json(path)
-        _same(path, raw["inputs"], inputs)
-        return cls(
-            raw["pieces"],
-            raw["cursor"],
-            *([Shard(**s) for s in raw[split]] for split in ("train", "validation")),
-        )
+        try:
+            check_fields(raw["inputs"], {})
+            _same(path, raw["inputs"], inputs)
+            shards = ([Shard.read(s) for s in raw[split]] for split in ("train", "validation"))
+            return cls(int(raw["pieces"]), raw["cursor"], *shards)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"{path} is damaged ({error!r}); delete {folder} and prepare again.") from error
 
     def save(self, folder: Path, inputs: dict[str, Any]) -> None:
         write_json(folder / PROGRESS, asdict(self) | {"inputs": inputs})
@@ -222,6 +235,23 @@ class Chunk:
     cursor: Any
     ids: list[np.ndarray] = field(default_factory=list)
 
+    @property
+    def size(self) -> int:
+        return sum(piece.size for piece in self.pieces)
+
+    def portions(self) -> Iterator[list[str]]:
+        """Its texts in lots of about 1 MiB: what a tokenizer is given at once is what it needs memory for."""
+        lot: list[str] = []
+        size = 0
+        for piece in self.pieces:
+            lot.append(piece.text)
+            size += piece.size
+            if size >= CHUNK_BYTES:
+                yield lot
+                lot, size = [], 0
+        if lot:
+            yield lot
+
 
 def _tokenized(
     chunks: Iterator[Chunk], tokenizer: Tokenizer, threads: int, dtype: np.dtype
@@ -229,15 +259,19 @@ def _tokenized(
     """The chunks with their ids, in order; a few are tokenized ahead."""
 
     def work(chunk: Chunk) -> Chunk:
-        chunk.ids = tokenizer.encode_batch([piece.text for piece in chunk.pieces], dtype)
+        for texts in chunk.portions():
+            chunk.ids += tokenizer.encode_batch(texts, dtype)
         return chunk
 
     waiting: deque[Future[Chunk]] = deque()
+    sizes: deque[int] = deque()
     with _one_thread_each(), ThreadPoolExecutor(threads, thread_name_prefix="tokenize") as pool:
         try:
             for chunk in chunks:
                 waiting.append(pool.submit(work, chunk))
-                if len(waiting) > 2 * threads:
+                sizes.append(chunk.size)
+                while len(waiting) > 2 * threads or (len(waiting) > 1 and sum(sizes) > AHEAD_BYTES):
+                    sizes.popleft()
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -267,7 +301,7 @@ def _chunks(source: Source, start: int, cursor: Any) -> Iterator[Chunk]:
     for piece in source.pieces(start, cursor):
         pieces.append(piece)
         size += piece.size
-        if size >= CHUNK_BYTES:
+        if size >= CHUNK_BYTES and piece.ends:
             yield Chunk(pieces, source.cursor())
             pieces, size = [], 0
     if pieces:
@@ -280,14 +314,9 @@ def _cores() -> int:
 
 def parse(args: list[str]) -> tuple[DataConfig, Path | None]:
     """The configuration and the output folder of a command line. Raises ConfigError."""
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentError
 
-    parser = ArgumentParser(
-        prog="python -m data.prepare",
-        description="Tokenize a corpus into .bin shards.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
+    parser = safe_parser(prog="python -m data.prepare", description="Tokenize a corpus into .bin shards.")
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
     parser.add_argument("--run", type=str, help="YAML file of a training run, whose data: is prepared")
     parser.add_argument("--out", type=str, help="folder for the shards; default: one in --cache")
@@ -296,7 +325,7 @@ def parse(args: list[str]) -> tuple[DataConfig, Path | None]:
     first.add_argument("--run", type=Path)
     run = first.parse_known_args(args)[0].run
     try:
-        parsed = parser.parse_args([*(_data_of(run) if run else []), *args])
+        parsed = read_arguments(parser, [*(_data_of(run) if run else []), *args])
     except ArgumentError as error:
         raise ConfigError(_with_nearest_key(" ".join(str(error).split()), parser.get_defaults())) from None
     build = getattr(parser, "instantiate", None) or parser.instantiate_classes

@@ -32,6 +32,35 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
 
 
+SHARD_FIELDS: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "tokens": (int,),
+    "size": (int,),
+    "sha256": (str, type(None)),
+    "max_token": (int, type(None)),
+    "documents": (int, type(None)),
+    "text_bytes": (int, type(None)),
+}
+TOKENIZER_FIELDS: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "hash": (str,),
+    "vocab_size": (int,),
+    "end_of_text": (int,),
+    "file": (str, type(None)),
+}
+
+
+def check_fields(raw: Any, kinds: dict[str, tuple[type, ...]]) -> None:
+    """Raises ValueError where ``raw`` is no object or a field of it has another type than said; a missing one may be null."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"{raw!r:.60} is no object")
+    for name, kind in kinds.items():
+        if type(raw.get(name)) not in kind:
+            raise ValueError(f"{name} is {raw.get(name)!r:.60}")
+    if kinds and (unknown := raw.keys() - kinds.keys()):
+        raise ValueError(f"{sorted(unknown)[0]!r:.60} is no field of it")
+
+
 @dataclass(frozen=True)
 class Shard:
     """One file of tokens, and what is known of it. A foreign shard has no sha256, max_token or text counts."""
@@ -43,6 +72,15 @@ class Shard:
     max_token: int | None = None
     documents: int | None = None
     text_bytes: int | None = None
+
+    @classmethod
+    def read(cls, raw: Any) -> Shard:
+        """A shard as a manifest describes it. Raises ValueError where it is malformed or names a place elsewhere."""
+        check_fields(raw, SHARD_FIELDS)
+        shard = cls(**raw)
+        if Path(shard.name).name != shard.name or shard.name in ("", ".", ".."):
+            raise ValueError(f"{shard.name!r} is no file of its folder")
+        return shard
 
 
 def write_shard(
@@ -143,11 +181,18 @@ class Manifest:
         try:
             if raw["version"] != 1:
                 raise DataError(
-                    f"{folder / MANIFEST} has version {raw['version']}; this program reads version 1."
+                    f"{folder / MANIFEST} has version {raw['version']!r}; this program reads version 1."
                 )
-            train, validation = (tuple(Shard(**s) for s in raw[k]["shards"]) for k in ("train", "validation"))
-            return cls(raw["inputs"], raw["tokenizer"], train, validation)
-        except (KeyError, TypeError) as error:
+            inputs, tokenizer = raw["inputs"], raw["tokenizer"]
+            check_fields(inputs, {})
+            check_fields(tokenizer, TOKENIZER_FIELDS)
+            if tokenizer.get("file") not in (None, "tokenizer.json"):
+                raise ValueError(f"its tokenizer lies in {tokenizer['file']!r}")
+            train, validation = (tuple(map(Shard.read, raw[k]["shards"])) for k in ("train", "validation"))
+            if not train:
+                raise ValueError("it names no training shard")
+            return cls(inputs, tokenizer, train, validation)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
                 f"{folder / MANIFEST} is damaged ({error!r}); delete {folder} and prepare again."
             ) from error

@@ -18,9 +18,10 @@ from typing import Any
 
 from data.config import DataConfig
 from data.hub import HubSource
-from data.pieces import Piece, Source, document_hash, document_piece, stamp, text_field
+from data.pieces import Piece, Source, document_hash, document_pieces, stamp, text_field
 from polargrad_dist.errors import ConfigError, DataError
 
+LINE_BYTES = 2**27
 PIECE_BYTES = 2**18  # plain text is read in pieces of this size, cut at a line break
 TEXT, LINES, PARQUET = (".txt", ".md"), (".jsonl", ".ndjson"), (".parquet",)
 _NO_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -188,7 +189,7 @@ class FileSource:
         documents = (
             read_json_lines(path, self._field) if path.suffix in LINES else read_parquet(path, self._field)
         )
-        return (document_piece(text, self._fraction, where) for where, text in documents)
+        return (piece for where, text in documents for piece in document_pieces(text, self._fraction, where))
 
 
 def find_files(paths: list[str], key: str, suffixes: tuple[str, ...]) -> list[Path]:
@@ -265,8 +266,14 @@ def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> str:
 def read_json_lines(path: Path, field: str) -> Iterator[tuple[str, str]]:
     """(where, text) of each line that is not blank."""
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        for number in itertools.count(1):
+            if not (line := file.readline(LINE_BYTES + 1)):
+                return
             where = f"{path}, line {number}"
+            if len(line) > LINE_BYTES:
+                raise DataError(
+                    f"{where} is longer than {LINE_BYTES // 2**20} MiB; each line must be one document: split it."
+                )
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if not text.strip():
@@ -283,6 +290,12 @@ def read_json_lines(path: Path, field: str) -> Iterator[tuple[str, str]]:
             yield where, text_field(record, field, where)
 
 
+def _rows_at_once(file: Any, group: int) -> int:
+    """Rows of a row group that take about 16 MiB together, at most 1,000."""
+    known = file.metadata.row_group(group)
+    return max(1, min(1000, 2**24 * known.num_rows // max(1, known.total_byte_size)))
+
+
 def read_parquet(path: Path, field: str) -> Iterator[tuple[str, str]]:
     """(where, text) of each row."""
     try:
@@ -290,16 +303,20 @@ def read_parquet(path: Path, field: str) -> Iterator[tuple[str, str]]:
     except ImportError as error:
         raise DataError("parquet files need pyarrow: pip install 'polargrad-dist[train]'.") from error
     try:
-        with parquet.ParquetFile(path) as file:
+        schema = parquet.read_schema(path)
+        texts = [field] if field in schema.names and str(schema.field(field).type).endswith("string") else []
+        # As a dictionary, a text that a file holds once and names a million times stays one text in memory.
+        with parquet.ParquetFile(path, read_dictionary=texts) as file:
             if field not in file.schema_arrow.names:
                 raise DataError(
                     f"{path} has no column {field!r} but {', '.join(file.schema_arrow.names)}; set data.text_field."
                 )
             row = 0
-            for batch in file.iter_batches(batch_size=1000, columns=[field]):
-                for text in batch.column(0).to_pylist():
-                    row += 1
-                    where = f"{path}, row {row}"
-                    yield where, text_field({field: text}, field, where)
+            for group in range(file.num_row_groups):
+                for batch in file.iter_batches(_rows_at_once(file, group), [group], [field]):
+                    for value in batch.column(0):
+                        row += 1
+                        where = f"{path}, row {row}"
+                        yield where, text_field({field: value.as_py()}, field, where)
     except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
         raise DataError(f"{path} cannot be read as parquet: {error}.") from error

@@ -109,13 +109,13 @@ def _auto(name: str, place: str) -> Any:
         ) from error
     try:
         try:
-            fast = AutoTokenizer.from_pretrained(place, local_files_only=True)
+            fast = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
         except OSError as error:
             local = place != name or name.startswith((".", "/", "~"))
             reason = first_line(error) if local else unreachable(f"api/models/{name}")
             if reason is not None:
                 raise DataError(_cannot(name, reason)) from error
-            fast = AutoTokenizer.from_pretrained(place)
+            fast = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except DataError:
         raise
     except Exception as error:

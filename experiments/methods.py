@@ -103,7 +103,8 @@ def _polargradm(beta: float, *, polar_first: bool) -> Builder:
 
 
 def _muon(oracle: str, steps: int | None) -> Builder:
-    return lambda problem, lr: Muon(_matrices(problem), lr, oracle=oracle, steps=steps)
+    # The authors' has no shape factor in these problems.
+    return lambda problem, lr: Muon(_matrices(problem), lr, scale="none", oracle=oracle, steps=steps)
 
 
 def _newton(problem: Problem, lr: float) -> Optimizer:
@@ -125,6 +126,8 @@ _MOMENTUM_FIRST = _polargradm(0.9, polar_first=False)
 _EDGE = "just under the largest stable rate of the exact factor, which 3e-8 is 10 % below"
 _DIVERGES = "the printed rate of the truncated factor, with the exact one"
 _EARLY = "the printed rate is slow at first with batch gradients that are sums over the batch"
+
+_LARGEST = "AltGD's printed rate, at which the authors' code converges"
 
 _HOMOGENIZED = (
     "the isotropic curvature model's spectrum in place of the polar factor, at a rate that suits it"
@@ -180,6 +183,7 @@ COMPLETION = [
     Method("PolarGradM (polar-first; lr ↓)", "D.6", 15, _polargradm(0.5, polar_first=True), 0.95),
     Method("PolarGradM (momentum-first)", "D.6", 7.5, _polargradm(0.5, polar_first=False)),
     Method("PolarGradM (momentum-first; lr ↓)", "D.6", 7.5, _polargradm(0.5, polar_first=False), 0.95),
+    Method("PolarGrad (QDWH), 50", "D.5", 50, _polargrad(), why=_LARGEST),
     Method("homogenized, 15", "D.5", 15, _homogenized, why=_HOMOGENIZED),
 ]
 

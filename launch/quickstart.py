@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/quickstart.yaml"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 ONLY_SHOW = ("--dry_run", "--print_config", "--help", "-h")  # of train.py, which then trains nothing
 
 
@@ -50,10 +51,10 @@ def ended(command: list[str], environment: dict[str, str]) -> int:
     """The exit code of a command. It is a session of its own, so that a signal reaches it once, from here, and
     however it was sent: this waits until the ranks have saved and gone."""
     process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, lambda number, _: process.send_signal(number))
     code = process.wait()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     return code if code >= 0 else 128 - code
 

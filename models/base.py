@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.attention import BLOCK
 from models.config import Sizes
-from models.loss import loss_sum
+from models.loss import Backend, SoftCap, loss_sum, soft_capped
 from polargrad_dist.errors import ConfigError
 
 
@@ -21,6 +21,9 @@ class LanguageModel(nn.Module, ABC):
     """A causal language model. ``model(tokens, targets)`` is the mean loss in nats, ``model(tokens)`` the logits."""
 
     config: Sizes
+    soft_cap: SoftCap = "none"
+    # What compiles the loss: `compile_blocks` sets it; on a GPU it is always compiled.
+    loss_backend: Backend | None = None
 
     @property
     @abstractmethod
@@ -40,8 +43,8 @@ class LanguageModel(nn.Module, ABC):
         """The head."""
 
     def logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Logits (…, V) in fp32, of hidden states (…, width) and the head's weight."""
-        return F.linear(hidden, weight).float()
+        """Logits (…, V) in fp32, of hidden states (…, width) and the head's weight (V, width)."""
+        return soft_capped(F.linear(hidden, weight).float(), self.soft_cap)
 
     def forward(
         self, tokens: torch.Tensor, targets: torch.Tensor | None = None, *, progress: float = 0.0
@@ -60,9 +63,9 @@ class LanguageModel(nn.Module, ABC):
         weight = self.get_output_embeddings().weight
         if targets is None:
             return self.logits(hidden, weight)
-        return (
-            loss_sum(hidden.flatten(0, 1), weight, targets.flatten(), self.logits) / (targets != -100).sum()
-        )
+        backend = self.loss_backend or ("inductor" if hidden.device.type == "cuda" else None)
+        total = loss_sum(hidden.flatten(0, 1), weight, targets.flatten(), self.soft_cap, backend=backend)
+        return total / (targets != -100).sum()
 
     @property
     def vocab_size(self) -> int:
@@ -77,11 +80,13 @@ class LanguageModel(nn.Module, ABC):
         return {}
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compiles each block; much quicker to the first step than the whole model, and names stay as they are."""
+        """Compiles each block, and the loss; much quicker to the first step than the whole model, and names stay as they
+        are."""
         # Blocks share their code: up to 4 kinds of them, each in training, in evaluation and in sampling. Beyond the limit
         # (8) PyTorch would go on uncompiled, where FlexAttention holds all scores at once.
         limits = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, 32)
+        self.loss_backend = options.get("backend", "inductor")
         for block in self.blocks:
             block.compile(**options)
 
@@ -125,7 +130,7 @@ class LanguageModel(nn.Module, ABC):
             length = window.shape[1]
             # Whole blocks, so that compiled code meets few shapes; no token sees what is padded behind it.
             whole = min(-(-length // BLOCK) * BLOCK, self.max_sequence_length)
-            logits = self(F.pad(window, (0, whole - length)), progress=1.0)[:, length - 1]
+            logits = self(F.pad(window, (0, whole - length)), progress=1.0)[:, length - 1, : self.vocab_size]
             if top_k is not None:
                 least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                 logits = logits.masked_fill(logits < least, -torch.inf)

@@ -101,10 +101,8 @@ class MediumAttention(nn.Module):
         self.heads = c.heads
         inner = c.heads * c.head_width
         self.qkvo = nn.Parameter(torch.empty(4, inner, c.width))
-        bound = math.sqrt(3) * 0.5 / math.sqrt(c.width)
-        with torch.no_grad():
-            self.qkvo.uniform_(-bound, bound)
-            self.qkvo[3].zero_()
+        start_uniform(self.qkvo)
+        nn.init.zeros_(self.qkvo.data[3])
 
     def forward(
         self, x: torch.Tensor, ve: torch.Tensor | None, mask: Mask, turn: Turn, mix: torch.Tensor
@@ -113,6 +111,12 @@ class MediumAttention(nn.Module):
         v = mix[0] * norm(v) + (mix[1] * split(ve, self.heads) if ve is not None else 0 * mix[1])
         y = attend(turn(norm(q)), turn(norm(k)), v.to(q.dtype), mask, 0.12)
         return F.linear(y.transpose(1, 2).flatten(2), self.qkvo[3].T)
+
+
+def start_uniform(weight: torch.Tensor) -> None:
+    """Uniform with standard deviation ½·d_in^(−½) for weights (…, d_in), as in the medium record; Linear's own is 0.577."""
+    bound = math.sqrt(3) * 0.5 / math.sqrt(weight.shape[-1])
+    nn.init.uniform_(weight, -bound, bound)
 
 
 def split(x: torch.Tensor, heads: int) -> torch.Tensor:
@@ -145,6 +149,7 @@ class MediumBlock(nn.Module):
         super().__init__()
         self.attention = MediumAttention(c) if has_attention else None
         self.mlp = MLP(c.width, c.mlp_width)
+        start_uniform(self.mlp.up.weight)
 
     def forward(
         self,
@@ -236,6 +241,7 @@ class GPT2Small(GPT2):
 
     block = SmallBlock
     full_layers = 12
+    soft_cap = "tanh"
 
     def __init__(self, config: Sizes):
         super().__init__(config, config.vocab_size)
@@ -261,15 +267,13 @@ class GPT2Small(GPT2):
                 kept.append(x)
         return norm(x)
 
-    def logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return 15 * torch.tanh(super().logits(hidden, weight) / 15)
-
 
 class GPT2Medium(GPT2):
     """GPT-2 medium ("350M"): three skips, long windows in four blocks and half-length ones in the others."""
 
     block = MediumBlock
     full_layers = 16
+    soft_cap = "algebraic"
 
     def __init__(self, config: Sizes):
         super().__init__(config, -(-config.vocab_size // BLOCK) * BLOCK)
@@ -290,7 +294,12 @@ class GPT2Medium(GPT2):
             for i in range(self.config.layers)
             for name in ("up", "down")
         }
-        return super().parameter_hints() | decay | {"scalars": {"role": "scalar"}}
+        stacks = {
+            f"{name}.qkvo": {"role": "hidden"}
+            for name, module in self.named_modules()
+            if isinstance(module, MediumAttention)
+        }
+        return super().parameter_hints() | decay | stacks | {"scalars": {"role": "scalar"}}
 
     def window(self, progress: float) -> int:
         """Tokens that a long block's query sees back: 3456 (4t³ - 6t² + 3t), rounded up to whole blocks."""
@@ -315,7 +324,3 @@ class GPT2Medium(GPT2):
             x = block(x, x0, ve, long if i in self.long else short, turn, mix[i], value_mix[i])
             kept[i] = x
         return norm(x)
-
-    def logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        z = super().logits(hidden, weight[: self.config.vocab_size])  # the head's padding predicts nothing
-        return 15 * z * torch.rsqrt(z.square() + 225)

@@ -1,65 +1,204 @@
 """Cross-entropy of the head without the logits of the whole batch: gradients are taken piece by piece in forward.
 
-Where logits outweigh the model (4,096 tokens x 151,936 entries are 2.5 GB in fp32, several times over), keeping a piece
-at a time saves them all; taking the gradient at once saves making them again in backward.
+Where logits outweigh the model (4,096 tokens x 151,936 entries are 1.2 GB in bf16), keeping a piece at a time saves them
+all; taking the gradient at once saves making them again in backward. A piece is three products (logits, and the gradients
+of hidden states and weight) and two passes over its logits, whose derivative is written out here: one pass finds the
+normalizer, the other overwrites the logits with their gradient. Compiled, each pass is one kernel, and about 12 bytes
+move per logit in bf16 (`python -m benchmarks.loss_bytes` counts them).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F  # noqa: N812
 
-PIECE = {"cuda": 1 << 28, "cpu": 1 << 24}  # logits that exist at a time: 1 GiB in fp32, and 64 MiB
+SoftCap = Literal["none", "tanh", "algebraic"]
+Backend = str | Callable[..., Any]
 
-Logits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# Logits that exist at a time: 2 GiB in bf16, and 64 MiB in fp32. Each piece reads the head's weight twice and adds to its
+# gradient once, so pieces of few rows would move more bytes for the weight than for the logits.
+PIECE = {"cuda": 1 << 30, "cpu": 1 << 24}
+CAP = 15.0
+IGNORED = -100
+
+log = logging.getLogger(__name__)
+
+
+def soft_capped(z: torch.Tensor, soft_cap: SoftCap) -> torch.Tensor:
+    """Logits z of any shape, kept within ±15: "tanh" 15·tanh(z/15), "algebraic" 15·z/√(z² + 225), "none" z itself."""
+    if soft_cap == "tanh":
+        return CAP * torch.tanh(z / CAP)
+    if soft_cap == "algebraic":
+        return CAP * z * torch.rsqrt(z.square() + CAP**2)
+    return z
 
 
 def loss_sum(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, logits: Logits
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    soft_cap: SoftCap = "none",
+    *,
+    backend: Backend | None = None,
 ) -> torch.Tensor:
     """Sum of the cross-entropies in nats, fp32 0-d; targets of -100 count nothing.
 
-    hidden: (N, width); weight: (V, width) of the head; targets: (N,) int64; logits: (hidden, weight) -> (N, V) fp32.
+    Without gradients (`no_grad`, or inputs that need none) only the loss is computed. The weight's gradient is summed over
+    pieces in fp32. Second derivatives are refused.
+
+    Args:
+        hidden: (N, width), in the weight's dtype or under autocast.
+        weight: (V, width) of the head.
+        targets: (N,) int64.
+        soft_cap: of the logits hidden·weightᵀ.
+        backend: of `torch.compile`, "inductor" for one kernel per pass; None runs the passes uncompiled. Where compiling
+            finds no compiler, a warning is logged once and they run uncompiled from then on.
     """
-    return _LossSum.apply(hidden, weight, targets, logits)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        return _LossSum.apply(hidden, weight, targets, soft_cap, backend)
+    hidden, weight = _in_one_dtype(hidden.detach(), weight.detach())
+    total = torch.zeros((), device=hidden.device)
+    for piece, target in _pieces(hidden, weight, targets):
+        z = piece @ weight.T
+        total += _run(normalizer, backend, z, _chosen(z, target), target, soft_cap)[0]
+    return total
 
 
 class _LossSum(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, logits: Logits
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        soft_cap: SoftCap,
+        backend: Backend | None,
     ) -> torch.Tensor:
-        wanted = ctx.needs_input_grad[:2]
-        leaf = weight.detach().requires_grad_(wanted[1])
-        rows = max(1, PIECE.get(hidden.device.type, PIECE["cuda"]) // len(weight))
+        for_hidden, for_weight = ctx.needs_input_grad[:2]
+        ctx.dtypes = hidden.dtype, weight.dtype
+        hidden, weight = _in_one_dtype(hidden.detach(), weight.detach())
         total = torch.zeros((), device=hidden.device)
         hidden_grads: list[torch.Tensor] = []
         weight_grad: torch.Tensor | None = None
-        for piece, target in zip(hidden.detach().split(rows), targets.split(rows), strict=True):
-            piece.requires_grad_(wanted[0])
-            with torch.set_grad_enabled(any(wanted)):
-                loss = F.cross_entropy(logits(piece, leaf), target, reduction="sum")
-            total += loss.detach()
-            inputs = [x for x, needed in zip((piece, leaf), wanted, strict=True) if needed]
-            grads = list(torch.autograd.grad(loss, inputs)) if inputs else []
-            if wanted[0]:
-                hidden_grads.append(grads.pop(0))
-            if wanted[1]:  # added up in fp32 whatever the weight's type
-                weight_grad = grads[0].float() if weight_grad is None else weight_grad.add_(grads[0])
+        for piece, target in _pieces(hidden, weight, targets):
+            z = piece @ weight.T
+            loss, lse = _run(normalizer, backend, z, _chosen(z, target), target, soft_cap)
+            total += loss
+            _run(into_gradient, backend, z, target, lse, soft_cap)
+            if for_hidden:
+                hidden_grads.append(z @ weight)
+            if for_weight:  # added up in fp32 whatever the weight's type
+                part = z.T @ piece
+                weight_grad = part.float() if weight_grad is None else weight_grad.add_(part)
         ctx.save_for_backward(torch.cat(hidden_grads) if hidden_grads else None, weight_grad)
-        ctx.dtype = weight.dtype
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: torch.Tensor):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.saved_tensors
+        of_hidden, of_weight = ctx.dtypes
         return (
-            None if hidden_grad is None else hidden_grad * grad.to(hidden_grad.dtype),
-            None if weight_grad is None else (weight_grad * grad).to(ctx.dtype),
+            None if hidden_grad is None else (hidden_grad * grad.to(hidden_grad.dtype)).to(of_hidden),
+            None if weight_grad is None else (weight_grad * grad).to(of_weight),
+            None,
             None,
             None,
         )
+
+
+def normalizer(
+    z: torch.Tensor, chosen: torch.Tensor, targets: torch.Tensor, soft_cap: SoftCap
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum of the losses, fp32 0-d; log of the sum of exponentials (N, 1) fp32) of uncapped logits z (N, V).
+
+    chosen: (N, 1), those of the targets (N,), taken out beforehand: capped again here, they need not be kept capped.
+    """
+    y = soft_capped(z.float(), soft_cap)
+    # Within ±15 nothing overflows, and a pass for the largest is saved.
+    bounded = soft_cap != "none"
+    lse = y.exp().sum(-1, keepdim=True).log() if bounded else y.logsumexp(-1, keepdim=True)
+    losses = lse - soft_capped(chosen.float(), soft_cap)
+    return torch.where(targets[:, None] != IGNORED, losses, 0.0).sum(), lse
+
+
+def into_gradient(z: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor, soft_cap: SoftCap) -> None:
+    """Overwrites uncapped logits z (N, V) with the gradient of `normalizer`'s loss: (softmax − one-hot)·dy/dz."""
+    x = z.float()
+    slope: torch.Tensor | None = None
+    if soft_cap == "tanh":
+        unit = torch.tanh(x / CAP)
+        y, slope = CAP * unit, 1 - unit.square()
+    elif soft_cap == "algebraic":
+        inverse = torch.rsqrt(x.square() + CAP**2)
+        y, slope = CAP * x * inverse, inverse.pow(3).mul_(CAP**3)
+    else:
+        y = x
+    gradient = y.sub_(lse).exp_()
+    gradient.add_(torch.arange(z.shape[1], device=z.device) == targets[:, None], alpha=-1)
+    if slope is not None:
+        gradient.mul_(slope)
+    z.copy_(gradient.masked_fill_(targets[:, None] == IGNORED, 0.0))
+
+
+def _chosen(z: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The logits (N, 1) of the targets; of an ignored target, any."""
+    return z.gather(1, targets.clamp_min(0)[:, None])
+
+
+def _in_one_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What autocast would make of a product's two factors, once instead of for each piece."""
+    kind = hidden.device.type
+    if not torch.is_autocast_enabled(kind):
+        return hidden, weight
+    dtype = torch.get_autocast_dtype(kind)
+    return hidden.to(dtype), weight.to(dtype)
+
+
+def _pieces(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+) -> zip[tuple[torch.Tensor, torch.Tensor]]:
+    rows = max(1, PIECE.get(hidden.device.type, PIECE["cuda"]) // len(weight))
+    return zip(hidden.split(rows), targets.split(rows), strict=True)
+
+
+def _run(function: Callable[..., Any], backend: Backend | None, *args: Any) -> Any:
+    """Calls a pass over the logits, compiled if that is wanted and possible."""
+    if backend is None or _uncompiled.reason:
+        return function(*args)
+    try:
+        return _compiled(function, backend)(*args)
+    except _no_compiler() as error:  # raised before the kernel runs, so the logits are as they were
+        _uncompiled.reason = str(error).splitlines()[0]
+        log.warning(
+            "the loss runs uncompiled, at several times the memory traffic: torch.compile found no working compiler (%s)",
+            _uncompiled.reason,
+        )
+        return function(*args)
+
+
+class _Uncompiled:
+    """Why compiling was given up in this process, if it was."""
+
+    reason = ""
+
+
+_uncompiled = _Uncompiled()
+
+
+@cache
+def _compiled(function: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True, backend=backend)
+
+
+def _no_compiler() -> tuple[type[Exception], ...]:
+    """What torch.compile raises without a C++ compiler or Triton; imported here, since that takes a second."""
+    from torch._dynamo.exc import BackendCompilerFailed
+    from torch._inductor.exc import InductorError
+
+    return BackendCompilerFailed, InductorError

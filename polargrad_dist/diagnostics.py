@@ -84,7 +84,9 @@ class Diagnostics:
         ``momentum`` is what the oracle was given, and missing where that is the gradient itself or there is no oracle.
         Figures that nobody knows (of a zero matrix, say) are NaN.
         """
-        here: dict[tuple[int, str], torch.Tensor] = {(i, "gradient"): figures for i, figures in self._gradients.items()}
+        here: dict[tuple[int, str], torch.Tensor] = {
+            (i, "gradient"): figures for i, figures in self._gradients.items()
+        }
         for work in self.works:
             if (seen := self._update(work)) is not None:
                 here[work.index, "momentum"], here[work.index, "update"] = seen
@@ -94,13 +96,14 @@ class Diagnostics:
                 known[key].append(figures)
         out: dict[str, dict[str, dict[str, float]]] = {}
         for work in self.works:
-            kinds = {"gradient": SPECTRUM}
+            kinds: dict[str, tuple[str, ...]] = {"gradient": SPECTRUM}
             if work.entry.kind != "elementwise":
                 if work.group["momentum"] in ("momentum_first", "heavy_ball"):
                     kinds["momentum"] = SPECTRUM
                 kinds["update"] = UPDATE
             out[work.entry.name] = {
-                kind: dict(zip(names, _together(kind, known[work.index, kind]), strict=True)) for kind, names in kinds.items()
+                kind: dict(zip(names, _together(kind, known[work.index, kind]), strict=True))
+                for kind, names in kinds.items()
             }
         return out
 
@@ -205,8 +208,8 @@ def measured(spectra: Iterable[InverseSqrt]) -> torch.Tensor:
 
 
 def summary(figures: torch.Tensor) -> torch.Tensor:
-    """`SPECTRUM` of a parameter from what was `measured` of its matrices: norms as of one block-diagonal matrix, the condition
-    number of the worst, the mean stable rank."""
+    """`SPECTRUM` of a parameter from what was `measured` of its matrices: norms as of one block-diagonal matrix, the
+    condition number of the worst, the mean stable rank."""
     condition, nuclear, square, largest, stable = figures
     condition = torch.where(condition > 0, condition, NAN)  # of a zero matrix there is none
     return torch.stack(
@@ -243,7 +246,13 @@ def _by_rows(work: Member) -> bool:
         return True
     split, e = _split(work), work.entry
     rows = all(cut in (0, None) for cut in e.layout.state_cuts)
-    return e.kind == "elementwise" and len(e.shape) == 2 and rows and len(split.matrices) == 1 and split.rows >= split.cols
+    return (
+        e.kind == "elementwise"
+        and len(e.shape) == 2
+        and rows
+        and len(split.matrices) == 1
+        and split.rows >= split.cols
+    )
 
 
 def _split(work: Member) -> Split:
@@ -256,4 +265,4 @@ def _small_gram(x: torch.Tensor) -> torch.Tensor:
 
 
 def _spectrum(S: torch.Tensor) -> InverseSqrt:
-    return inverse_sqrt(S, lower=RANK_CUTOFF)
+    return inverse_sqrt(S, lower=RANK_CUTOFF, root="eigh")  # the whole spectrum: this may wait for a GPU

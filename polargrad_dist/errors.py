@@ -19,3 +19,7 @@ class CheckpointError(PolarGradError):
 
 class PolarError(PolarGradError):
     """A matrix whose polar decomposition is not defined (NaN or Inf entries) or did not converge."""
+
+
+class TrainingError(PolarGradError):
+    """A run that cannot go on: too many skipped steps, weights that are not finite, a rank that does not answer."""

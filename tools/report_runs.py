@@ -7,7 +7,6 @@ memory of the run, and on a run that is still being written.
 from __future__ import annotations
 
 import json
-import math
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from polargrad_dist.trainer.metrics import record_in
 
 Array = NDArray[np.float64]
 UNSET = "not set"
+LARGEST = 1e300  # beyond it the distance between two values overflows, and no axis can be drawn
 
 
 @dataclass
@@ -162,11 +162,11 @@ def describe_model(model: Any) -> str | None:
 
 
 def numbers(tree: dict[str, Any], prefix: tuple[str, ...]) -> Iterable[tuple[tuple[str, ...], float]]:
-    """Every finite number of a nested record with its path."""
+    """Every number of a nested record that an axis can hold, with its path."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from numbers(value, (*prefix, key))
-        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        elif isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST:
             yield (*prefix, key), value
 
 

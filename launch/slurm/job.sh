@@ -6,13 +6,22 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 PYTHON=${PYTHON:-$( [ -x .venv/bin/python ] && echo .venv/bin/python || echo python3 )}
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR
-export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+# Private ports (RFC 6335) above those that Linux gives to outgoing connections: one range to open between the nodes.
+export MASTER_PORT=$((61000 + SLURM_JOB_ID % 4500))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+
+# srun can come back with 0 after a node has failed; only rank 0, which runs on this node, knows that the run is done.
+POLARGRAD_FINISHED=$(mktemp -u "${TMPDIR:-/tmp}/polargrad-$SLURM_JOB_ID-XXXXXX")
+export POLARGRAD_FINISHED
 
 # Each task gets Slurm's signals itself: torchrun in between would die of SIGUSR1 and leave its workers behind.
 # Since Slurm 22.05 srun no longer takes the job's CPUs per task by itself and would bind each task to one core.
 srun ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "$PYTHON" train.py "$@"
 code=$?
+if [ "$code" = 0 ] && ! rm "$POLARGRAD_FINISHED" 2>/dev/null; then
+  code=1
+  echo "srun ended with 0 before the run was finished, as after a node's failure: Slurm requeues the job, or submit it again"
+fi
 
 # One task of an array bears the array's own job id, with which Slurm would requeue, and so kill, all the others.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}

@@ -129,8 +129,8 @@ Cut3 = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 class Split:
     """The matrices of a parameter of ``stack * rows * cols`` elements, each stepped as one.
 
-    ``runs`` cuts each of the ``stack`` slices, along its columns where ``transposed``, else along its rows, into equal blocks:
-    (first, blocks, size of a block). A transposed parameter stores the transposes of its matrices.
+    ``runs`` cuts each of the ``stack`` slices, along its columns where ``transposed``, else along its rows, into equal
+    blocks: (first, blocks, size of a block). A transposed parameter stores the transposes of its matrices.
     """
 
     stack: int
@@ -184,7 +184,9 @@ class Split:
     def matrices(self) -> list[Cut3]:
         """Each matrix as ranges of (slice, row, column), in the order of the parameter's elements."""
         blocks = [
-            (first + i * size, first + (i + 1) * size) for first, count, size in self.runs for i in range(count)
+            (first + i * size, first + (i + 1) * size)
+            for first, count, size in self.runs
+            for i in range(count)
         ]
         if self.transposed:
             return [((s, s + 1), (0, self.rows), block) for s in range(self.stack) for block in blocks]

@@ -142,9 +142,9 @@ def deal(entries: Sequence[Entry], loads: dict[int, float]) -> None:
             else:
                 items.append((e, i))
     for alike in in_order(dealt).values():
-        index = index_of(ranks := alike[0][0].ranks)
+        where = index_of(ranks := alike[0][0].ranks)
         for k, (e, i) in enumerate(alike):
-            give(e, i, index[sorted(ranks)[k // -(-len(alike) // len(ranks))]])
+            give(e, i, where[sorted(ranks)[k // -(-len(alike) // len(ranks))]])
     heaps: dict[tuple[int, ...], list[tuple[float, int, int]]] = {}
     items.sort(key=lambda item: (-item[0].costs[item[1]], -item[0].bytes, item[0].name, item[1]))
     for e, i in items:
@@ -161,7 +161,9 @@ def deal(entries: Sequence[Entry], loads: dict[int, float]) -> None:
         if e.kind == "owner" and e.split is not None:
             e.travels = e.layout.world > 1 and e.owners != whole_at(e.layout, e.split)
     if lost := [e.name for e in whole if min(e.owners) < 0]:
-        raise ConfigError(f"{lost[0]} has a matrix that no rank can own, expected one of the ranks that store it")
+        raise ConfigError(
+            f"{lost[0]} has a matrix that no rank can own, expected one of the ranks that store it"
+        )
 
 
 def in_order(entries: Iterable[Entry]) -> dict[tuple, list[tuple[Entry, int]]]:
@@ -175,8 +177,8 @@ def in_order(entries: Iterable[Entry]) -> dict[tuple, list[tuple[Entry, int]]]:
     for members in alike.values():
         if len({e.ranks for e, _ in members}) > 1:
             raise ConfigError(
-                f"{members[0][0].name} and {members[-1][0].name} are alike but on different meshes, and their rule keeps state "
-                "per matrix: give them to different parameter groups"
+                f"{members[0][0].name} and {members[-1][0].name} are alike but on different meshes, and their rule keeps "
+                "state per matrix: give them to different parameter groups"
             )
     return alike
 
@@ -257,7 +259,9 @@ class Plan:
                 out["broadcast"] += 8 * (e.triangle + ROOT_NUMBERS)
             elif e.kind == "owner" and e.travels:
                 assert e.split is not None
-                own = [math.prod(e.split.stored_shape(i)) for i, owner in enumerate(e.owners) if owner == place]
+                own = [
+                    math.prod(e.split.stored_shape(i)) for i, owner in enumerate(e.owners) if owner == place
+                ]
                 elements = volume(e.layout.shards[place]) + sum(own)
                 out["all_to_all"] += elements * (self.comm_itemsize or e.itemsize)
                 out["all_to_all"] += 8 * NUMBERS * len(own) * e.layout.world

@@ -40,7 +40,9 @@ class ShardReducer:
     averaged everywhere, in one all-reduce.
     """
 
-    def __init__(self, parameters: Sequence[Reduced], group: dist.ProcessGroup | None, traffic: Traffic, limit: int):
+    def __init__(
+        self, parameters: Sequence[Reduced], group: dist.ProcessGroup | None, traffic: Traffic, limit: int
+    ):
         self.group, self.traffic = group, traffic
         self.copies = 1 if group is None else group.size()
         self.all = list(parameters)
@@ -125,7 +127,9 @@ class ShardReducer:
         flat.div_(self.copies)
         for i in bucket:
             self._spend(self.all[i].p)
-        self._flying.append((bucket, self.traffic.reduce_scatter(flat, self.group) if self.group else flat[0]))
+        self._flying.append(
+            (bucket, self.traffic.reduce_scatter(flat, self.group) if self.group else flat[0])
+        )
 
     def _spend(self, p: torch.Tensor) -> None:
         """Gives the memory of a gradient that has been sent free."""
@@ -142,8 +146,8 @@ class ShardReducer:
             if sent and r.p.grad is not self._spent[r.p]:
                 raise PolarGradError(
                     f"the gradient of {r.entry.name} was written again after it had been sent to the optimizer shards: call "
-                    "the model itself and no DistributedDataParallel around it, clip with optimizer.clip_grad_norm_, and call "
-                    "optimizer.finish_reductions() before anything else touches gradients"
+                    "the model itself and no DistributedDataParallel around it, clip with optimizer.clip_grad_norm_, and "
+                    "call optimizer.finish_reductions() before anything else touches gradients"
                 )
         arrived = zip(self.all, self._sent, self._here, strict=True)
         self.present = {r.p: here if sent else r.p.grad is not None for r, sent, here in arrived}

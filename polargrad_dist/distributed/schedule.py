@@ -108,7 +108,11 @@ def _filled(entries: Sequence[Entry], numbers: list[int], limit: int) -> list[li
             added: dict[int, int] = defaultdict(int)
             for i in range(first * per_slice, last * per_slice):
                 added[e.owners[i]] += math.prod(like.split.stored_shape(i)) * e.itemsize
-            if not buckets or len(slabs) > 1 or any(loads[t] + n > limit for t, n in added.items() if loads[t]):
+            if (
+                not buckets
+                or len(slabs) > 1
+                or any(loads[t] + n > limit for t, n in added.items() if loads[t])
+            ):
                 buckets.append([])
                 loads.clear()
             for t, size in added.items():
@@ -142,7 +146,9 @@ def _portions(items: list[Item], like: Entry, limit: int) -> list[Portion]:
         step = max(1, int(rows * limit // size))
         return [Portion(slice(0, 1), slice(at, min(rows, at + step))) for at in range(0, rows, step)]
     count = max(1, int(limit // max(1.0, size)))
-    return [Portion(slice(i, min(i + count, len(items))), slice(0, rows)) for i in range(0, len(items), count)]
+    return [
+        Portion(slice(i, min(i + count, len(items))), slice(0, rows)) for i in range(0, len(items), count)
+    ]
 
 
 def in_order(stages: Sequence[int]) -> list[int]:

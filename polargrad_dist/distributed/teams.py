@@ -48,7 +48,9 @@ def placing(name: str, p: torch.Tensor, group: dist.ProcessGroup | None) -> Plac
     for dim in dims:
         _check(name, placements, dim, mesh)
     # DTensor applies strided shards last: FSDP2 cuts what tensor parallelism, a later mesh dimension, has cut before.
-    dims.sort(key=lambda dim: (isinstance(placements[dim], Replicate), isinstance(placements[dim], _StridedShard)))
+    dims.sort(
+        key=lambda dim: (isinstance(placements[dim], Replicate), isinstance(placements[dim], _StridedShard))
+    )
     cuts = tuple(_cut(placements[dim], p.ndim) for dim in dims)
     ordered = mesh.mesh.permute(*dims, *(d for d in range(mesh.ndim) if d not in dims)).flatten()
     found = Placing(tuple(mesh.shape[dim] for dim in dims), cuts, tuple(ordered.tolist()), mesh, tuple(dims))
@@ -128,12 +130,16 @@ class Team:
         names = tuple(f"cut{i}" for i in range(len(groups)))
         return DeviceMesh.from_group(groups, self.device_type, mesh=ranks, mesh_dim_names=names)
 
-    def state(self, here: torch.Tensor, layout: Layout, p: torch.Tensor, extra: Sequence[int] = ()) -> torch.Tensor:
+    def state(
+        self, here: torch.Tensor, layout: Layout, p: torch.Tensor, extra: Sequence[int] = ()
+    ) -> torch.Tensor:
         """This rank's part of a state, as a DTensor over the optimizer shards of ``p``; plain where all is here.
 
         ``extra`` are further dimensions that the state has beyond those of the parameter.
         """
-        if layout.world == 1 or (layout.copies == layout.world and layout.cut is None and not isinstance(p, DTensor)):
+        if layout.world == 1 or (
+            layout.copies == layout.world and layout.cut is None and not isinstance(p, DTensor)
+        ):
             return here
         shape = (*layout.shape, *extra)
         if layout.copies == 1 or layout.cut is None:
@@ -155,7 +161,12 @@ def dtensor(here: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Any], sha
     for size in reversed(shape[1:]):
         strides.insert(0, strides[0] * size)
     return DTensor.from_local(
-        here, mesh, list(placements), run_check=False, shape=torch.Size(shape), stride=tuple(strides[: len(shape)])
+        here,
+        mesh,
+        list(placements),
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=tuple(strides[: len(shape)]),
     )
 
 

@@ -49,7 +49,9 @@ class Traffic:
         self.calls[kind] += 1
         self.bytes[kind] += size
 
-    def all_to_all(self, x: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Started:
+    def all_to_all(
+        self, x: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
+    ) -> Started:
         """Stretches of flat ``x`` to the group's ranks in turn, of so many elements; what they send comes back."""
         x = x.contiguous()
         self._count("all_to_all", x.nbytes)
@@ -126,8 +128,9 @@ def _host_twin(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGr
     backend = group._get_backend(device)
     timeout = getattr(getattr(backend, "options", None), "_timeout", None)
     ranks = dist.get_process_group_ranks(group)
-    wait = {} if not isinstance(timeout, timedelta) else {"timeout": timeout}
-    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True, **wait)
+    return dist.new_group(
+        ranks, timeout if isinstance(timeout, timedelta) else None, "gloo", use_local_synchronization=True
+    )
 
 
 def pack_triangle(s: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """The step of a bucket: one coroutine that yields each collective it starts and is resumed with what came back.
 
 `Owned`: momentum on this rank's shards, whole matrices to their owners, directions back, weights stepped, shared between
-copies. `Tall`: Gram matrices of the shards summed at the owner, a root back, rows times root. `Elementwise`: AdamW. Where
-nothing has to travel the same code works on views of what is here.
+copies. Where nothing has to travel the same code works on views of what is here. (`Tall` and `Elementwise`, whose elements
+stay where they lie, are in `shards`.)
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from polargrad_dist.distributed.layout import Cut3, overlap, volume
-from polargrad_dist.distributed.plan import NUMBERS, ROOT_NUMBERS
+from polargrad_dist.distributed.plan import NUMBERS
 from polargrad_dist.distributed.schedule import Bucket, Portion
-from polargrad_dist.distributed.transport import Started, pack_triangle, unpack_triangle
+from polargrad_dist.distributed.transport import Started
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.facts import Facts
 from polargrad_dist.optim.member import Member, Travel, joined, slices
 from polargrad_dist.optim.parts import decay_and_step, join_bf16, split_bf16
-from polargrad_dist.polar import apply_rows, gram_matrix
 
 Steps = Generator[Started, Tensor, None]
 
@@ -40,6 +39,10 @@ class Batch:
         self.loose: list[tuple[list[Tensor], Tensor]] = []
         if bucket.shares:
             self._find_copies()
+
+    def run(self, facts: Facts) -> Steps:
+        """The bucket's step."""
+        raise AssertionError("each kind of bucket has its own")
 
     def _join(self, keys: Sequence[str]) -> None:
         """Stacks these states: their own memory where they lie together, else copies that are written back."""
@@ -78,7 +81,9 @@ class Batch:
             decay_and_step(weights, list(step.to(weights[0].dtype).unbind(0)), decay, cautious)
             return None
         old = torch.stack(weights) if len(weights) > 1 else weights[0].unsqueeze(0)
-        fresh = len(weights) > 1 and self.travel.dtype is None  # a copy already, of which nobody needs the old values
+        fresh = (
+            len(weights) > 1 and self.travel.dtype is None
+        )  # a copy already, of which nobody needs the old values
         x = join_bf16(old, low) if low is not None else old.to(self.first.state_dtype, copy=not fresh)
         before = None if sure else x.clone()
         decay_and_step([x], [step.to(x.dtype)], decay, cautious)
@@ -118,7 +123,11 @@ class Batch:
         ours, theirs = [], []
         if self.axis is not None:
             for w, messages in zip(stored, gathered.unbind(1), strict=True):
-                ours.append(w.unflatten(self.axis, (len(self.boxes), -1)).movedim(self.axis, 0)[:, self.slab, part.rows])
+                ours.append(
+                    w.unflatten(self.axis, (len(self.boxes), -1)).movedim(self.axis, 0)[
+                        :, self.slab, part.rows
+                    ]
+                )
                 theirs.append(messages.view(ours[-1].shape))
         else:
             for box, messages in zip(self.boxes, gathered, strict=True):
@@ -133,12 +142,17 @@ class Batch:
 
     def kept(self) -> dict[str, Tensor]:
         """Copies of the states, where the step may turn out not to happen."""
-        return {} if self.travel.ok is None else {k: v.clone() for k, v in self.states.items() if k != "low_bits"}
+        return (
+            {}
+            if self.travel.ok is None
+            else {k: v.clone() for k, v in self.states.items() if k != "low_bits"}
+        )
 
     def settle(self, kept: dict[str, Tensor]) -> None:
         """Undoes the states where the step was not to happen, and writes back those that do not lie together."""
         for key, old in kept.items():
-            self.states[key].copy_(torch.where(self.travel.ok, self.states[key], old))  # type: ignore[arg-type]
+            assert self.travel.ok is not None
+            self.states[key].copy_(torch.where(self.travel.ok, self.states[key], old))
         for views, stack in self.loose:
             torch._foreach_copy_(views, list(stack.unbind(0)))
 
@@ -166,7 +180,9 @@ class Owned(Batch):
         self._index(self._window(e.rectangles[self.place]))
         here = self._window(e.rectangles[self.place])
         # The same pieces go to an owner and come back: of all matrices what lies here, of those owned here what lies where.
-        self.parts = [[(i, slices(overlap(here, self.split.matrices[j]))) for i, j in own] for own in self.owned]  # type: ignore[arg-type]
+        self.parts = [
+            [(i, slices(overlap(here, self.split.matrices[j]))) for i, j in own] for own in self.owned
+        ]
         self.gaps = [[overlap(self.split.matrices[j], box) for _, j in self.mine] for box in boxes]
         self.sent = [sum(volume(overlap(here, self.split.matrices[j])) for _, j in own) for own in self.owned]
         self.received = [sum(map(volume, cuts)) for cuts in self.gaps]
@@ -192,7 +208,7 @@ class Owned(Batch):
         depth, rows, cols = (b - a for a, b in here)
         index = torch.zeros(len(self.members), depth, rows if by_rows else 1, cols if by_cols else 1, dtype=torch.int64)
         for at, (i, j) in enumerate(arrival):
-            deep, down, across = slices(overlap(here, self.split.matrices[j]))  # type: ignore[arg-type]
+            deep, down, across = slices(overlap(here, self.split.matrices[j]))
             index[i, deep, down if by_rows else slice(None), across if by_cols else slice(None)] = at
         self.index = index.to(self.travel.device)
 
@@ -244,7 +260,11 @@ class Owned(Batch):
 
     def _ruled(self, A: Tensor, owners: list[Member], at: int, facts: Facts) -> tuple[Tensor, Tensor]:
         """The rule on alike matrices A (k, m, n) of these parameters, the first of them number ``at`` of this rank's."""
-        rows = [self.members[i].owner_rows[j] for i, j in self.mine[at : at + len(A)]] if self.entry.in_order else []
+        rows = (
+            [self.members[i].owner_rows[j] for i, j in self.mine[at : at + len(A)]]
+            if self.entry.in_order
+            else []
+        )
         held = self.first.owner_state((A.shape[1], A.shape[2])) if rows else {}
         with facts.clock(self.entry.role, A.device):
             answer = self.rule.direction(A, {key: value[rows] for key, value in held.items()}, self.group)
@@ -257,7 +277,9 @@ class Owned(Batch):
         ok = ok.isfinite() & answer.scale.isfinite()
         keep = ok if self.travel.ok is None else ok & self.travel.ok
         for key, value in held.items():
-            value[rows] = torch.where(keep.view(-1, *[1] * (value.ndim - 1)), answer.state[key].to(value.dtype), value[rows])
+            value[rows] = torch.where(
+                keep.view(-1, *[1] * (value.ndim - 1)), answer.state[key].to(value.dtype), value[rows]
+            )
         facts.learnt(owners, answer, ok, A)
         return answer.D, torch.stack([answer.scale.double(), ok.double()], 1)
 
@@ -265,7 +287,7 @@ class Owned(Batch):
         """Starts sending this rank's pieces of all matrices."""
         flat = A.reshape(-1) if self.even else A.new_empty(sum(self.sent))
         if not self.even:
-            _copy(flat, [A[(i, *cut)] for own in self.parts for i, cut in own], into_views=False)
+            _copy(flat, [A[i][cut] for own in self.parts for i, cut in own], into_views=False)
         assert self.team.group is not None
         return self.travel.traffic.all_to_all(flat, self.sent, self.received, self.team.group)
 
@@ -288,7 +310,7 @@ class Owned(Batch):
     def _gap_views(self, batches: list[Tensor]) -> list[Tensor]:
         """Of this rank's matrices, rank by rank of the group, the pieces that lie there."""
         matrices = [matrix.unsqueeze(0) for batch in batches for matrix in batch]
-        return [m[slices(cut)] for cuts in self.gaps for m, cut in zip(matrices, cuts, strict=True)]  # type: ignore[arg-type]
+        return [m[slices(cut)] for cuts in self.gaps for m, cut in zip(matrices, cuts, strict=True)]
 
     def _to_shards(self, D: list[Tensor], numbers: Tensor) -> Started:
         """Starts sending each rank its pieces of this rank's directions, behind the numbers of these matrices."""
@@ -297,8 +319,16 @@ class Owned(Batch):
             parts = D[0].unflatten(self.axis_cut, (ranks, -1)).movedim(self.axis_cut, 0).reshape(ranks, -1)
             flat = torch.cat([bits.expand(ranks, -1), parts], 1).view(-1)
         else:
-            flat, views, count = D[0].new_empty(ranks * len(bits) + sum(self.received)), self._gap_views(D), len(self.mine)
-            _copy(flat, [x for k in range(ranks) for x in (bits, *views[k * count : (k + 1) * count])], into_views=False)
+            flat, views, count = (
+                D[0].new_empty(ranks * len(bits) + sum(self.received)),
+                self._gap_views(D),
+                len(self.mine),
+            )
+            _copy(
+                flat,
+                [x for k in range(ranks) for x in (bits, *views[k * count : (k + 1) * count])],
+                into_views=False,
+            )
         each = 8 // bits.element_size() * NUMBERS
         back = [each * len(own) + sent for own, sent in zip(self.owned, self.sent, strict=True)]
         given = [len(bits) + received for received in self.received]
@@ -309,14 +339,18 @@ class Owned(Batch):
         """This rank's shards of the directions (items, slices, rows, columns), and the numbers of all matrices."""
         each = 8 // received.element_size() * NUMBERS
         stretches = received.split(
-            [size for own, sent in zip(self.owned, self.sent, strict=True) for size in (each * len(own), sent)]
+            [
+                size
+                for own, sent in zip(self.owned, self.sent, strict=True)
+                for size in (each * len(own), sent)
+            ]
         )
         numbers = torch.cat(stretches[::2]).view(torch.float64).view(-1, NUMBERS)
         if self.even:
             return torch.cat(stretches[1::2]).view(shape), numbers
         D = received.new_empty(shape)
         for own, stretch in zip(self.parts, stretches[1::2], strict=True):
-            _copy(stretch, [D[(i, *cut)] for i, cut in own], into_views=True)
+            _copy(stretch, [D[i][cut] for i, cut in own], into_views=True)
         return D, numbers
 
     @property
@@ -332,7 +366,7 @@ class Owned(Batch):
         batches = self._new_batches(A)
         matrices = [m for batch in batches for m in batch]
         if matrices:
-            torch._foreach_copy_(matrices, [A[(i, *cut)].squeeze(0) for i, cut in self._cuts_here()])
+            torch._foreach_copy_(matrices, [A[i][cut].squeeze(0) for i, cut in self._cuts_here()])
         return batches
 
     def _as_shards(self, D: list[Tensor], shape: torch.Size) -> Tensor:
@@ -341,117 +375,20 @@ class Owned(Batch):
             return D[0].reshape(shape)
         out = D[0].new_zeros(shape)
         if self.mine:
-            torch._foreach_copy_([out[(i, *cut)].squeeze(0) for i, cut in self._cuts_here()], [d for batch in D for d in batch])
+            torch._foreach_copy_(
+                [out[i][cut].squeeze(0) for i, cut in self._cuts_here()], [d for batch in D for d in batch]
+            )
         return out
 
-    def _cuts_here(self) -> list[tuple[int, tuple[slice, slice, slice]]]:
+    def _cuts_here(self) -> list[tuple[int, tuple[slice, ...]]]:
         here = self._window(self.entry.rectangles[self.place])
-        return [(i, slices(overlap(here, self.split.matrices[j]))) for i, j in self.mine]  # type: ignore[arg-type]
-
-
-class Tall(Batch):
-    """A tall matrix: its rows stay, its n x n problem goes to its owner."""
-
-    def __init__(self, bucket: Bucket, members: Sequence[Member], travel: Travel):
-        super().__init__(bucket, members, travel)
-        self._join(self.first.elementwise)
-
-    def run(self, facts: Facts) -> Steps:
-        """The matrix's step."""
-        kept, e, device = self.kept(), self.entry, self.travel.device
-        n, owner = e.shape[1], e.owners[0]
-        with facts.clock(e.role, device):
-            A = self.rule.momentum(self.states, self.gradients(), self.group)[0, 0]
-            S = gram_matrix(A.to(device))
-        if self.team.group is None:
-            X, numbers = self._root(S, facts)
-        else:
-            at, traffic = self.team.order.index(owner), self.travel.traffic
-            packed = yield traffic.reduce(pack_triangle(S), at, self.team.group)
-            message = packed.new_empty(len(packed) + ROOT_NUMBERS)
-            if self.place == owner:
-                X, numbers = self._root(unpack_triangle(packed, n), facts)
-                message = torch.cat([pack_triangle(X), numbers])
-            message = yield traffic.broadcast(message, at, self.team.group)
-            X, numbers = unpack_triangle(message[:-ROOT_NUMBERS], n), message[-ROOT_NUMBERS:]
-        precise = self.group["lower"] < 1e-4  # strict: directions that an fp32 product would lose
-        numbers = numbers.to(self.first.device)
-        for part in self.bucket.portions:
-            with facts.clock(e.role, device):
-                D = apply_rows(A[part.rows].to(device), X, precise=precise)[None, None]
-            message = self.advance(part, D.to(self.first.device), numbers[0], numbers[3] > 0)
-            if message is not None:
-                self.arrived(part, (yield self.share(part, message)))
-        self.settle(kept)
-
-    def _root(self, S: Tensor, facts: Facts) -> tuple[Tensor, Tensor]:
-        """X (n, n), and ROOT_NUMBERS: scale, largest and smallest singular value, whether it may be used."""
-        given = S.clone() if self.first.index in facts.keep else None
-        try:
-            with facts.clock(self.entry.role, S.device):
-                root, scale = self.rule.root(S, self.entry.shape[0], self.group)
-        except Exception as error:  # as in `Owned.directed`
-            facts.failed(self.first, error)
-            return torch.zeros_like(S), S.new_zeros(ROOT_NUMBERS)
-        ok = root.nuclear_norm.isfinite()
-        facts.learnt_root(self.first, root, ok, given)
-        return root.X, torch.stack([scale, root.sigma_max, root.sigma_min, ok.double()])
-
-
-class Elementwise(Batch):
-    """Parameters that are stepped element by element: of any shapes, or alike ones where copies share the work."""
-
-    def run(self, facts: Facts) -> Steps:
-        """The bucket's step."""
-        message = self._updated(facts)
-        if message is not None:
-            for part in self.bucket.portions:
-                self.arrived(part, (yield self.share(part, message[part.items, :, part.rows])))
-
-    def _updated(self, facts: Facts) -> Tensor | None:
-        """Steps the weights; returns what the copies are to be given, (items, 1, rows, columns)."""
-        weights = [m.weight() for m in self.members]
-        dtype, ok = self.first.state_dtype, self.travel.ok
-        grads = [self.travel.gradient(m).to(dtype) for m in self.members]
-        finite = torch.stack(torch._foreach_norm(grads)).isfinite()
-        facts.finite(self.members, finite)
-        sure = finite.all() if ok is None else finite.all() & ok
-        host = sure.device.type == "cpu" and ok is None
-        good = finite.tolist() if host else [True] * len(weights)  # a GPU skips the bucket, where it cannot look
-        values, low, old = weights, None, None
-        if self.bucket.shares or weights[0].element_size() < 4:
-            old = torch.cat([w.reshape(-1) for w in weights])
-            if self.entry.dtype == torch.bfloat16:
-                low = torch.cat([m.held("low_bits").reshape(-1) for m in self.members])
-            x = join_bf16(old, low) if low is not None else old.to(dtype, copy=True)
-            values = [v.view(w.shape) for v, w in zip(x.split([w.numel() for w in weights]), weights, strict=True)]
-        some = [i for i, w in enumerate(weights) if w.numel() and good[i]]
-        for m, w in zip(self.members, weights, strict=True):
-            if not w.numel():  # its count is saved too, and loaded where the shard is not empty
-                m.state["step"] += 1 if host else sure.to(m.state["step"])
-        self.rule.update(
-            [values[i] for i in some], [grads[i] for i in some],
-            {key: [self.members[i].held(key) for i in some] for key in self.rule.states(self.group)},
-            [self.members[i].state["step"] for i in some], self.group, None if host else (~sure).float(),
-        )  # fmt: skip
-        return None if old is None else self._written(weights, old, x, low)
-
-    def _written(self, weights: list[Tensor], old: Tensor, x: Tensor, low: Tensor | None) -> Tensor | None:
-        sizes = [w.numel() for w in weights]
-        if self.bucket.shares and self.travel.dtype is not None and old.element_size() >= 4:
-            return (x - old).to(self.travel.dtype).view(len(weights), *weights[0].shape)
-        new = split_bf16(x, low) if low is not None else x.to(old.dtype)
-        if low is not None:
-            held = [m.held("low_bits") for m in self.members]
-            torch._foreach_copy_(held, [v.view(h.shape) for v, h in zip(low.split(sizes), held, strict=True)])
-        if self.bucket.shares:
-            return new.view(len(weights), *weights[0].shape)
-        torch._foreach_copy_(weights, [v.view(w.shape) for v, w in zip(new.split(sizes), weights, strict=True)])
-        return None
+        return [(i, slices(overlap(here, self.split.matrices[j]))) for i, j in self.mine]
 
 
 def _copy(flat: Tensor, views: list[Tensor], *, into_views: bool) -> None:
     """The views in turn from stretches of ``flat``, or the other way round."""
     if views:
-        stretches = [s.view(v.shape) for s, v in zip(flat.split([v.numel() for v in views]), views, strict=True)]
+        stretches = [
+            s.view(v.shape) for s, v in zip(flat.split([v.numel() for v in views]), views, strict=True)
+        ]
         torch._foreach_copy_(views, stretches) if into_views else torch._foreach_copy_(stretches, views)

@@ -28,7 +28,17 @@ GROUP_KEYS = (
     "param_names",
 )
 # What owners, travel and state were laid out for; everything else of a group may change between steps.
-FIXED = ("algorithm", "momentum", "oracle", "row_sharded", "split_sizes", "num_heads", "flatten", "transposed", "role")
+FIXED = (
+    "algorithm",
+    "momentum",
+    "oracle",
+    "row_sharded",
+    "split_sizes",
+    "num_heads",
+    "flatten",
+    "transposed",
+    "role",
+)
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

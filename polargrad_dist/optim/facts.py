@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polargrad_dist.distributed.plan import Entry
+from polargrad_dist.distributed.transport import Agreement
 from polargrad_dist.optim.matrix import Direction
 from polargrad_dist.optim.member import Member
 from polargrad_dist.polar import InverseSqrt
@@ -75,7 +77,9 @@ class Facts:
 
     def learnt_root(self, member: Member, root: InverseSqrt, ok: Tensor, S: Tensor | None) -> None:
         """Takes what the root of a tall matrix's Gram matrix told; S where it is to be kept."""
-        known = torch.stack([root.nuclear_norm, root.sigma_max, root.sigma_min, torch.full_like(root.nuclear_norm, NAN)])
+        known = torch.stack(
+            [root.nuclear_norm, root.sigma_max, root.sigma_min, torch.full_like(root.nuclear_norm, NAN)]
+        )
         self._spectra.append(([member.index], known[None]))
         self._flags.append(([member.index], ok[None]))
         if S is not None:
@@ -107,7 +111,10 @@ class Facts:
     def table(self, count: int) -> tuple[Tensor, Tensor]:
         """Of ``count`` parameters, fp64 on the CPU: sums (count, 2) of nuclear norms and of matrices known, and largest
         (count, 2) condition number and residual, -1 where unknown."""
-        sums, largest = torch.zeros(count, 2, dtype=torch.float64), torch.full((count, 2), -1.0, dtype=torch.float64)
+        sums, largest = (
+            torch.zeros(count, 2, dtype=torch.float64),
+            torch.full((count, 2), -1.0, dtype=torch.float64),
+        )
         for numbers, columns in self._spectra:
             nuclear, high, low, residual = columns.double().cpu().unbind(1)
             at = torch.tensor(numbers)
@@ -116,3 +123,37 @@ class Facts:
             figures = torch.stack([condition, residual.nan_to_num(-1.0)], 1)
             largest.scatter_reduce_(0, at[:, None].expand(-1, 2), figures, "amax")
         return sums, largest
+
+    def stats(
+        self, by: str, entries: Sequence[Entry], agreement: Agreement | None
+    ) -> dict[str, dict[str, float]]:
+        """`PolarGrad.stats` of all ranks' facts. Two small collectives."""
+        sums, largest = self.table(len(entries))
+        roles = list(dict.fromkeys(e.role for e in entries))
+        seconds = torch.tensor([self.total_seconds(role) for role in roles], dtype=torch.float64)
+        if agreement is not None:
+            agreement.total(sums)
+            both = agreement.largest(torch.cat([largest.flatten(), seconds]))
+            largest, seconds = both[: largest.numel()].view_as(largest), both[largest.numel() :]
+        rows: dict[str, dict[str, float]] = {}
+        for e, (nuclear, known), (condition, residual) in zip(
+            entries, sums.tolist(), largest.tolist(), strict=True
+        ):
+            if known:
+                figures = {"condition": condition, "residual": residual}
+                rows[e.name] = {"nuclear_norm": nuclear} | {
+                    k: NAN if v < 0 else v for k, v in figures.items()
+                }
+        if by == "parameter":
+            return rows
+        out = {}
+        for role, spent in zip(roles, seconds.tolist(), strict=True):
+            mine = [rows[e.name] for e in entries if e.role == role and e.name in rows]
+            if mine:
+                worst = {
+                    key: max((row[key] for row in mine if row[key] == row[key]), default=NAN)
+                    for key in ("condition", "residual")
+                }
+                nuclear = sum(row["nuclear_norm"] for row in mine) / len(mine)
+                out[role] = {"nuclear_norm": nuclear, **worst, "seconds": spent}
+        return out

@@ -9,7 +9,7 @@ from polargrad_dist.optim.facts import NOT_FINITE, OUT_OF_MEMORY, REFUSED
 
 
 def failure_of(kind: int, name: str, cause: Exception | None, device: torch.device) -> Exception:
-    """The error for a failure of this kind at the parameter ``name``; ``cause`` is what was raised, on the rank where it was."""
+    """The error for a failure of this kind at the parameter ``name``; ``cause`` was raised on the rank where it was."""
     rest = "its weights are as they were, the others have been stepped"
     if kind == NOT_FINITE:
         return PolarError(

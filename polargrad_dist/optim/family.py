@@ -30,7 +30,9 @@ def PolarGradM(
     params: Any, lr: float = 1e-3, *, polar_first: bool = False, beta: float = 0.95, **more: Any
 ) -> PolarGrad:
     """PolarGrad with EMA momentum: of the gradient (C.2), or of its polar factor (C.3, ``polar_first``)."""
-    return _named(params, lr, {"momentum": "polar_first" if polar_first else "momentum_first", "beta": beta}, more)
+    return _named(
+        params, lr, {"momentum": "polar_first" if polar_first else "momentum_first", "beta": beta}, more
+    )
 
 
 def PolarSGDM(
@@ -63,5 +65,11 @@ def Muon(
     **more: Any,
 ) -> PolarGrad:
     """Muon: five Newton-Schulz steps, scale sqrt(max(1, m/n)), or 0.2 sqrt(max(m, n)) with ``scale="moonlight"``."""
-    rule = {"momentum": "momentum_first", "beta": beta, "nesterov": nesterov, "scale": scale, "oracle": oracle}
+    rule = {
+        "momentum": "momentum_first",
+        "beta": beta,
+        "nesterov": nesterov,
+        "scale": scale,
+        "oracle": oracle,
+    }
     return _named(params, lr, rule, more)

@@ -25,8 +25,8 @@ Group = Mapping[str, Any]
 class Direction(NamedTuple):
     """What a rule makes of matrices (k, m, n): ``D`` (k, m, n), the ``scale`` (k,) of each, and the next owner state.
 
-    ``nuclear_norm``, ``sigma_max``, ``sigma_min`` and ``residual`` (k,) are for statistics, None where not known. A matrix whose
-    ``nuclear_norm``, or else whose direction, is not finite is not stepped.
+    ``nuclear_norm``, ``sigma_max``, ``sigma_min`` and ``residual`` (k,) are for statistics, None where not known. A matrix
+    whose ``nuclear_norm``, or else whose direction, is not finite is not stepped.
     """
 
     D: Tensor
@@ -87,17 +87,18 @@ class Polar:
         """The polar factor of each matrix of A (k, m, n), or its homogenized factor, and its scale."""
         A = A.to(oracle_dtype(group, A.dtype))
         if group["spectrum"] == "homogenized":
-            D, nuclear, *known = homogenize(A, lower=group["lower"])
+            D, nuclear, *found = homogenize(A, lower=group["lower"])
+            known: tuple[Tensor | None, ...] = tuple(found)
         else:
             free = group["oracle"] not in POLYNOMIAL  # which know nothing of the spectrum for free
             D, _, nuclear, info = polar(
                 A, method=group["oracle"], steps=group["steps"], lower=group["lower"], check=False, info=free
             )
-            known = list(info[2:]) if info else [None] * 3
+            known = info[2:] if info else (None,) * 3
         return Direction(D, self.scale(A.shape[-2:], nuclear, group), state, nuclear, *known)
 
     def root(self, S: Tensor, m: int, group: Group) -> tuple[InverseSqrt, Tensor]:
-        """For a tall m x n matrix: X (n, n) from the sum S (n, n) of its Gram matrices, so that A X is its direction; its scale."""
+        """Of a tall m x n matrix, from its Gram matrix S (n, n): X (n, n) so that A X is its direction, and its scale."""
         root = inverse_sqrt(S, lower=group["lower"], homogenized=group["spectrum"] == "homogenized")
         return root, self.scale((m, S.shape[-1]), root.nuclear_norm, group)
 
@@ -105,7 +106,11 @@ class Polar:
         """The factor of each direction, in fp64; ``shape`` is (rows, columns) as stored."""
         m, n = reversed(shape) if group["transposed"] else shape
         factor = SCALES[group["scale"]](m, n, nuclear)
-        return factor.double() if isinstance(factor, Tensor) else torch.full_like(nuclear, factor, dtype=torch.float64)
+        return (
+            factor.double()
+            if isinstance(factor, Tensor)
+            else torch.full_like(nuclear, factor, dtype=torch.float64)
+        )
 
     def apply(self, state: dict[str, Tensor], direction: Tensor, scale: Tensor, group: Group) -> Tensor:
         """The step of a stretch of the weights; ``scale`` is broadcast against it. Must not change ``direction``."""
@@ -140,8 +145,9 @@ class AdamW:
         """Steps the weights in place, all of one dtype; where ``found_inf`` (0-d fp32) is 1, nothing changes."""
         (beta1, beta2), lr = group["betas"], group["lr"]
         adamw(
-            weights, grads, states["exp_avg"], states["exp_avg_sq"], [], steps, fused=True, found_inf=found_inf, amsgrad=False,
-            beta1=beta1, beta2=beta2, lr=lr, weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+            weights, grads, states["exp_avg"], states["exp_avg_sq"], [], steps, fused=True, found_inf=found_inf,
+            amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=group["weight_decay"],
+            eps=group["eps"], maximize=False,
         )  # fmt: skip
 
 

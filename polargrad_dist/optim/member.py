@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from polargrad_dist.distributed.layout import Cut3, rectangle, volume
+from polargrad_dist.distributed.layout import Box, Cut3, rectangle, volume
 from polargrad_dist.distributed.plan import Entry
 from polargrad_dist.distributed.reducer import ShardReducer
 from polargrad_dist.distributed.teams import Team, local
@@ -19,10 +19,9 @@ from polargrad_dist.distributed.transport import Traffic
 from polargrad_dist.optim.matrix import rule_of
 
 
-def slices(cut: Cut3) -> tuple[slice, slice, slice]:
+def slices(cut: Box) -> tuple[slice, ...]:
     """Ranges as an index."""
-    (a, b), (c, d), (e, f) = cut
-    return slice(a, b), slice(c, d), slice(e, f)
+    return tuple(slice(first, last) for first, last in cut)
 
 
 @dataclass(eq=False)
@@ -41,7 +40,10 @@ class Member:
     def __post_init__(self) -> None:
         self.rule = rule_of(self.group)
         self.device, self.state_dtype = local(self.p).device, self.entry.state_dtype
-        self.elementwise = [*self.rule.states(self.group), *["low_bits"] * (self.entry.dtype == torch.bfloat16)]
+        self.elementwise = [
+            *self.rule.states(self.group),
+            *["low_bits"] * (self.entry.dtype == torch.bfloat16),
+        ]
 
     @cached_property
     def stacked(self) -> bool:
@@ -108,12 +110,19 @@ class Member:
     def misplaced(self) -> bool:
         """Whether the gradient is placed otherwise than the parameter."""
         grad, p = self.p.grad, self.p
-        return isinstance(grad, DTensor) and isinstance(p, DTensor) and tuple(grad.placements) != tuple(p.placements)
+        return (
+            isinstance(grad, DTensor)
+            and isinstance(p, DTensor)
+            and tuple(grad.placements) != tuple(p.placements)
+        )
 
     @property
     def elements(self) -> int:
         """Elements of this rank's optimizer shard."""
         return volume(self.entry.layout.shards[self.team.place])
+
+
+CPU = torch.device("cpu")
 
 
 @dataclass
@@ -126,7 +135,7 @@ class Travel:
     traffic: Traffic
     dtype: torch.dtype | None
     limit: int
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     reducer: ShardReducer | None = None
     ok: Tensor | None = None
 
@@ -143,7 +152,9 @@ def joined(views: Sequence[Tensor]) -> tuple[Tensor, bool]:
     size, at = first.numel(), first.storage_offset()
     storage = first.untyped_storage().data_ptr()
     together = all(
-        v.is_contiguous() and v.untyped_storage().data_ptr() == storage and v.storage_offset() == at + i * size
+        v.is_contiguous()
+        and v.untyped_storage().data_ptr() == storage
+        and v.storage_offset() == at + i * size
         for i, v in enumerate(views)
     )
     if together:

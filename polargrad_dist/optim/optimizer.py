@@ -9,7 +9,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
@@ -22,19 +21,17 @@ from polargrad_dist.distributed.transport import Agreement, Started, Traffic
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.buckets import Steps
 from polargrad_dist.optim.checks import Checks, check_keys, check_parameter, check_travel, check_values
-from polargrad_dist.optim.facts import FAILED, NAN, NOT_FINITE, Facts
+from polargrad_dist.optim.facts import Facts
 from polargrad_dist.optim.failures import failure_of
+from polargrad_dist.optim.groups import DEFAULTS, completed, routed
 from polargrad_dist.optim.matrix import RULES
 from polargrad_dist.optim.member import Member, Travel
 from polargrad_dist.optim.planning import split_of
 from polargrad_dist.optim.routing import route
-from polargrad_dist.optim.rules import ROLES, OptimizerConfig, Rule
+from polargrad_dist.optim.rules import OptimizerConfig, Rule
 from polargrad_dist.optim.state import NamedState
 from polargrad_dist.optim.world import World
 
-DEFAULTS = asdict(Rule(lr=1e-3, momentum="none")) | {
-    "split_sizes": None, "num_heads": None, "flatten": False, "transposed": False, "role": None,
-}  # fmt: skip
 COPIES_CHECKED = 1000  # steps between looks at whether copies are still equal
 RATES_CHECKED = 50  # and at whether all ranks have the same learning rates
 
@@ -46,8 +43,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         params: a model (routed by `route`), an iterable of parameters or of (name, parameter) pairs, or parameter groups; a
             group may set every field of `Rule`, its rule's own options, and the four keywords after it.
         lr: base learning rate of groups that set none, 1e-3; see `Rule`.
-        hidden, embed, head, value_embed, scalar: of a model, what a role's rule is to have otherwise than `OptimizerConfig()`:
-            a dict such as ``hidden={"lr": 0.02}``, or a `Rule`.
+        hidden, embed, head, value_embed, scalar: of a model, what a role's rule has otherwise than `OptimizerConfig()`: a
+            dict such as ``hidden={"lr": 0.02}``, or a `Rule`.
         process_group: ranks that hold copies of plain parameters; the default group where torch.distributed is set up.
         norm_group: ranks over which `clip_grad_norm_` takes the norm, all pipeline stages say; those of the parameters.
         gradients: "all_reduced", or "reduce_scatter": the optimizer reduces gradients itself, the model stays out of DDP.
@@ -64,8 +61,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
     Build it after DDP, ``fully_shard``, ``parallelize_module`` or ``to(device)``, on all ranks alike. Half-precision
     parameters are stepped in fp32, bf16 ones exactly: the bits that bf16 lacks are kept as state.
 
-    Raises ``ConfigError`` for parameters that it cannot step. ``step`` raises on all ranks together when a rule failed or gave
-    something that is not finite (on GPUs at the following step, so that no step waits for the device).
+    Raises ``ConfigError`` for parameters that it cannot step. ``step`` raises on all ranks together when a rule failed or
+    gave something that is not finite (on GPUs at the following step, so that no step waits for the device).
     """
 
     def __init__(
@@ -92,7 +89,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         roles = {"hidden": hidden, "embed": embed, "head": head, "value_embed": value_embed, "scalar": scalar}
         given = {role: changes for role, changes in roles.items() if changes is not None}
         if isinstance(params, nn.Module):
-            params = self._routed(params, gradients, given, rule)
+            params = routed(params, gradients, given, rule)
         elif given:
             raise ConfigError(
                 f"{min(given)} is a role's rule, which belongs to a model, but parameters were given: set the rule in the "
@@ -111,31 +108,6 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         super().__init__(params, DEFAULTS | rule)
         self._place(self.param_groups)
 
-    @staticmethod
-    def _routed(
-        model: nn.Module, gradients: str, given: dict[str, Any], rule: dict[str, Any]
-    ) -> list[dict[str, Any]]:
-        """A model's parameter groups, with changes to the rules of some roles."""
-        if rule:
-            key = min(rule)
-            raise ConfigError(
-                f"{key}={rule[key]!r} was given with a model, whose roles have a rule each: say hidden={{{key!r}: {rule[key]!r}}} "
-                "(or embed, head, value_embed, scalar), or use PolarGrad.from_config(model, OptimizerConfig(…))"
-            )
-        if gradients == "reduce_scatter" and isinstance(model, nn.parallel.DistributedDataParallel):
-            raise ConfigError(
-                "gradients='reduce_scatter' was given a model in DistributedDataParallel, which reduces gradients itself: give "
-                "the bare model, or use gradients='all_reduced'"
-            )
-        config = OptimizerConfig()
-        for role, changes in given.items():
-            if not isinstance(changes, Rule):
-                if unknown := sorted(set(changes) - {f.name for f in fields(Rule)}):
-                    raise ConfigError(f"{role} has the key {unknown[0]!r}, which is no field of a Rule")
-                changes = replace(config.rule(role), **changes)
-            setattr(config, role, changes)
-        return route(model, config)
-
     @classmethod
     def from_config(
         cls, model: nn.Module, config: OptimizerConfig, process_group: dist.ProcessGroup | None = None
@@ -152,7 +124,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; on several ranks all of them must. Owners of earlier parameters stay as they are."""
         where = f"parameter group {len(self.param_groups)}"
-        group = self._completed(param_group, where)
+        count = sum(len(other["params"]) for other in self.param_groups)
+        group = completed(param_group, self.defaults, where, count)
         taken = [name for other in self.param_groups for name in other["param_names"]]
         names = [*taken, *group["param_names"]]
         if again := {name for name in names if names.count(name) > 1}:
@@ -163,41 +136,14 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             if RULES[group["algorithm"]].matrices:
                 split_of(group, name, tuple(p.shape))
         if self._travel.reducer is not None:
-            raise ConfigError("gradients='reduce_scatter' cannot take further parameter groups after construction")
+            raise ConfigError(
+                "gradients='reduce_scatter' cannot take further parameter groups after construction"
+            )
         named = list(zip(group.pop("param_names"), group.pop("params"), strict=True))
         super().add_param_group(group | {"params": named})
         self._checks.add(self.param_groups[-1])
         if self._placed is not None:
             self._place(self.param_groups[-1:])
-
-    def _completed(self, given: dict[str, Any], where: str) -> dict[str, Any]:
-        """A copy of a group with every key, its parameters a list and named."""
-        check_keys(self.defaults | given, where)
-        params = [given["params"]] if isinstance(given["params"], torch.Tensor) else list(given["params"])
-        if not params:
-            raise ConfigError("a parameter group is empty, expected at least one parameter in each")
-        names = given.get("param_names")
-        named = [isinstance(p, tuple) and len(p) == 2 for p in params]
-        for i, p in enumerate(params):
-            tensor = p[1] if named[i] else p
-            if not isinstance(tensor, torch.Tensor) or named[i] != named[0]:
-                raise ConfigError(
-                    f"{where} holds a {type(p).__name__} at place {i}, expected parameters only,"
-                    " or pairs (name, parameter) only"
-                )
-        if named[0]:
-            names, params = [name for name, _ in params], [p for _, p in params]
-        if names is None:
-            count = sum(len(other["params"]) for other in self.param_groups)
-            names = [f"param.{count + i}" for i in range(len(params))]
-        if len(names) != len(params):
-            raise ConfigError(f"{where} has {len(names)} names for {len(params)} parameters")
-        if len(set(map(id, params))) < len(params):
-            raise ConfigError(f"{where} holds a parameter twice, expected each once")
-        options = getattr(RULES.get(given.get("algorithm", self.defaults["algorithm"])), "options", {})
-        group = self.defaults | dict(options) | given | {"params": params, "param_names": list(names)}
-        group["role"] = group["role"] or ("scalar" if group["algorithm"] == "adamw" else "hidden")
-        return group
 
     def _place(self, groups: Iterable[dict[str, Any]]) -> None:
         """Finds the ranks and the owners of these groups' parameters, and makes their state."""
@@ -224,8 +170,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         for m in self._world.members:
             if m.p.dtype != m.entry.dtype or (not isinstance(m.p, DTensor) and m.p.device != m.device):
                 return ConfigError(
-                    f"{m.entry.name} is {m.p.dtype} on {m.p.device}, expected {m.entry.dtype} on {m.device} as at construction: "
-                    "convert and move the model before you build the optimizer"
+                    f"{m.entry.name} is {m.p.dtype} on {m.p.device}, expected {m.entry.dtype} on {m.device} as at "
+                    "construction: convert and move the model before you build the optimizer"
                 )
         return None
 
@@ -285,8 +231,14 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
     def _norm(self, counted: list[torch.Tensor]) -> torch.Tensor:
         """The Euclidean norm over all ranks of what each counts, the same bits on each."""
         parts = [x.float() if x.element_size() < 4 else x for x in counted if x.numel()]
-        norms = [x.to(self._travel.device, torch.float64) for x in torch._foreach_norm(parts)] if parts else []
-        square = torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=self._travel.device)
+        norms = (
+            [x.to(self._travel.device, torch.float64) for x in torch._foreach_norm(parts)] if parts else []
+        )
+        square = (
+            torch.stack(norms).square().sum()
+            if norms
+            else torch.zeros((), dtype=torch.float64, device=self._travel.device)
+        )
         group = self._norm_group or self._world.group
         if group is not None and group.size() > 1:
             square = self.traffic.all_gather(square, group).wait().sum()
@@ -306,8 +258,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         if int(self.agreement.largest(torch.tensor([len(unlike)]))):
             name = unlike[0] if unlike else self._world.entries[int(somewhere.nonzero()[0])].name
             raise ConfigError(
-                f"the gradient of {name} is placed in one way on some ranks and in another, or missing, on others: give every "
-                "rank the same computation, or zero gradients"
+                f"the gradient of {name} is placed in one way on some ranks and in another, or missing, on others: give "
+                "every rank the same computation, or zero gradients"
             )
         for m in sorted(self.works, key=lambda m: m.index):
             if here[m.index]:
@@ -333,7 +285,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         started: list[Started | None] = [None] * len(running)
         for number in order:
             on_its_way, started[number] = started[number], None
-            arrived = on_its_way and on_its_way.wait()
+            arrived = None if on_its_way is None else on_its_way.wait()
             del on_its_way  # and what it was sent from
             started[number] = next_of(running[number], arrived)
             del arrived
@@ -407,7 +359,9 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         assert self.agreement is not None
         nowhere = torch.iinfo(torch.int64).min
         found = torch.full((2, len(self._world.entries)), nowhere)
-        digests = {id(group): zlib.crc32(repr(self._checks.numbers(group)).encode()) for group in self.param_groups}
+        digests = {
+            id(group): zlib.crc32(repr(self._checks.numbers(group)).encode()) for group in self.param_groups
+        }
         for m in self.works:
             found[:, m.index] = torch.tensor([digests[id(m.group)], -digests[id(m.group)]])
         high, low = self.agreement.largest(found)
@@ -452,32 +406,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         """
         if by not in ("role", "parameter"):
             raise ConfigError(f"stats(by={by!r}), expected 'role' or 'parameter'")
-        entries = self._world.entries
-        sums, largest = self._facts.table(len(entries))
-        roles = list(dict.fromkeys(e.role for e in entries))
-        seconds = torch.tensor([self._facts.total_seconds(role) for role in roles], dtype=torch.float64)
-        if self.agreement is not None:
-            self.agreement.total(sums)
-            both = self.agreement.largest(torch.cat([largest.flatten(), seconds]))
-            largest, seconds = both[: largest.numel()].view_as(largest), both[largest.numel() :]
-        rows: dict[str, dict[str, float]] = {}
-        for e, (nuclear, known), (condition, residual) in zip(entries, sums.tolist(), largest.tolist(), strict=True):
-            if known:
-                figures = {"condition": condition, "residual": residual}
-                rows[e.name] = {"nuclear_norm": nuclear} | {k: NAN if v < 0 else v for k, v in figures.items()}
-        if by == "parameter":
-            return rows
-        out = {}
-        for role, spent in zip(roles, seconds.tolist(), strict=True):
-            mine = [rows[e.name] for e in entries if e.role == role and e.name in rows]
-            if mine:
-                worst = {
-                    key: max((row[key] for row in mine if row[key] == row[key]), default=NAN)
-                    for key in ("condition", "residual")
-                }
-                nuclear = sum(row["nuclear_norm"] for row in mine) / len(mine)
-                out[role] = {"nuclear_norm": nuclear, **worst, "seconds": spent}
-        return out
+        return self._facts.stats(by, self._world.entries, self.agreement)
 
 
 def next_of(steps: Steps, arrived: torch.Tensor | None) -> Started | None:

@@ -1,7 +1,8 @@
 """What rules are composed of: momenta, scales, the step's length against the weights, the low bits of bf16 weights.
 
-Pure functions of tensors of any shape. Sources: algorithms C.1-C.4 of Lau, Long, Su (2025); Muon's scale sqrt(max(1, m/n)) of
-Jordan et al. (2024), 0.2 sqrt(max(m, n)) of Liu et al. (2025, "Moonlight"), sqrt(d_out/d_in) of Bernstein and Newhouse (2024).
+Pure functions of tensors of any shape. Sources: algorithms C.1-C.4 of Lau, Long, Su (2025); Muon's scale sqrt(max(1, m/n))
+of Jordan et al. (2024), 0.2 sqrt(max(m, n)) of Liu et al. (2025, "Moonlight"), sqrt(d_out/d_in) of Bernstein and
+Newhouse (2024).
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def join_bf16(high: Tensor, low: Tensor) -> Tensor:
 
 
 def split_bf16(x: Tensor, low: Tensor) -> Tensor:
-    """The bf16 nearest to fp32 ``x`` (ties away from zero); ``low`` takes the remaining bits, so that `join_bf16` is exact."""
+    """The bf16 nearest to fp32 ``x`` (ties away from zero); ``low`` takes what remains, so that `join_bf16` is exact."""
     bits = x.view(torch.int32)
     upper = (bits + 0x8000) >> 16
     low.copy_(bits - (upper << 16))

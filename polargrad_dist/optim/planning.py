@@ -37,7 +37,9 @@ def entry(group: Mapping[str, Any], number: int, name: str, p: torch.Tensor, fou
 
 def split_of(group: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Split:
     """The matrices that a group takes a parameter to hold."""
-    return Split.of(name, shape, group["split_sizes"], group["num_heads"], group["flatten"], group["transposed"])
+    return Split.of(
+        name, shape, group["split_sizes"], group["num_heads"], group["flatten"], group["transposed"]
+    )
 
 
 def plan_for(
@@ -52,7 +54,7 @@ def plan_for(
 
     ``shards`` ranks hold the rows of one replica, as FSDP2 cuts them; ``replicas`` such replicas hold copies.
     """
-    plan = Plan(replicas * shards, gradients, comm_dtype and comm_dtype.itemsize)
+    plan = Plan(replicas * shards, gradients, comm_dtype.itemsize if comm_dtype is not None else None)
     dims = [(size, cut) for size, cut in ((shards, 0), (replicas, None)) if size > 1]
     ranks = tuple(r * shards + s for s in range(shards) for r in range(replicas))
     found = Placing(tuple(size for size, _ in dims), tuple(cut for _, cut in dims), ranks)

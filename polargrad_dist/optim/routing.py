@@ -1,25 +1,41 @@
-"""Which rule steps which parameter: roles are read from the modules, never from a shape or a name alone.
+"""Which rule steps which parameter: roles come from the modules (`roles`), and the model has the last word.
 
 The model may say what its modules do not (``parameter_hints``): a role, how fused matrices split, a decay factor.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import defaultdict
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.checks import refuse_flat
 from polargrad_dist.optim.matrix import rule_of
+from polargrad_dist.optim.roles import Home, Place, output_layers, place
 from polargrad_dist.optim.rules import ROLES, OptimizerConfig
 
+log = logging.getLogger("polargrad_dist.optim")
 _WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod|_checkpoint_wrapped_module)\.")
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_SPLITS = ("split_sizes", "num_heads", "flatten", "transposed")
+_HINTS = ("role", *_SPLITS, "weight_decay_scale")
+
+
+class Groups(list[dict[str, Any]]):
+    """Parameter groups, and in ``notes`` what routing guessed of which parameter."""
+
+    notes: dict[str, str]
+
+    def __init__(self, groups: list[dict[str, Any]], notes: dict[str, str]) -> None:
+        super().__init__(groups)
+        self.notes = notes
 
 
 def clean_name(name: str) -> str:
@@ -38,63 +54,114 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def route(model: nn.Module, config: OptimizerConfig | None = None) -> list[dict[str, Any]]:
+def route(model: nn.Module, config: OptimizerConfig | None = None) -> Groups:
     """The parameter groups of a model: one per role and way of splitting, each with its rule's fields.
 
-    A group has ``params``, ``param_names``, ``role``, every field of `Rule`, ``split_sizes``,
-    ``num_heads`` and ``flatten``. Frozen parameters (``requires_grad=False``) are left out. Raises ``ConfigError`` for
-    flattened parameters (FSDP1, ZeRO), for a hint that names no parameter, and for a rule that matches none.
+    A group has ``params``, ``param_names``, ``role``, every field of `Rule`, ``split_sizes``, ``num_heads``, ``flatten`` and
+    ``transposed``. Frozen parameters (``requires_grad=False``) are left out. What had to be guessed is logged in one
+    warning, and stands in `routing_table`. Raises ``ConfigError`` for a parameter whose role cannot be told, flattened
+    parameters (FSDP1, ZeRO), a hint that names no parameter or no key, and a rule that matches no parameter.
     """
     config = config or OptimizerConfig()
     config.check()
     model = unwrap(model)
-    hints: dict[str, dict[str, Any]] = _call(model, "parameter_hints") or {}
-    head = _head(model)
-    named = {clean_name(name) for name, _ in model.named_parameters()}
-    if unknown := set(hints) - named:
-        raise ConfigError(
-            f"parameter_hints() names {sorted(unknown)[0]!r}, which is not a parameter of the model"
-        )
+    hints: dict[str, dict[str, Any]] = getattr(model, "parameter_hints", dict)()
+    homes = list(_homes(model))
+    heads = output_layers(model, (home for _, _, home in homes))
+    shared: dict[torch.Tensor, list[Home]] = defaultdict(list)
+    for _, p, home in homes:
+        shared[p].append(home)
+    names = {p: name for name, p, _ in reversed(homes)}
+    _check_hints(hints, set(names.values()))
 
     grouped: dict[tuple, dict[str, torch.Tensor]] = defaultdict(dict)
-    for name, p, modules in _homes(model):
-        if name not in named or not p.requires_grad:
+    notes: dict[str, str] = {}
+    for p, its_homes in shared.items():
+        if not p.requires_grad:
             continue
+        name = names[p]
         refuse_flat(name, p)
         hint = hints.get(name, {})
-        # A tied weight is an embedding wherever it was declared first.
-        roles = [_role(module, p, head) for module in modules]
-        role = hint.get("role") or ("embed" if "embed" in roles else roles[0])
-        if role not in ROLES:
+        found = _hinted(_shared_place([place(home, p, heads) for home in its_homes]), hint)
+        if found.role is None:
+            raise ConfigError(
+                f"{name} of shape {tuple(p.shape)} is a parameter of {type(its_homes[0].module).__name__}, expected a "
+                f"module that tells its role: name it in the model's parameter_hints(), {{{name!r}: {{'role': 'hidden'}}}} "
+                "for a stack of matrices (out, in), or 'scalar' for AdamW"
+            )
+        if found.note:
+            notes[name] = found.note
+        decay = float(hint.get("weight_decay_scale", 1.0))
+        grouped[found.role, *(getattr(found, key) for key in _SPLITS), decay][name] = p
+    _check_rules(config, {key[0] for key in grouped})
+    if notes:
+        log.warning("routing had to guess (parameter_hints() of the model overrides it): %s", _summary(notes))
+    return Groups([_group(config, *item) for item in sorted(grouped.items(), key=_order)], notes)
+
+
+def _homes(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, Home]]:
+    """Each parameter with its name and the module that holds it; several times where it is tied."""
+    bare = {clean_name(f"{path}.")[:-1]: module for path, module in model.named_modules()}
+    for path, module in model.named_modules():
+        for leaf, p in module.named_parameters(recurse=False):
+            name = clean_name(f"{path}.{leaf}" if path else leaf)
+            owner, tensor = name.rpartition(".")[0], leaf
+            if isinstance(module, ParametrizationList):
+                owner, _, tensor = owner.rsplit(".", 2) if owner.count(".") > 1 else ("", *owner.split("."))
+            parent, _, attribute = owner.rpartition(".")
+            yield name, p, Home(bare[owner], tensor, bare[parent] if owner else None, attribute)
+
+
+def _shared_place(places: list[Place]) -> Place:
+    """A tied weight is an embedding wherever it was declared first, else a head, else what its first module says."""
+    for role in ("embed", "head"):
+        for found in places:
+            if found.role == role:
+                return found
+    return places[0]
+
+
+def _hinted(found: Place, hint: dict[str, Any]) -> Place:
+    """A place after what the model says of it."""
+    said = {key: hint[key] for key in ("role", *_SPLITS) if key in hint}
+    if said:
+        either = {"split_sizes": "num_heads", "num_heads": "split_sizes"}
+        said = {either[key]: None for key in said if key in either} | said
+        found = replace(found, note="", **said)
+    if found.split_sizes:
+        found = replace(found, split_sizes=tuple(found.split_sizes))
+    return Place("scalar", note=found.note) if found.role == "scalar" else found
+
+
+def _check_hints(hints: dict[str, dict[str, Any]], names: set[str]) -> None:
+    for name, hint in hints.items():
+        if name not in names:
+            raise ConfigError(f"parameter_hints() names {name!r}, which is not a parameter of the model")
+        if unknown := sorted(set(hint) - set(_HINTS)):
+            raise ConfigError(
+                f"parameter_hints() gives {name!r} the key {unknown[0]!r}, expected one of: {', '.join(_HINTS)}"
+            )
+        if (role := hint.get("role", "hidden")) not in ROLES:
             raise ConfigError(
                 f"parameter_hints() gives {name!r} the role {role!r}, expected one of: {', '.join(ROLES)}"
             )
-        split_sizes = tuple(hint["split_sizes"]) if hint.get("split_sizes") else None
-        flatten = isinstance(modules[0], _CONVOLUTIONS)
-        decay = float(hint.get("weight_decay_scale", 1.0))
-        grouped[role, split_sizes, hint.get("num_heads"), flatten, decay][name] = p
-    found = {key[0] for key in grouped}
+
+
+def _check_rules(config: OptimizerConfig, found: set[str]) -> None:
     for role in ("head", "value_embed"):
         if getattr(config, role) is not None and role not in found:
             raise ConfigError(
                 f"optimizer.{role} is set, but the model has no parameter of that role (tied weights are stepped as "
                 f"embed): set optimizer.{role} to null"
             )
-    return [_group(config, key, parameters) for key, parameters in sorted(grouped.items(), key=_order)]
 
 
-def _homes(model: nn.Module) -> list[tuple[str, torch.Tensor, list[nn.Module]]]:
-    """Each parameter once, under its first name, with the modules that hold it: several where it is tied."""
-    homes: dict[torch.Tensor, tuple[str, list[nn.Module]]] = {}
-    for path, module in model.named_modules():
-        for leaf, p in module.named_parameters(recurse=False):
-            homes.setdefault(p, (clean_name(f"{path}.{leaf}" if path else leaf), []))[1].append(module)
-    return [(name, p, modules) for p, (name, modules) in homes.items()]
-
-
-def _call(model: nn.Module, method: str) -> Any:
-    """What an optional method of the model says, None without it."""
-    return getattr(model, method)() if hasattr(model, method) else None
+def _summary(notes: dict[str, str]) -> str:
+    """Notes with the parameters of all layers together: each name with * for its numbers, and how many it stands for."""
+    counts: dict[tuple[str, str], int] = defaultdict(int)
+    for name, note in notes.items():
+        counts[re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), note] += 1
+    return "; ".join(f"{name}{f' ({n})' if n > 1 else ''}: {note}" for (name, note), n in counts.items())
 
 
 def _order(item: tuple[tuple, dict]) -> tuple:
@@ -103,60 +170,50 @@ def _order(item: tuple[tuple, dict]) -> tuple:
 
 
 def _group(config: OptimizerConfig, key: tuple, parameters: dict[str, torch.Tensor]) -> dict[str, Any]:
-    role, split_sizes, num_heads, flatten, weight_decay_scale = key
+    role, *splits, weight_decay_scale = key
     group = asdict(config.rule(role))
-    group |= {
-        "params": list(parameters.values()),
-        "param_names": list(parameters),
-        "role": role,
-        "split_sizes": split_sizes,
-        "num_heads": num_heads,
-        "flatten": flatten,
-        "transposed": False,
-    }
+    group |= {"params": list(parameters.values()), "param_names": list(parameters), "role": role}
+    group |= dict(zip(_SPLITS, splits, strict=True))
     group["weight_decay"] *= weight_decay_scale
     return group
 
 
-def _role(module: nn.Module, p: torch.Tensor, head: nn.Module | None) -> str:
-    """A module's parameter is what the module is: an embedding, the head, a weight matrix, or else a scalar."""
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        if module.sparse:
-            raise ConfigError(
-                f"an {type(module).__name__} of {module.num_embeddings} rows has sparse=True, expected sparse=False: the "
-                "optimizer takes dense gradients"
-            )
-        return "embed"
-    if module is head and p.ndim == 2:
-        return "head"
-    return "hidden" if p.ndim >= 2 and min(p.shape[0], p[0].numel()) > 1 else "scalar"
-
-
-def _head(model: nn.Module) -> nn.Module | None:
-    """The output embedding: what the model says it is, else the last linear layer as long as an embedding table."""
-    if hasattr(model, "get_output_embeddings"):
-        return _call(model, "get_output_embeddings")
-    vocabularies = {
-        m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)
-    }
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    return linears[-1] if linears and linears[-1].out_features in vocabularies else None
-
-
 def routing_table(groups: list[dict[str, Any]]) -> str:
-    """What went where: one line per parameter with its name, shape, role, rule and learning rate, then totals."""
+    """What went where: name, shape, role, rule, learning rate and splits of each parameter on a line, then totals.
+
+    A note after # says what `route` guessed; it is there for what `route` returned, not for an optimizer's groups.
+    """
     names = [name for group in groups for name in group["param_names"]]
+    notes = getattr(groups, "notes", {})
     width = max(map(len, names), default=9)
     lines: list[str] = []
     totals: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for group in groups:
         for name, p in zip(group["param_names"], group["params"], strict=True):
             shape = "x".join(map(str, p.shape)) or "scalar"
-            lines.append(
-                f"{name:<{width}} {shape:>16} {group['role']:<11} {rule_of(group).describe(group):<44} {group['lr']:.3g}"
+            note = f"# {notes[name]}" if name in notes else ""
+            line = (
+                f"{name:<{width}} {shape:>16} {group['role']:<11} {rule_of(group).describe(group):<44} {group['lr']:<8.3g} "
+                f"{_layout(group):<22} {note}"
             )
+            lines.append(line.rstrip())
             totals[group["role"]][0] += 1
             totals[group["role"]][1] += p.numel()
     for role, (tensors, elements) in totals.items():
         lines.append(f"{role}: {tensors} parameters, {elements:,} elements")
     return "\n".join(lines)
+
+
+def _layout(group: dict[str, Any]) -> str:
+    """How a group's parameters hold their matrices, where that is not as a linear layer does."""
+    along = "columns" if group["transposed"] else "rows"
+    words = []
+    if group["split_sizes"]:
+        words.append(f"{along} {'+'.join(map(str, group['split_sizes']))}")
+    if group["num_heads"]:
+        words.append(f"{along} in {group['num_heads']} heads")
+    if group["transposed"]:
+        words.append("(in, out)")
+    if group["flatten"]:
+        words.append("convolution")
+    return ", ".join(words)

@@ -173,4 +173,3 @@ class OptimizerConfig:
 
 
 ROLES = ("hidden", "embed", "value_embed", "head", "scalar")
-

@@ -34,8 +34,8 @@ class NamedState:
     param_groups: list[dict[str, Any]]
 
     def named_state(self) -> dict[str, Tensor]:
-        """``{"<parameter>.<state>": tensor}``: the tensors themselves, DTensors where sharded, the same keys on all ranks that
-        store a parameter. Fill them in place to load."""
+        """``{"<parameter>.<state>": tensor}``: the tensors themselves, DTensors where sharded, the same keys on all ranks
+        that store a parameter. Fill them in place to load."""
         self._adopt()
         return {f"{m.entry.name}.{key}": value for m, key, value in self._states()}
 
@@ -63,7 +63,9 @@ class NamedState:
         out: dict[str, Any] = {"state": {}, "param_groups": self.state_dict()["param_groups"]}
         ids = {n: i for g in out["param_groups"] for n, i in zip(g["param_names"], g["params"], strict=True)}
         for m, key, value in self._states():
-            out["state"].setdefault(ids[m.entry.name], {})[key] = self._whole(m, key, value).detach().cpu().clone()
+            out["state"].setdefault(ids[m.entry.name], {})[key] = (
+                self._whole(m, key, value).detach().cpu().clone()
+            )
         return out
 
     def _whole(self, m: Member, key: str, value: Tensor) -> Tensor:
@@ -208,7 +210,9 @@ def _part(m: Member, key: str, saved: Tensor, mine: Tensor) -> Tensor:
         if key in m.rule.states(m.group) or key == "low_bits":
             part = saved[tuple(slice(*cut) for cut in m.entry.layout.shards[m.team.place])]
         else:  # kept per matrix, in the order of dealing
-            first = dist.get_rank(m.team.group) * -(-len(saved) // m.entry.layout.world) if m.team.group else 0
+            first = (
+                dist.get_rank(m.team.group) * -(-len(saved) // m.entry.layout.world) if m.team.group else 0
+            )
             part = saved[first : first + len(here)]
     else:
         part = saved

@@ -17,9 +17,10 @@ from polargrad_dist.distributed.schedule import in_order as resumed
 from polargrad_dist.distributed.teams import Groups, Placing, Team, placing, widest
 from polargrad_dist.distributed.transport import Agreement
 from polargrad_dist.errors import ConfigError
-from polargrad_dist.optim.buckets import Batch, Elementwise, Owned, Tall
+from polargrad_dist.optim.buckets import Batch, Owned
 from polargrad_dist.optim.member import Member, Travel
 from polargrad_dist.optim.planning import entry
+from polargrad_dist.optim.shards import Elementwise, Tall
 
 KINDS: dict[str, type[Batch]] = {"owner": Owned, "tall": Tall, "elementwise": Elementwise}
 Given = tuple[int, dict[str, Any], str, torch.nn.Parameter]  # number of the group, the group, name, parameter
@@ -36,7 +37,7 @@ class World:
         self.entries: list[Entry] = []
         self.agreement: Agreement | None = None
         self.group: dist.ProcessGroup | None = None
-        self.plan = Plan(1, gradients, travel.dtype and travel.dtype.itemsize)
+        self.plan = Plan(1, gradients, None if travel.dtype is None else travel.dtype.itemsize)
         self.meshes = False
         self._counted: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._groups = Groups()
@@ -59,7 +60,9 @@ class World:
         first = len(self.entries)
         self.entries += merged
         numbers = {e.key: first + i for i, e in enumerate(merged)}
-        for e in merged:  # experts on several meshes of their own are copies of each other: their norm counts once
+        for e in (
+            merged
+        ):  # experts on several meshes of their own are copies of each other: their norm counts once
             self._counted.setdefault(e.name, e.key)
         new = []
         for e, (_, group, _, p) in zip(mine, given, strict=True):
@@ -81,11 +84,16 @@ class World:
         for placed in found:
             self._groups.learn(placed, self.process_group)
         ranks = widest(found, self.process_group)
-        kinds = {f.mesh.device_type if f.mesh is not None else p.device.type for f, p in zip(found, params, strict=True)}
+        kinds = {
+            f.mesh.device_type if f.mesh is not None else p.device.type
+            for f, p in zip(found, params, strict=True)
+        }
         if self.members:
             kinds.add(self.travel.device.type)
         if len(kinds) > 1:
-            raise ConfigError(f"parameters are on {' and '.join(sorted(kinds))}, expected all on one kind of device")
+            raise ConfigError(
+                f"parameters are on {' and '.join(sorted(kinds))}, expected all on one kind of device"
+            )
         kind = kinds.pop()
         on = next((p.device for p in params if p.device.type == kind), None)
         self.travel.device = torch.device(kind, torch.cuda.current_device()) if on is None else on
@@ -112,7 +120,12 @@ class World:
             for e in entries:
                 first = known.setdefault(e.key, e)
                 seen.setdefault(e.key, set()).add(rank)
-                if (first.shape, first.rule, first.dtype, first.layout) != (e.shape, e.rule, e.dtype, e.layout):
+                if (first.shape, first.rule, first.dtype, first.layout) != (
+                    e.shape,
+                    e.rule,
+                    e.dtype,
+                    e.layout,
+                ):
                     self._refuse_difference()
         if any(not set(e.ranks) <= seen[e.key] for e in known.values()):
             self._refuse_difference()
@@ -163,7 +176,9 @@ class World:
             if first.entry.dtype == torch.bfloat16:
                 flat = torch.zeros(2 * sum(sizes), dtype=torch.uint8, device=first.device)
                 for m, here in zip(members, flat.split([2 * size for size in sizes]), strict=True):
-                    m.state["low_bits"] = m.team.state(here.view(*m.shard_shape, 2), m.entry.layout, m.p, (2,))
+                    m.state["low_bits"] = m.team.state(
+                        here.view(*m.shard_shape, 2), m.entry.layout, m.p, (2,)
+                    )
             if not first.rule.matrices:
                 for m in members:
                     m.state["step"] = torch.zeros((), device=m.device)

@@ -1,9 +1,12 @@
 """The polar decomposition A = U·H of batches of matrices: pure functions of tensors, importable on their own."""
 
-from .api import Polar, PolarInfo, choose_method, cost, polar
-from .gram import InverseSqrt, apply_rows, gram_matrix, inverse_sqrt
+from .api import Polar, PolarInfo, polar
+from .cost import choose_method, cost, root_cost
+from .gram import apply_rows, gram_matrix
 from .homogenize import Homogenized, homogenize
 from .polynomial import polar_express_coefficients
+from .qdwh import gram_qdwh, norm_bound, norm_parts
+from .root import InverseSqrt, inverse_sqrt
 from .rows import CompressedRows, compress_rows, expand_rows
 from .spectrum import homogenized_spectrum
 
@@ -19,9 +22,13 @@ __all__ = [
     "cost",
     "expand_rows",
     "gram_matrix",
+    "gram_qdwh",
     "homogenize",
     "homogenized_spectrum",
     "inverse_sqrt",
+    "norm_bound",
+    "norm_parts",
     "polar",
     "polar_express_coefficients",
+    "root_cost",
 ]

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from ..errors import PolarError
-from .gram import fast_fp64
+from .cost import choose_method
 from .newton import newton
 from .oracle import Options, Oracle, largest_entry, without_tf32
 from .polynomial import newton_schulz, polar_express
 from .qdwh import qdwh
+from .root import choose_root
 from .rows import CompressedRows, compress_rows, expand_rows
-from .spectral import STRICT, gram, svd
+from .spectral import gram, svd
 from .zolo import zolo
 
 ORACLES = {
@@ -72,6 +73,7 @@ def polar(
     info: bool = False,
     check: bool = True,
     coefficients: str | Sequence[tuple[float, float, float]] | None = None,
+    root: str = "auto",
 ) -> Polar:
     """The polar decomposition A = U·H of a batch of matrices. Not differentiable: nothing is recorded for autograd.
 
@@ -90,8 +92,11 @@ def polar(
         out_dtype: of U; that of `a` by default.
         info: also return what happened. Costs one Gram matrix of U for methods that do not know their spectrum.
         check: raise on NaN or Inf, which reads one number back from the device. Without, such a matrix becomes NaN
-            and no method waits for a GPU.
+            and no method waits for a GPU but svd, and gram with root="eigh": LAPACK's replacements there check their
+            own success on the host.
         coefficients: of newton_schulz: "muon" (default), "cubic", or a sequence of (a, b, c), one per step.
+        root: how gram finds S^(-1/2): "eigh", "products", or "auto" for products on a GPU and eigh on a CPU (see
+            `inverse_sqrt`). With one of the first two, `auto` takes gram.
 
     Returns:
         Polar. On rank-deficient input U is the partial isometry; a zero matrix gives U = 0. The nuclear norm of an
@@ -101,6 +106,9 @@ def polar(
         PolarError: a matrix with NaN or Inf entries (named by its batch index), or an argument that makes no sense.
     """
     _validate(a, method, steps, lower, coefficients, out_dtype)
+    if root != "auto" and method == "auto":
+        method = "gram"
+    root = _root_for(method, root, a.device)
     *batch, m, n = a.shape
     out_dtype = out_dtype or a.dtype
     tall = (a if m >= n else a.mT).reshape(math.prod(batch), max(m, n), min(m, n))
@@ -111,7 +119,7 @@ def polar(
         _require_finite(finite[:, 0, 0], a.shape[:-2])
     # H wants U in full, even if the caller wants it in half precision.
     dtype = torch.promote_types(out_dtype, torch.float32) if hermitian else out_dtype
-    options = Options(steps, lower, dtype, info, coefficients, may_wait=check or a.device.type == "cpu")
+    options = Options(steps, lower, dtype, info, coefficients, check or a.device.type == "cpu", root)
     sparse = _nonzero_rows(tall) if method == "auto" else None
     if method == "auto":
         method = choose_method(tall.shape if sparse is None else sparse.rows.shape, a.device, lower=lower)
@@ -134,47 +142,6 @@ def polar(
             H = _hermitian_factor(tall, found.U, wide=m < n).reshape(*batch, n, n)
     norm = found.nuclear_norm.to(torch.promote_types(a.dtype, torch.float32)).reshape(batch)
     return Polar(U, H, norm, _details(found, method, batch) if info else None)
-
-
-def choose_method(shape: tuple[int, ...], device: torch.device | str = "cpu", *, lower: float = 1e-4) -> str:
-    """What `auto` runs on an m×n matrix: "svd" or "gram" (or "qdwh" on a GPU without fast fp64).
-
-    CPU: measured by `python -m benchmarks.polar`; svd wins on nearly square matrices in default mode, gram elsewhere.
-    GPU: reasoned, not measured: gram is matrix products and one small eigendecomposition.
-    """
-    m, n = max(shape[-2:]), min(shape[-2:])
-    device = torch.device(device)
-    if device.type == "cpu":
-        return "svd" if lower >= STRICT and m < 2 * n else "gram"
-    return "gram" if fast_fp64(device) or lower < STRICT else "qdwh"
-
-
-def cost(shape: tuple[int, ...], method: str = "auto", steps: int | None = None) -> float:
-    """Work of one call on an m×n matrix in flops of an fp32 product, fitted to CPU timings within about a third.
-
-    Meant for dealing matrices to ranks: only ratios matter. fp64 flops count double, factorizations by their speed.
-    """
-    m, n = max(shape[-2:]), min(shape[-2:])
-    if n == 0:
-        return 0.0
-    if method == "auto":
-        method = choose_method((m, n))
-    product, square = 2.0 * m * n * n, 2.0 * n**3
-    tall_qr = 3 * product if m > n + n // 8 else 0.0
-    match method:
-        case "svd":
-            return 15 * square + 4 * (product - square) + product
-        case "gram":
-            return 2.2 * product + 12 * square
-        case "qdwh":
-            return tall_qr + (6 * (steps or 5)) * square
-        case "zolo":
-            return tall_qr + 40 * square
-        case "newton":
-            return tall_qr + 30 * square
-        case "newton_schulz" | "polar_express":
-            return (steps or 5) * (2 * product + square)
-    raise PolarError(f"method={method!r} is not known; choose one of {', '.join(ORACLES)}")
 
 
 def _nonzero_rows(tall: Tensor) -> CompressedRows | None:
@@ -223,6 +190,14 @@ def _empty(a: Tensor, method: str, hermitian: bool, out_dtype: torch.dtype, info
     H = a.new_zeros(*batch, n, n, dtype=dtype) if hermitian else None
     details = PolarInfo(method, 0, zeros, zeros, zeros) if info else None
     return Polar(torch.empty_like(a, dtype=out_dtype), H, zeros, details)
+
+
+def _root_for(method: str, root: str, device: torch.device) -> str:
+    if root != "auto" and method != "gram":
+        raise PolarError(
+            f"root belongs to gram and auto, got root={root!r} with method={method!r}: leave it out"
+        )
+    return choose_root(root, device)
 
 
 def _validate(

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .gram import apply_rows, gram_matrix, inverse_sqrt
+from .gram import apply_rows, gram_matrix
 from .oracle import inverse_scale, largest_entry
-from .spectrum import homogenized_spectrum
+from .root import inverse_sqrt
 
 
 class Homogenized(NamedTuple):
@@ -37,12 +37,11 @@ def homogenize(a: Tensor, *, lower: float = 1e-4) -> Homogenized:
     scale = inverse_scale(largest_entry(tall)).to(torch.float64)
     root = inverse_sqrt(gram_matrix(tall, scale=scale), lower=lower, homogenized=True)
     Q = apply_rows(tall, root.X * scale)
-    spread = homogenized_spectrum(root.sigma, root.kept).square() - 1
     inverse = scale[..., 0, 0].reciprocal()
     return Homogenized(
         Q if tall is a else Q.mT,
         root.nuclear_norm * inverse,
         root.sigma_max * inverse,
         root.sigma_min * inverse,
-        spread.square().mean(-1).sqrt(),
+        root.residual,
     )

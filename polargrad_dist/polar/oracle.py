@@ -9,8 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# One fp64 chunk of A: large enough to feed a matrix product, small beside any matrix worth chunking.
-CHUNK_ELEMENTS = 1 << 18
+# One fp64 chunk of A: large enough to feed a matrix product, small beside any matrix worth chunking. On a GPU each chunk
+# is a few launches more, so only what would take a large part of its memory is cut.
+CHUNK_ELEMENTS = {"cpu": 1 << 18}
+GPU_CHUNK_ELEMENTS = 1 << 24
 
 
 class Options(NamedTuple):
@@ -22,6 +24,7 @@ class Options(NamedTuple):
     info: bool
     coefficients: str | Sequence[tuple[float, float, float]] | None
     may_wait: bool
+    root: str
 
 
 class Oracle(NamedTuple):
@@ -35,10 +38,11 @@ class Oracle(NamedTuple):
     residual: Tensor | None = None
 
 
-def row_chunks(m: int, n: int) -> list[slice]:
-    """Slices that cut m rows of n columns into pieces of about CHUNK_ELEMENTS."""
-    rows = max(256, CHUNK_ELEMENTS // max(n, 1))
-    return [slice(start, min(start + rows, m)) for start in range(0, m, rows)]
+def row_chunks(rows: Tensor) -> list[slice]:
+    """Slices that cut the m rows of (…, m, n) into pieces of about 2^18 elements of a matrix, 2^24 on a GPU."""
+    m, n = rows.shape[-2:]
+    size = max(256, CHUNK_ELEMENTS.get(rows.device.type, GPU_CHUNK_ELEMENTS) // max(n, 1))
+    return [slice(start, min(start + size, m)) for start in range(0, m, size)]
 
 
 def largest_entry(A: Tensor) -> Tensor:
@@ -69,7 +73,7 @@ def inner_product(A: Tensor, U: Tensor, within: torch.dtype = torch.float64) -> 
     """⟨A, U⟩ (B,) of two (B, m, n): products in at least fp32, sums in `within` over a row chunk, in fp64 over the chunks."""
     work = torch.promote_types(torch.promote_types(A.dtype, U.dtype), torch.float32)
     total = torch.zeros(A.shape[:-2], dtype=torch.float64, device=A.device)
-    for chunk in row_chunks(*A.shape[-2:]):
+    for chunk in row_chunks(A):
         products = A[..., chunk, :].to(work) * U[..., chunk, :]
         total = total + products.sum((-2, -1), dtype=torch.promote_types(within, work))
     return total

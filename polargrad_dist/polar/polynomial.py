@@ -124,16 +124,31 @@ def minimax_quintic(low: float, high: float) -> tuple[float, float, float]:
     inner = [low + (high - low) / 4, high - (high - low) / 4]
     error = math.inf
     for _ in range(100):
-        points = torch.tensor([low, *inner, high], dtype=torch.float64)
-        signs = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
-        system = torch.stack([points, points**3, points**5, signs], dim=1)
-        a, b, c, level = torch.linalg.solve(system, torch.ones(4, dtype=torch.float64)).tolist()
+        signs = (1.0, -1.0, 1.0, -1.0)
+        points = zip((low, *inner, high), signs, strict=True)
+        a, b, c, level = _solve([[x, x**3, x**5, sign, 1.0] for x, sign in points])
         root = math.sqrt(9 * b * b - 20 * a * c)
         inner = [math.sqrt((-3 * b - root) / (10 * c)), math.sqrt((-3 * b + root) / (10 * c))]
         if abs(level - error) < 1e-15:
             break
         error = level
     return a, b, c
+
+
+def _solve(rows: list[list[float]]) -> list[float]:
+    """x of a small linear system, each row its coefficients and its right side; in plain floats, whatever torch's device."""
+    size = len(rows)
+    for k in range(size):
+        pivot = max(range(k, size), key=lambda i: abs(rows[i][k]))
+        rows[k], rows[pivot] = rows[pivot], rows[k]
+        for row in rows[k + 1 :]:
+            factor = row[k] / rows[k][k]
+            row[k:] = [x - factor * y for x, y in zip(row[k:], rows[k][k:], strict=True)]
+    x = [0.0] * size
+    for k in reversed(range(size)):
+        known = sum(rows[k][j] * x[j] for j in range(k + 1, size))
+        x[k] = (rows[k][size] - known) / rows[k][k]
+    return x
 
 
 @torch.compiler.assume_constant_result  # they are numbers: a compiled caller need not trace the exchange

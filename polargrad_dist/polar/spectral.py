@@ -1,12 +1,13 @@
-"""The two methods that see the spectrum: `svd`, LAPACK's, and `gram`, an eigendecomposition of AᵀA in fp64."""
+"""The two methods that are right to rounding on what matters: `svd`, LAPACK's, and `gram`, a root of AᵀA in fp64."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .gram import apply_rows, gram_matrix, inverse_sqrt, needs_fp64
+from .gram import apply_rows, gram_matrix, multiplies_in_fp64
 from .oracle import Options, Oracle, inner_product, missing_share, working_copy
+from .root import inverse_sqrt
 
 # A `lower` below this asks for directions that fp32 products do not resolve.
 STRICT = 1e-4
@@ -36,17 +37,19 @@ def svd(A: Tensor, options: Options) -> Oracle:
 
 
 def gram(A: Tensor, options: Options) -> Oracle:
-    """U = A·S^(-1/2). The last product is fp64 in strict mode, and where it is small beside the eigenproblem."""
-    if A.dtype == torch.float64:
+    """U = A·S^(-1/2). The last product is fp64 in strict mode, and where it is small beside the root of S."""
+    scale = None
+    if A.dtype == torch.float64:  # the squares of anything narrower stay within fp64
         A, scale = working_copy(A)
-        X, nuclear_norm, sigma_max, sigma_min, _, kept = inverse_sqrt(gram_matrix(A), lower=options.lower)
-        nuclear_norm, sigma_max, sigma_min = (
-            x / scale[:, 0, 0] for x in (nuclear_norm, sigma_max, sigma_min)
-        )
-    else:  # the squares of anything narrower stay within fp64
-        X, nuclear_norm, sigma_max, sigma_min, _, kept = inverse_sqrt(gram_matrix(A), lower=options.lower)
-    precise = options.lower < STRICT or A.shape[1] < 4 * A.shape[2] or needs_fp64(A, X)
-    if not precise:
-        X = X.float()  # and the fp64 one goes before U comes
+    found = inverse_sqrt(gram_matrix(A), lower=options.lower, root=options.root)
+    X = found.X
+    precise = options.lower < STRICT or A.shape[1] < 4 * A.shape[2] or multiplies_in_fp64(A)
     U = apply_rows(A, X, precise=precise, dtype=options.out_dtype)
-    return Oracle(U, nuclear_norm, sigma_max=sigma_max, sigma_min=sigma_min, residual=missing_share(kept))
+    back = 1.0 if scale is None else 1 / scale[:, 0, 0]
+    return Oracle(
+        U,
+        found.nuclear_norm * back,
+        sigma_max=found.sigma_max * back,
+        sigma_min=found.sigma_min * back,
+        residual=found.residual,
+    )

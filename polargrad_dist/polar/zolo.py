@@ -33,13 +33,18 @@ def _run(X: Tensor, bounds: Bounds) -> tuple[Tensor, int]:
 def _qr_sum(X: Tensor, poles: list[float], residues: list[float]) -> Tensor:
     """Σ_j a_j·X(XᵀX + c_j I)⁻¹ through the QR factors of (X; √c_j I), all of them in one batch."""
     n = X.shape[-1]
-    roots = torch.tensor(poles, dtype=X.dtype, device=X.device).sqrt()[:, None, None]
-    weights = torch.tensor(residues, dtype=X.dtype, device=X.device)[:, None, None] / roots
+    roots = _on_device([math.sqrt(c) for c in poles], X)
+    weights = _on_device([a / math.sqrt(c) for a, c in zip(residues, poles, strict=True)], X)
     eye = torch.eye(n, dtype=X.dtype, device=X.device)
     shape = (*X.shape[:-2], len(poles), n, n)
     stacked = torch.cat([X[..., None, :, :].expand(shape), (roots * eye).expand(shape)], dim=-2)
     Q = torch.linalg.qr(stacked).Q
     return (weights * (Q[..., :n, :] @ Q[..., n:, :].mT)).sum(-3)
+
+
+def _on_device(numbers: list[float], like: Tensor) -> Tensor:
+    """(len, 1, 1) on the device of `like`, each number an argument of a kernel: a copy of a list would wait for a GPU."""
+    return torch.stack([like.new_full((1, 1), x) for x in numbers])
 
 
 def _cholesky_sum(X: Tensor, poles: list[float], residues: list[float]) -> Tensor:

@@ -1,7 +1,8 @@
 """The trainer: configuration, the ranks, the loop, checkpoints, metrics. It is handed its model and its data."""
 
+from polargrad_dist.errors import TrainingError
 from polargrad_dist.trainer.config import TrainerConfig
-from polargrad_dist.trainer.loop import Outcome, Trainer, TrainingError
+from polargrad_dist.trainer.loop import Outcome, Trainer
 from polargrad_dist.trainer.signals import PREEMPTED
 from polargrad_dist.trainer.world import World, join, seed_everything
 

@@ -13,7 +13,9 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from polargrad_dist.arguments import read_arguments, safe_parser
 from polargrad_dist.errors import CheckpointError, ConfigError, DataError, PolarGradError
+from polargrad_dist.trainer.output import flush
 
 T = TypeVar("T")
 USER_ERROR = 2
@@ -27,16 +29,9 @@ def parse(
     Returns it, its JSON-able form, and the world size of ``--dry_run`` or None. Raises ``ConfigError`` for an unknown key
     (with the nearest valid one) or a wrong type.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentError
 
-    parser = ArgumentParser(
-        description=description,
-        exit_on_error=False,
-        default_env=False,
-        parser_mode="yaml",
-        env_prefix=False,
-        allow_abbrev=False,
-    )
+    parser = safe_parser(description=description, default_env=False, parser_mode="yaml", env_prefix=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
     parser.add_argument(
         "--dry_run",
@@ -47,7 +42,7 @@ def parse(
     )
     parser.add_class_arguments(kind)
     try:
-        parsed = parser.parse_args(args)
+        parsed = read_arguments(parser, args)
     except ArgumentError as error:
         raise ConfigError(sentence(str(error), known_keys(parser))) from None
     dry_run = parsed.dry_run
@@ -159,6 +154,8 @@ def run(main: Callable[[], int]) -> None:
     try:
         code = main()
     except PolarGradError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         code = USER_ERROR if isinstance(error, ConfigError | DataError | CheckpointError) else 1
+    flush()
     sys.exit(code)

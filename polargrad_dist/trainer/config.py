@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from polargrad_dist.diagnostics import DiagnosticsConfig
@@ -22,7 +22,8 @@ class StrategyConfig:
         replicas: copies of the model under "hsdp"; the world size must be a multiple of it.
         reshard_after_forward: free gathered parameters between forward and backward (less memory, more traffic).
         cpu_offload: keep sharded parameters, gradients and optimizer state in host memory.
-        timeout_minutes: how long a rank waits in a collective for the others before the run ends.
+        timeout_minutes: how long a rank waits for the others, in whatever it does, before it names them and ends. Who waits
+            for data to be prepared waits longer, and says so.
     """
 
     name: Literal["ddp", "fsdp", "hsdp"] = "ddp"
@@ -92,7 +93,8 @@ class TrainerConfig:
         run_dir: where configuration, metrics, log and checkpoints of the run go.
         steps: optimizer steps of the whole run.
         global_batch: sequences per optimizer step, over all ranks and micro-batches.
-        micro_batch: sequences per forward pass on one rank; gradients accumulate over the rest.
+        micro_batch: sequences per forward pass on one rank, at most: fewer where a rank's share of the global batch is no
+            multiple of it, as after a restart on more ranks. Gradients accumulate over the rest.
         sequence_length: tokens per sequence.
         seed: of the initial weights, the order of the data and dropout.
         precision: "fp32"; "bf16-mixed": fp32 weights, bf16 matrix products; "bf16": bf16 weights, exactly accumulated.
@@ -183,6 +185,24 @@ class TrainerConfig:
             )
         self.diagnostics.check()
         self.schedule.check(self.steps)
+
+    def for_world(self, world: int) -> TrainerConfig:
+        """The same run on ``world`` ranks: the same global batch, in the largest micro-batches up to the configured ones.
+
+        Raises ``ConfigError``, with world sizes that fit, where the ranks cannot share the global batch evenly.
+        """
+        if self.global_batch < 1 or self.micro_batch < 1:
+            return self  # for `check` to refuse
+        if self.global_batch % world:
+            fit = [n for n in range(1, self.global_batch + 1) if self.global_batch % n == 0]
+            near = sorted(fit, key=lambda n: (abs(n - world), n))[:4]
+            raise ConfigError(
+                f"trainer.global_batch is {self.global_batch}, which {world} ranks cannot share evenly: start "
+                f"{' or '.join(map(str, sorted(near)))} ranks, or choose another global_batch"
+            )
+        share = self.global_batch // world
+        micro = next(n for n in range(min(self.micro_batch, share), 0, -1) if share % n == 0)
+        return replace(self, micro_batch=micro)
 
     @property
     def tokens_per_step(self) -> int:

@@ -15,6 +15,7 @@ def dry_run(
     build: Callable[..., nn.Module], optimizer: OptimizerConfig, trainer: TrainerConfig, ranks: int
 ) -> int:
     """Prints the plan of a run on ``ranks`` ranks; ``build(device="meta")`` gives the model's shapes. Returns 0."""
+    trainer = trainer.for_world(ranks)
     trainer.check(ranks)
     model = build(device="meta")
     if trainer.precision == "bf16":
@@ -24,7 +25,11 @@ def dry_run(
     comm = None if optimizer.comm_dtype is None else getattr(torch, optimizer.comm_dtype)
     shards = ranks // replicas
     plan = plan_for(
-        route(model, optimizer), replicas=replicas, shards=shards, gradients=optimizer.gradients, comm_dtype=comm
+        route(model, optimizer),
+        replicas=replicas,
+        shards=shards,
+        gradients=optimizer.gradients,
+        comm_dtype=comm,
     )
     count = sum(p.numel() for p in model.parameters())
     print(plan.table())

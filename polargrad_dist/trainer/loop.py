@@ -6,29 +6,30 @@ ranks alike, at the price of one wait for the device per step. Ranks agree on le
 
 from __future__ import annotations
 
-import contextlib
-import faulthandler
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from polargrad_dist.diagnostics import Diagnostics
-from polargrad_dist.errors import ConfigError, PolarGradError
+from polargrad_dist.errors import CheckpointError, ConfigError, PolarError, TrainingError
 from polargrad_dist.optim import OptimizerConfig, PolarGrad
 from polargrad_dist.optim.routing import clean_name, unwrap
 from polargrad_dist.optim.schedules import lr_factor, momentum_at
 from polargrad_dist.trainer import rundir
-from polargrad_dist.trainer.checkpoint import CheckpointStore, restore_rng_state, rng_state
+from polargrad_dist.trainer.checkpoint import CheckpointStore, folder_name, restore_rng_state, rng_state
 from polargrad_dist.trainer.config import TrainerConfig
+from polargrad_dist.trainer.evaluation import evaluate
+from polargrad_dist.trainer.health import culprits, poisoned, reason_to_skip
+from polargrad_dist.trainer.interfaces import Batch, Data
 from polargrad_dist.trainer.metrics import Metrics
+from polargrad_dist.trainer.output import start_log
 from polargrad_dist.trainer.phases import Phases, memory_gib, peak_flops
 from polargrad_dist.trainer.signals import PREEMPTED, LeaveRequest
 from polargrad_dist.trainer.strategies import place
@@ -38,48 +39,20 @@ log = logging.getLogger("polargrad_dist.trainer")
 
 PATIENCE = 60.0  # seconds that a start waits for another process to leave its run directory
 
-Batch = tuple[torch.Tensor, torch.Tensor]
-
-
-class TrainData(Protocol):
-    """Micro-batches of this rank, in an order that is a function of the sample index alone."""
-
-    def batches_from(self, sample: int) -> Iterator[Batch]: ...
-
-
-class ValidationData(Protocol):
-    """A fixed set of tokens, each on one rank; as many batches on every rank. Targets of -100 are padding."""
-
-    bytes_per_token: float | None
-
-    def batches(self) -> Iterator[Batch]: ...
-
-
-class Data(Protocol):
-    """What the loop asks of the data."""
-
-    @property
-    def train(self) -> Any: ...
-
-    @property
-    def validation(self) -> Any: ...
-
-    def fingerprint(self) -> dict[str, Any]: ...
-
-
-class TrainingError(PolarGradError):
-    """The run cannot go on: too many steps in a row were not finite."""
-
 
 @dataclass
 class Progress:
-    """What a run has done; saved with every checkpoint. ``sample`` is the index of the next one."""
+    """What a run has done; saved with every checkpoint. ``sample`` is the index of the next one.
+
+    validation_owed: a validation was due when the run was asked to leave; the next start makes up for it.
+    """
 
     step: int = 0
     sample: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
     recent: list[float] = field(default_factory=list)
+    validation_owed: bool = False
 
 
 @dataclass
@@ -121,12 +94,21 @@ class Trainer:
                 "one, or raise the other"
             )
         self.config, self.data, self.world = config, data, world
-        self.run_dir = Path(config.run_dir)
+        self.run_dir, self.configuration = Path(config.run_dir), configuration
+        self.hold = rundir.Hold(self.run_dir, min(PATIENCE, 30 * config.strategy.timeout_minutes))
+        try:
+            self._on_main(self.hold.take)
+            self._build(model, optimizer)
+        except BaseException:
+            self.hold.abandon()
+            raise
+
+    def _build(self, model: nn.Module, optimizer: OptimizerConfig) -> None:
+        """Everything up to the first step, while the run directory is this run's alone."""
+        config, world = self.config, self.world
         resume = config.checkpoint.resume
-        self._on_main(lambda: rundir.check(self.run_dir, configuration, config.allow_changes, resume))
-        if self.run_dir.is_dir():
-            rundir.start_log(self.run_dir, world.rank)
-        self.configuration = configuration
+        self._on_main(lambda: rundir.check(self.run_dir, self.configuration, config.allow_changes, resume))
+        world.together(lambda: start_log(self.run_dir, world.rank))
         self.bare = model
         self.placed = place(model, config, world, optimizer.gradients == "reduce_scatter")
         self.optimizer = PolarGrad.from_config(self.placed.model, optimizer)
@@ -138,11 +120,14 @@ class Trainer:
         self.phases = Phases(world.device)
         self.peak = peak_flops(world.device) if config.precision != "fp32" else None  # the peaks are bf16's
         self.validated: dict[str, float] = {}
+        self.run_id = self._on_main(lambda: rundir.run_id(self.run_dir))
         self.store = CheckpointStore(
             self.run_dir / "checkpoints",
             config.checkpoint,
-            identity=identity_of(configuration, data),
-            configuration=configuration,
+            identity=identity_of(self.configuration, self.data),
+            configuration=self.configuration,
+            run=self.run_id,
+            timeout=timedelta(minutes=config.strategy.timeout_minutes),
         )
 
     def _on_main(self, fn: Callable[[], Any]) -> Any:
@@ -150,21 +135,25 @@ class Trainer:
         return self.world.gather(self.world.together(lambda: fn() if self.world.is_main else None))[0]
 
     def fit(self) -> Outcome:
-        """Trains to the last step, or until asked to leave. Raises ``TrainingError`` after too many skipped steps."""
-        hold = rundir.Hold(self.run_dir, min(PATIENCE, 30 * self.config.strategy.timeout_minutes))
-        try:
-            self._on_main(hold.take)
-            return self._fit(hold)
-        finally:
-            hold.release()
+        """Trains to the last step, or until asked to leave.
 
-    def _fit(self, hold: rundir.Hold) -> Outcome:
+        Raises ``TrainingError`` after too many skipped steps, and for weights that are not finite.
+        """
+        try:
+            outcome = self._fit()
+        finally:
+            self.hold.release()
+        if self.world.is_main and outcome.exit_code == 0:
+            rundir.tell_launcher()
+        return outcome
+
+    def _fit(self) -> Outcome:
         config, progress = self.config, self.progress
+        self._on_main(self.hold.take)
         seed_everything(config.seed * 1_000_003 + self.world.rank)
+        self.world.at("resuming")
         self._resume()
-        self.run_id = self._on_main(lambda: rundir.claim(self.run_dir, self.configuration))
-        self._on_main(hold.take)  # a new directory
-        rundir.start_log(self.run_dir, self.world.rank)
+        self._on_main(lambda: rundir.claim(self.run_dir, self.configuration, self.run_id))
         metrics = Metrics(
             config.logging,
             self.run_dir,
@@ -174,47 +163,52 @@ class Trainer:
             configuration=self.configuration,
             active=self.world.is_main,
         )
-        leave = LeaveRequest()
+        log.info(
+            "%d ranks, each with %d micro-batches of %d sequences per step",
+            self.world.size,
+            config.accumulation(self.world.size),
+            config.micro_batch,
+        )
+        leave = LeaveRequest(writing=lambda: self.store.writing)
         batches = self.data.train.batches_from(progress.sample)
+        saved = stop = False
         try:
-            stop = False
+            if progress.validation_owed:
+                stop = self._validate(metrics, leave)
             while progress.step < config.steps and not stop:
-                with contextlib.suppress(
-                    OSError, ValueError, AttributeError
-                ):  # needs a stderr that is a file
-                    faulthandler.dump_traceback_later(
-                        60 * config.strategy.timeout_minutes
-                    )  # who hangs shows where
+                self.world.at(f"step {progress.step + 1}")
                 record, stop = self._step(batches, leave)
                 progress.step += 1
                 progress.sample += config.global_batch
                 self._report(metrics, record)
-                self._validate_and_save(metrics, stop)
-            if stop:
-                name = leave.signal.name if leave.signal else "another rank's signal"
-                log.info("asked to leave (%s): saved at step %d of %d", name, progress.step, config.steps)
+                stop = self._validate_and_save(metrics, leave, stop)
+            self.world.at("the last save")
         finally:
-            faulthandler.cancel_dump_traceback_later()
-            leave.close()
-            metrics.close()
-            if hasattr(batches, "close"):
-                batches.close()
-            saved = self.store.close()
-        if progress.step < config.steps and self._due:
-            log.warning(
-                "the last steps were skipped, so nothing new is saved: %s is on disk", self.store.last_saved
-            )
-            return Outcome(PREEMPTED, progress.step, self.validated)
-        if self._due:
-            log.error(
-                "the run ended in skipped steps, its weights are not kept: %s is on disk",
-                self.store.last_saved,
-            )
-            return Outcome(1, progress.step, self.validated)
-        if not saved or self.store.last_saved != progress.step:
-            log.error("the last checkpoint could not be written: %s is on disk", self.store.last_saved)
-            return Outcome(1, progress.step, self.validated)
-        return Outcome(PREEMPTED if progress.step < config.steps else 0, progress.step, self.validated)
+            try:
+                metrics.close()
+                if hasattr(batches, "close"):
+                    batches.close()
+                saved = self.store.close()
+            finally:
+                leave.close()
+        return self._outcome(saved, leave if stop else None)
+
+    def _outcome(self, saved: bool, left: LeaveRequest | None) -> Outcome:
+        """The exit code, and a line in the log where the run did not end as planned."""
+        config, step, kept = self.config, self.progress.step, self.store.last_saved
+        unfinished = step < config.steps or self.progress.validation_owed
+        code = PREEMPTED if unfinished else 0
+        if self._due and unfinished:
+            log.warning("the last steps were skipped, so nothing new is saved: %s is on disk", kept)
+        elif self._due:
+            log.error("the run ended in %s: its weights are not kept; %s", self._unproved, self._way_back())
+            code = 1
+        elif not saved or kept != step:
+            log.error("the last checkpoint could not be written: %s is on disk", kept)
+            code = 1
+        elif left is not None:
+            log.info("asked to leave (%s): saved at step %d of %d", left.reason, step, config.steps)
+        return Outcome(code, step, self.validated)
 
     # One step
 
@@ -233,19 +227,23 @@ class Trainer:
         mean = self._backward(batches)
         with self.phases("optimizer"):
             norm = self.optimizer.clip_grad_norm_(config.clip_norm or math.inf)
-        told = torch.stack(
-            [mean.double(), torch.tensor(float(leave.asked), dtype=torch.float64, device=mean.device)]
-        )
-        loss, asked = self.world.sum(told).tolist()
-        loss, grad_norm = loss / self.world.size, float(norm)
-        reason = self._reason_to_skip(loss, grad_norm)
+        # What ranks do next may hang on nothing that they do not share, a norm that overflowed on one of them included.
+        wants = torch.tensor(float(leave.asked), dtype=torch.float64, device=mean.device)
+        told = torch.stack([mean.double(), wants, (~norm.isfinite()).double().to(mean.device)])
+        loss, asked, bad_norms = self.world.sum(told).tolist()
+        loss, grad_norm = loss / self.world.size, math.nan if bad_norms else float(norm)
+        reason = reason_to_skip(loss, grad_norm, progress.recent, config.safety)
         looked = reason is None and self.diagnostics.due(progress.step + 1)
         if looked:
             with self.phases("diagnostics"):
                 self.diagnostics.before_step()
         if reason is None:
+            self.world.at(f"the optimizer's step {progress.step + 1}")
             with self.phases("optimizer"):
-                self.optimizer.step()
+                try:
+                    self.optimizer.step()
+                except PolarError as error:
+                    raise TrainingError(f"step {progress.step + 1}: {error}; {self._way_back()}") from error
             progress.skipped_in_a_row = 0
             progress.recent = [*progress.recent, loss][-config.safety.spike_window :]
         else:
@@ -268,6 +266,7 @@ class Trainer:
         mean = torch.zeros((), device=device)
         for k in range(accumulation):
             last = k == accumulation - 1
+            self.world.at(f"micro-batch {k + 1} of step {self.progress.step + 1}")
             with self.phases("data"):
                 tokens, targets = next(batches)
                 tokens, targets = tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True)
@@ -283,56 +282,40 @@ class Trainer:
                 mean += loss.detach()
         return mean
 
-    def _reason_to_skip(self, loss: float, norm: float) -> str | None:
-        """Why this step must not reach the weights, from figures that all ranks share; None where it may."""
-        if not math.isfinite(loss):
-            return f"the loss is {loss}"
-        if not math.isfinite(norm):
-            return f"the gradient norm is {norm}"
-        sigma, recent = self.config.safety.spike_sigma, self.progress.recent
-        if sigma is not None and len(recent) == self.config.safety.spike_window:
-            mean = sum(recent) / len(recent)
-            spread = math.sqrt(sum((x - mean) ** 2 for x in recent) / len(recent))
-            if loss > mean + sigma * spread:
-                return f"the loss {loss:.4f} is a spike above {mean:.4f} + {sigma} x {spread:.4f}"
-        return None
-
     def _skip(self, reason: str, local_loss: float) -> None:
         progress = self.progress
         progress.skipped += 1
         progress.skipped_in_a_row += 1
-        where = "" if "spike" in reason else self._culprits(local_loss)
+        where = ""
+        if "spike" not in reason:
+            self._refuse_poisoned(self.tensors(), f"step {progress.step + 1} cannot be made")
+            where = culprits(self.world, self.bare, local_loss)
         log.warning("step %d is skipped: %s%s", progress.step + 1, reason, where)
         if progress.skipped_in_a_row >= self.config.safety.max_skipped:
-            last = self.store.last_saved
-            kept = (
-                f"the checkpoint of step {last} is intact"
-                if last is not None
-                else "no checkpoint was saved yet"
-            )
             raise TrainingError(
                 f"{progress.skipped_in_a_row} steps in a row were skipped ({reason}{where}), trainer.safety.max_skipped "
-                f"allows fewer; {kept}: lower the learning rates, or look at the data from sample {progress.sample} on"
+                f"allows fewer; {self._way_back()}"
             )
 
-    def _culprits(self, local_loss: float) -> str:
-        """Which ranks and parameters a non-finite step came from."""
-        bad = [
-            work.entry.name
-            for work in self.optimizer.works
-            if work.p.grad is not None and not bool(work.p.grad.isfinite().all() if not isinstance(work.p.grad, DTensor)
-            else work.p.grad.to_local().isfinite().all())
-        ]  # fmt: skip
-        found = self.world.gather((math.isfinite(local_loss), len(bad), bad[:1]))
-        losses = [rank for rank, (finite, _, _) in enumerate(found) if not finite]
-        parts = [f"; loss of rank {', '.join(map(str, losses))}"] if losses else []
-        for rank, (_, count, first) in enumerate(found):
-            if count:
-                parts.append(
-                    f"; on rank {rank} the gradient of {first[0]}"
-                    + (f" and {count - 1} more" if count > 1 else "")
-                )
-        return "".join(parts)
+    def _refuse_poisoned(self, tensors: dict[str, torch.Tensor], what: str) -> None:
+        """Raises ``TrainingError`` on all ranks when weights or optimizer state of one are not finite."""
+        if (where := poisoned(self.world, tensors)) is not None:
+            raise TrainingError(
+                f"{what}: {where} is not finite, and no later step can mend it; {self._way_back()}"
+            )
+
+    def _way_back(self) -> str:
+        """From which checkpoint to go on, and how; every rank calls it."""
+        self.store.wait()
+        step, change = self.store.last_saved, "lower the learning rates"
+        data = f"or look at the data from sample {self.progress.sample} on"
+        if step is None:
+            return f"no checkpoint was saved yet: {change}, {data}, and start again in a new trainer.run_dir"
+        path = self.store.folder / folder_name(step)
+        return (
+            f"the checkpoint of step {step} is intact: {change} ({data}) and go on from it with --trainer.checkpoint.resume "
+            f"{path} --trainer.allow_changes true; the command unchanged would end here again"
+        )
 
     # Around the steps
 
@@ -365,51 +348,56 @@ class Trainer:
 
     _reported = 0
     _due = False
+    _unproved = ""
 
-    def _validate_and_save(self, metrics: Metrics, stop: bool) -> None:
+    def _validate_and_save(self, metrics: Metrics, leave: LeaveRequest, stop: bool) -> bool:
+        """What is due after a step; returns whether to leave. Who is asked to leave saves first and validates never."""
         config, step = self.config, self.progress.step
         last = step == config.steps
-        loss = None
         every = config.evaluation.every
-        if self.data.validation is not None and (
-            (every and step % every == 0) or (last and config.evaluation.at_end)
-        ):
-            self.validated = self.evaluate()
-            loss = self.validated["validation_loss"]
-            metrics.write({"step": step, **self.validated})
+        self.progress.validation_owed = self.data.validation is not None and (
+            bool(every and step % every == 0) or (last and config.evaluation.at_end)
+        )
+        validated = False
+        if self.progress.validation_owed and not stop:
+            stop = self._validate(metrics, leave)
+            validated = not stop
+        loss = self.validated["validation_loss"] if validated else None
         self._due |= stop or last or bool(config.checkpoint.every and step % config.checkpoint.every == 0)
-        if self._due and self._proved(loss if last else None):
+        self._unproved = self._doubt(loss, final=last)
+        if self._due and not self._unproved:
+            self.world.at(f"the save of step {step}")
             self.save(loss)
             self._due = False
+        return stop
 
-    def _proved(self, final_loss: float | None) -> bool:
-        """Whether the weights are fit to be kept. After a skipped step they may be what broke it, and saving them would
-        push good checkpoints out: the save waits for a step that works, at the very end for a finite validation."""
-        return self.progress.skipped_in_a_row == 0 or (final_loss is not None and math.isfinite(final_loss))
+    def _validate(self, metrics: Metrics, leave: LeaveRequest) -> bool:
+        """Measures and writes the validation that is owed; returns whether some rank was asked to leave meanwhile."""
+        figures = self.evaluate(lambda: leave.asked)
+        if figures is None:
+            return True
+        self.validated, self.progress.validation_owed = figures, False
+        metrics.write({"step": self.progress.step, **figures})
+        if self.progress.step == self.config.steps and not math.isfinite(figures["validation_loss"]):
+            self._due, self._unproved = True, self._doubt(figures["validation_loss"], final=True)
+        return False
 
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Mean loss over the fixed validation tokens, in nats per token and, where known, bits per byte of their text."""
-        validation = self.data.validation
-        model = self.placed.model
-        model.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+    def _doubt(self, loss: float | None, final: bool) -> str:
+        """Why the weights are not fit to be kept, else nothing.
+
+        After a skipped step they may be what broke it, and saving them would push good checkpoints out: the save waits
+        for a step that works, at the very end for a finite validation.
+        """
+        if loss is not None and not math.isfinite(loss):
+            return f"a validation loss of {loss}"
+        if self.progress.skipped_in_a_row and not (final and loss is not None):
+            return "skipped steps"
+        return ""
+
+    def evaluate(self, asked: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+        """The validation loss and, where known, bits per byte; None when a rank ``asked`` to leave meanwhile."""
         done = self.progress.step / self.config.steps
-        for tokens, targets in validation.batches():
-            count = int((targets != -100).sum())
-            tokens, targets = tokens.to(self.world.device), targets.to(self.world.device)
-            with self.placed.autocast():
-                loss = model(tokens, targets, progress=done)
-            if count:
-                total += torch.stack(
-                    [loss.double() * count, torch.full_like(loss, count, dtype=torch.float64)]
-                )
-        model.train()
-        summed, count = self.world.sum(total).tolist()
-        out = {"validation_loss": summed / count}
-        if validation.bytes_per_token:
-            out["bits_per_byte"] = summed / count / math.log(2) / validation.bytes_per_token
-        return out
+        return evaluate(self.placed, self.data.validation, self.world, done, asked)
 
     # Saving and resuming
 
@@ -426,13 +414,19 @@ class Trainer:
         return tensors | {f"optim/{name}": tensor for name, tensor in self.optimizer.named_state().items()}
 
     def save(self, validation_loss: float | None = None) -> None:
-        """A checkpoint of this moment; one that exists for this step already is left as it is."""
-        if self.store.last_saved == self.progress.step:
+        """A checkpoint of this moment; one that exists for this step already is left as it is.
+
+        Raises ``TrainingError`` instead where a weight or a moment is not finite on any rank.
+        """
+        step = self.progress.step
+        if self.store.last_saved == step:
             return
+        tensors = self.tensors()
+        self._refuse_poisoned(tensors, f"step {step} is not saved")
         self.store.save(
-            self.progress.step,
-            self.tensors(),
-            objects={"progress": self.progress.__dict__, "run_id": self.run_id},
+            step,
+            tensors,
+            objects={"progress": self.progress.__dict__},
             per_rank=rng_state(),
             validation_loss=validation_loss,
         )
@@ -441,8 +435,18 @@ class Trainer:
         path = self.store.resume_point()
         if path is None:
             return
-        loaded = self.store.load(path, self.tensors())
-        self.progress.__dict__.update(json.loads(json.dumps(loaded.objects["progress"])))
+        tensors = self.tensors()
+        loaded = self.store.load(path, tensors)
+        if (where := poisoned(self.world, tensors)) is not None:
+            raise CheckpointError(
+                f"{path} holds {where} that is not finite: go on from an older one with trainer.checkpoint.resume=PATH"
+            )
+        try:
+            self.progress.__dict__.update(vars(Progress(**loaded.objects["progress"])))
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} is not of this trainer, its progress is malformed ({error})"
+            ) from None
         self._reported = self.progress.step
         if loaded.per_rank is not None:
             restore_rng_state(loaded.per_rank)

@@ -1,6 +1,7 @@
 """Figures of a run: one line per log step for people, ``metrics.jsonl`` for machines, TensorBoard and wandb when asked.
 
-A sink that fails is named once and dropped; training goes on.
+A sink that fails costs no step: TensorBoard and wandb are named once and dropped, the console falls silent, and rows of
+``metrics.jsonl`` wait until there is room for them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import math
 import os
 import sys
 import time
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +22,7 @@ from polargrad_dist.errors import ConfigError
 from polargrad_dist.trainer.config import LoggingConfig
 
 log = logging.getLogger("polargrad_dist.trainer")
+PATIENCE = 5.0  # seconds that the end of a run waits for a full disk
 
 
 class Sink(Protocol):
@@ -39,27 +43,72 @@ def record_in(line: bytes) -> dict[str, Any] | None:
 
 
 class JsonLines:
-    """``metrics.jsonl``: one object per line, flushed as it is written, cut back to the checkpoint on resume."""
+    """``metrics.jsonl``: one object per line, written at once, cut back to the checkpoint on resume.
+
+    What a full or failing disk refuses is kept and tried again with every later row; a row that went out in part is taken
+    back first, so that no torn line is ever left before a whole one.
+    """
 
     def __init__(self, path: Path, keep_up_to: int):
         """Keeps the records of the steps up to ``keep_up_to``: what a killed run logged after its checkpoint goes, and with
         it every damaged line."""
-        if path.exists():
-            temporary = path.with_suffix(".tmp")
-            with path.open("rb") as old, temporary.open("wb") as new:
-                for line in old:
-                    record = record_in(line)
-                    if record is not None and record["step"] <= keep_up_to:
-                        new.write(line.rstrip() + b"\n")
-            os.replace(temporary, path)
-        self._file = path.open("a")
+        self.path, self._keep_up_to = path, keep_up_to
+        self._file: int | None = None
+        self._whole = 0  # bytes of the file up to the end of its last whole row
+        self._waiting: deque[bytes] = deque()
+        self._told = False
+        self._flush()
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(_finite(record)) + "\n")
-        self._file.flush()
+        self._waiting.append(json.dumps(_finite(record)).encode() + b"\n")
+        self._flush()
 
     def close(self) -> None:
-        self._file.close()
+        """Tries for a few seconds to write what is still waiting."""
+        deadline = time.monotonic() + PATIENCE
+        while self._waiting and time.monotonic() < deadline:
+            time.sleep(0.1)
+            self._flush()
+        if self._waiting:
+            log.error("%s lacks its last %d rows: the disk took none of them", self.path, len(self._waiting))
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _flush(self) -> None:
+        try:
+            if self._file is None:
+                self._open()
+            while self._waiting:
+                self._put(self._waiting[0])
+                self._waiting.popleft()
+            self._told = False
+        except OSError as error:
+            if not self._told:
+                self._told = True
+                log.warning(
+                    "%s cannot be written (%s): its rows are kept and tried again", self.path, error.strerror
+                )
+
+    def _put(self, row: bytes) -> None:
+        assert self._file is not None  # for the type checker: opened just before
+        os.ftruncate(self._file, self._whole)
+        done = 0
+        while done < len(row):
+            done += os.pwrite(self._file, row[done:], self._whole + done)
+        self._whole += len(row)
+
+    def _open(self) -> None:
+        if self.path.exists():
+            temporary = self.path.with_suffix(".tmp")
+            with self.path.open("rb") as old, temporary.open("wb") as new:
+                for row in old:
+                    record = record_in(row)
+                    if record is not None and record["step"] <= self._keep_up_to:
+                        new.write(row.rstrip() + b"\n")
+            os.replace(temporary, self.path)
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._whole = os.fstat(self._file).st_size
 
 
 class TensorBoard:
@@ -131,25 +180,38 @@ def _finite(value: Any) -> Any:
 
 
 class Console:
-    """A progress bar on a terminal, one dense line per log step elsewhere."""
+    """A progress bar on a terminal, one dense line per log step elsewhere; silent once nobody can read it."""
 
     def __init__(self, mode: str, steps: int, first: int):
-        if mode == "auto":
-            mode = "bar" if sys.stderr.isatty() else "lines"
-        self.mode, self.steps, self.first, self.began = mode, steps, first, time.monotonic()
+        self.steps, self.first, self.began = steps, first, time.monotonic()
         self._bar: Any = None
-        if mode == "bar":
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, smoothing=0.05)
+        self.mode = mode
+        self._unless_gone(self._start)
 
     def tick(self, done: int) -> None:
         """Moves the bar to ``done`` steps."""
         if self._bar is not None:
-            self._bar.update(done - self._bar.n)
+            self._unless_gone(lambda: self._bar.update(done - self._bar.n))
 
     def show(self, record: dict[str, Any]) -> None:
         text = line(record, self.steps)
+        self._unless_gone(lambda: self._show(record, text))
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._unless_gone(self._bar.close)
+
+    def _start(self) -> None:
+        if self.mode == "auto":
+            self.mode = "bar" if sys.stderr.isatty() else "lines"
+        if self.mode == "bar":
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=self.steps, initial=self.first, unit="step", dynamic_ncols=True, smoothing=0.05
+            )
+
+    def _show(self, record: dict[str, Any], text: str) -> None:
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {record['loss']:.4f}" if "loss" in record else "")
             if "validation_loss" in record:
@@ -159,9 +221,12 @@ class Console:
             left = (self.steps - record["step"]) * (time.monotonic() - self.began) / max(1, done)
             print(f"{text}  eta {duration(left)}", file=sys.stderr, flush=True)
 
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+    def _unless_gone(self, act: Callable[[], Any]) -> None:
+        """A closed pipe, a hung-up terminal, a full disk behind a redirection: the figures are in metrics.jsonl."""
+        try:
+            act()
+        except (OSError, ValueError, AttributeError):  # also of a stream that is closed or None
+            self.mode, self._bar = "off", None
 
 
 def line(record: dict[str, Any], steps: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import os
@@ -12,9 +14,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from polargrad_dist.errors import ConfigError
+from polargrad_dist.trainer.checkpoint import checkpoints_in
 
 log = logging.getLogger("polargrad_dist.trainer")
 
+_READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 # What may differ between two starts of one run without making it another run.
 FREE = (
     "trainer.run_dir",
@@ -43,10 +47,6 @@ FREE = (
 def check(folder: Path, configuration: dict[str, Any], allow_changes: bool, resume: str) -> None:
     """Raises ``ConfigError`` when the folder holds a run of another configuration, naming the first keys that differ, or
     checkpoints that were not to be resumed. Writes nothing."""
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(
-            f"trainer.run_dir is {folder}, which is a file: expected a folder, or a name for a new one"
-        )
     config_path = folder / "config.yaml"
     known = read(config_path) if config_path.exists() and not allow_changes else configuration
     if differ := differences(known, configuration):
@@ -54,7 +54,7 @@ def check(folder: Path, configuration: dict[str, Any], allow_changes: bool, resu
             f"{folder} holds a run of another configuration ({'; '.join(differ[:3])}): choose another "
             "trainer.run_dir, or set trainer.allow_changes to true"
         )
-    if resume == "never" and any((folder / "checkpoints").glob("step-*")):
+    if resume == "never" and checkpoints_in(folder / "checkpoints"):
         raise ConfigError(
             f"{folder} already holds checkpoints and trainer.checkpoint.resume is 'never': choose another "
             "trainer.run_dir, or set resume to 'auto'"
@@ -71,11 +71,27 @@ class Hold:
         """patience: seconds to wait for a process that may be on its way out, as after a requeue."""
         self.folder, self.patience = folder, patience
         self._lock = FileLock(folder / ".lock")
+        self._made = False
 
     def take(self) -> None:
-        """Waits for the directory where it exists; again is harmless. Raises ``ConfigError`` when it stays taken."""
-        if self._lock.is_locked or not self.folder.is_dir():
+        """Makes the directory where it is missing, and waits for it; again is harmless.
+
+        Raises ``ConfigError`` when it cannot be made or stays taken.
+        """
+        if self._lock.is_locked:
             return
+        try:
+            self._made |= not self.folder.exists()
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ConfigError(
+                f"trainer.run_dir is {self.folder}, {'which' if str(self.folder) == error.filename else error.filename} is a "
+                "file: expected a folder, or a name for a new one"
+            ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"{self.folder} cannot be made ({error.strerror}): choose another trainer.run_dir"
+            ) from error
         try:
             try:
                 self._lock.acquire(timeout=0)
@@ -91,29 +107,56 @@ class Hold:
                 f"another process trains in {self.folder}, expected one at a time: wait for it or end it, or choose another "
                 "trainer.run_dir"
             ) from None
-        except OSError as error:
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno in _READ_ONLY:
+                raise ConfigError(
+                    f"{self.folder} cannot be written ({error.strerror}): choose another trainer.run_dir"
+                ) from error
             log.warning("%s cannot be locked (%s): nothing keeps a second process out", self.folder, error)
 
     def release(self) -> None:
         self._lock.release()
 
+    def abandon(self) -> None:
+        """Releases the directory of a run that was refused, and takes it away again where it was made for that run."""
+        if self._lock.is_locked and self._made:
+            with contextlib.suppress(OSError):
+                for name in ("log.txt", ".lock"):
+                    (self.folder / name).unlink(missing_ok=True)
+                self.folder.rmdir()
+        self.release()
 
-def claim(folder: Path, configuration: dict[str, Any]) -> str:
-    """Makes the folder this configuration's, and returns the run's id; for one process, when nothing can be refused any more.
+
+def run_id(folder: Path) -> str:
+    """The id of the run that the folder holds, or of a new one, which only `claim` writes."""
+    try:
+        known = (folder / "run_id").read_text().strip()
+    except FileNotFoundError:
+        known = ""
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder / 'run_id'} cannot be read ({error}): restore it from a copy") from error
+    return known or uuid.uuid4().hex[:12]
+
+
+def claim(folder: Path, configuration: dict[str, Any], run: str) -> None:
+    """Makes the folder this configuration's and this run's; for one process, when nothing can be refused any more.
 
     Raises ``ConfigError`` when it cannot be written.
     """
-    config_path, id_path = folder / "config.yaml", folder / "run_id"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not id_path.exists():
-            write(id_path, uuid.uuid4().hex[:12])
-        write(config_path, dump(configuration))
+        write(folder / "run_id", run)
+        write(folder / "config.yaml", dump(configuration))
     except OSError as error:
         raise ConfigError(
             f"{folder} cannot be written ({error.strerror}): choose another trainer.run_dir"
         ) from error
-    return id_path.read_text().strip()
+
+
+def tell_launcher() -> None:
+    """Creates the file by which a batch script knows that a run is finished, where it names one."""
+    if path := os.environ.get("POLARGRAD_FINISHED"):
+        with contextlib.suppress(OSError):
+            Path(path).touch()
 
 
 def expect(folder: Path, *names: str) -> None:
@@ -170,19 +213,3 @@ def write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
-
-
-def start_log(folder: Path, rank: int) -> None:
-    """Warnings and news of this project to the terminal (rank 0) and to the run's log (all ranks, with their number)."""
-    root = logging.getLogger("polargrad_dist")
-    root.setLevel(logging.INFO)
-    root.propagate = False
-    for handler in list(root.handlers):
-        root.removeHandler(handler)
-    handlers: list[logging.Handler] = [logging.FileHandler(folder / "log.txt")]
-    handlers += [logging.StreamHandler()] if rank == 0 else []
-    for handler in handlers:
-        handler.setFormatter(
-            logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s", "%H:%M:%S")
-        )
-        root.addHandler(handler)

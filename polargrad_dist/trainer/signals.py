@@ -1,6 +1,7 @@
-"""SIGTERM, SIGUSR1 and SIGINT become "save and leave at the next step boundary"; a second one leaves at once.
+"""SIGTERM, SIGINT, SIGUSR1, SIGHUP and SIGQUIT become "save and leave after this step"; so does the death of torchrun.
 
-A Ctrl-C reaches the workers of a torchrun twice, from the terminal and handed on: signals within a second are one.
+A second signal leaves at once, unless a checkpoint is being written. A Ctrl-C reaches the workers of a torchrun twice,
+from the terminal and handed on: signals within a second are one.
 """
 
 from __future__ import annotations
@@ -8,24 +9,45 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 PREEMPTED = 75  # EX_TEMPFAIL: everything is saved, start me again
+_PARENT = os.getppid()
 
 
 class LeaveRequest:
-    """Whether this process was asked to leave. Handlers act in the process that installed them, not in its children."""
+    """Whether this process was asked to leave. Handlers act in the process that installed them, not in its children.
 
-    def __init__(self) -> None:
+    writing: whether a checkpoint is on its way to the disk, which a second signal must not tear.
+    """
+
+    def __init__(self, writing: Callable[[], bool] = lambda: False) -> None:
         self.signal: signal.Signals | None = None
+        self._writing = writing
         self._first = 0.0
         self._pid = os.getpid()
-        self._before = {number: signal.signal(number, self._asked) for number in SIGNALS}
+        # Only torchrun's workers are lost without their parent: a shell that started a run alone may end before it.
+        self._has_launcher = "TORCHELASTIC_RUN_ID" in os.environ
+        # nohup ignores SIGHUP on purpose.
+        wanted = [n for n in SIGNALS if not (n == signal.SIGHUP and signal.getsignal(n) == signal.SIG_IGN)]
+        self._before = {number: signal.signal(number, self._asked) for number in wanted}
 
     @property
     def asked(self) -> bool:
-        return self.signal is not None
+        return self.signal is not None or self._orphaned
+
+    @property
+    def reason(self) -> str:
+        """Why this rank leaves, for the log."""
+        if self.signal is not None:
+            return self.signal.name
+        return "torchrun is gone" if self._orphaned else "another rank was asked to"
+
+    @property
+    def _orphaned(self) -> bool:
+        return self._has_launcher and os.getppid() != _PARENT
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
@@ -33,7 +55,7 @@ class LeaveRequest:
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._first = signal.Signals(number), now
-        elif now - self._first > 1.0:
+        elif now - self._first > 1.0 and not self._writing():
             os._exit(128 + number)  # no clean-up: what is on disk is whole, and nothing may hold this up
 
     def close(self) -> None:

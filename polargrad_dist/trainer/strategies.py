@@ -44,8 +44,8 @@ def place(model: nn.Module, config: TrainerConfig, world: World, reduces: bool) 
     sharded = strategy.name in ("fsdp", "hsdp") and world.size > 1
     if reduces and sharded:
         raise ConfigError(
-            f"optimizer.gradients is 'reduce_scatter' with strategy {strategy.name!r}, which reduces gradients itself: set it to "
-            "'all_reduced', or use strategy 'ddp'"
+            f"optimizer.gradients is 'reduce_scatter' with strategy {strategy.name!r}, which reduces gradients itself: set "
+            "it to 'all_reduced', or use strategy 'ddp'"
         )
     if strategy.cpu_offload and world.device.type == "cpu":
         raise ConfigError(

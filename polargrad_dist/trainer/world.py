@@ -8,30 +8,59 @@ from __future__ import annotations
 import os
 import random
 import socket
+import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from polargrad_dist.errors import ConfigError
+from polargrad_dist.trainer.watch import Watch, store_of_launcher
+
+T = TypeVar("T")
+# The private range (RFC 6335), above the ports that Linux hands out to outgoing connections.
+FIRST_PORT, PORTS = 61000, 4500
 
 
 @dataclass(frozen=True)
 class World:
-    """Rank, world size and device of this process. ``host`` is a gloo group for messages between hosts' memories."""
+    """Rank, world size and device of this process.
+
+    ``host`` is a gloo group for messages between hosts' memories; ``watch`` ends this rank when it has waited too long.
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     host: dist.ProcessGroup | None = None
+    watch: Watch | None = None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def at(self, where: str) -> None:
+        """Notes where the run is, on every rank at the same places: a rank that stays behind is named by its last one."""
+        if self.watch is not None:
+            self.watch.at(where)
+
+    def meanwhile(self, doing: str, fn: Callable[[], T]) -> T | None:
+        """``fn()`` on rank 0; the others return None once it is over. The one wait that may be longer than the limit."""
+        self.at(doing)
+        if self.watch is None:
+            return fn() if self.is_main else None
+        key = f"over {self.watch.places}"
+        if not self.is_main:
+            self.watch.wait_for_rank_0(key, doing, tell=self.local_rank == 0 or self.rank == 1)
+            return None
+        try:
+            return fn()
+        finally:
+            self.watch.tell(key)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, through host memory."""
@@ -59,7 +88,13 @@ class World:
             dist.all_reduce(x)
         return x
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is set on some rank."""
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+
     def close(self) -> None:
+        if self.watch is not None:
+            self.watch.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -76,7 +111,9 @@ def launched() -> tuple[int, int, int]:
         os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
         os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
         os.environ.setdefault("MASTER_ADDR", socket.gethostname())
-        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))
+        os.environ.setdefault(
+            "MASTER_PORT", str(FIRST_PORT + int(os.environ.get("SLURM_JOB_ID", "0")) % PORTS)
+        )
     if "RANK" not in os.environ:
         return 0, 1, 0
     missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
@@ -123,9 +160,11 @@ def join(device: str = "auto", timeout_minutes: float = 10.0) -> World:
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if use_gpu else "gloo", rank=rank, world_size=size, timeout=timeout
     )
-    # Rank 0 may prepare data for hours while the others wait for its message.
-    host = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-    return World(rank, size, local_rank, here, host)
+    host = dist.new_group(backend="gloo", timeout=timeout)
+    limit = timeout.total_seconds()
+    world = World(rank, size, local_rank, here, host)
+    start = world.gather(uuid.uuid4().hex)[0]
+    return replace(world, watch=Watch(store_of_launcher(size, limit, start), rank, size, limit))
 
 
 def seed_everything(seed: int) -> None:

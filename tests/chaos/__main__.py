@@ -1,4 +1,4 @@
-"""`python -m tests.chaos [--kills 25] [--seed S]`: kills a run again and again; it must end as if never touched."""
+"""`python -m tests.chaos [--kills 25] [--strategy S] [--seed N]`: kills a run over and over; it must end as if untouched."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
-    parser.add_argument("--world", type=int, default=2)
+    parser.add_argument("--strategy", choices=["ddp", "fsdp", "hsdp"], default="ddp")
+    parser.add_argument("--world", type=int, help="ranks; default: 4 for hsdp, else 2")
+    parser.add_argument("--asynchronous", action="store_true", help="every life saves in the background")
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
     started = time.monotonic()
@@ -25,7 +27,9 @@ def main() -> int:
             Path(folder),
             options.kills,
             options.seed,
-            options.world,
+            options.world or (4 if options.strategy == "hsdp" else 2),
+            options.strategy,
+            options.asynchronous,
             tell=lambda line: print(line, flush=True),
         )
     for (moment, victims), count in sorted(report.kills.items()):

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -22,13 +23,18 @@ from polargrad_dist.trainer.checkpoint import CheckpointStore, checkpoints_in, v
 ROOT = Path(__file__).parents[2]
 
 
-def torchrun(run_dir: Path, *options: str, world: int = 2, restarts: int = 0) -> subprocess.Popen:
-    """A run of tests.chaos.program on ``world`` processes; its output goes to RUN_DIR.out."""
-    return start(run_dir, "-m", "tests.chaos.program", str(run_dir), *options, world=world, restarts=restarts)
+def torchrun(run_dir: Path, *options: str, **how: Any) -> subprocess.Popen:
+    """A run of tests.chaos.program, started as `start` does; its output goes to RUN_DIR.out."""
+    return start(run_dir, "-m", "tests.chaos.program", str(run_dir), *options, **how)
 
 
-def start(run_dir: Path, *program: str, world: int = 2, restarts: int = 0) -> subprocess.Popen:
-    """Any program under torchrun, in the repository's root."""
+def start(
+    run_dir: Path,
+    *program: str,
+    world: int = 2,
+    restarts: int = 0,
+) -> subprocess.Popen:
+    """Any program under torchrun on ``world`` processes, in the repository's root."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     command += [f"--max-restarts={restarts}", *program]
     # Without it a restart under --standalone cannot meet again at the store.
@@ -43,6 +49,15 @@ def workers(run: subprocess.Popen) -> list[psutil.Process]:
         return psutil.Process(run.pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
+
+
+def ranks_of(run: subprocess.Popen) -> list[psutil.Process]:
+    """The ranks' processes in rank order, as far as they have started."""
+    found = {}
+    for process in workers(run):
+        with contextlib.suppress(psutil.Error):
+            found[int(process.environ()["RANK"])] = process
+    return [found[rank] for rank in sorted(found)]
 
 
 def kill(processes: list[psutil.Process]) -> None:
@@ -97,22 +112,31 @@ class Report:
     lives: list[str] = field(default_factory=list)
 
 
-def chaos(folder: Path, kills: int, seed: int, world: int = 2, tell=print) -> Report:
+def chaos(
+    folder: Path,
+    kills: int,
+    seed: int,
+    world: int = 2,
+    strategy: str = "ddp",
+    always_asynchronous: bool = False,
+    tell=print,
+) -> Report:
     """Kills a run ``kills`` times and lets it end; asserts that it ends as one that was never disturbed.
 
     A third of the kills comes while a checkpoint is being written, the rest at any moment of training or of the start. Some
-    hit all processes at once, some one rank alone; some lives save in the background.
+    hit all processes at once, some one rank alone; some lives save in the background, or all.
     """
     chance, report = random.Random(seed), Report()
     # Long enough never to end before its last kill: a life lasts 1.5 s and makes 16 steps on average, 40 at most.
     steps = ["--steps", str(20 * kills + 80), "--every", "5", "--fat", "16", "--pause", "0.04"]
+    steps += ["--strategy", strategy]
     straight, run_dir = folder / "straight", folder / "killed"
     if code := torchrun(straight, *steps, world=world).wait():
         raise AssertionError(
             f"the undisturbed run ended with {code}: {(folder / 'straight.out').read_text()[-2000:]}"
         )
     for life in range(kills):
-        options = [*steps, "--asynchronous"] if chance.random() < 0.5 else steps
+        options = [*steps, "--asynchronous"] if chance.random() < 0.5 or always_asynchronous else steps
         moment = "saving" if life % 3 == 0 else "starting" if chance.random() < 0.15 else "training"
         run = torchrun(run_dir, *options, world=world)
         ranks = _wait_for(moment, run, run_dir, chance)

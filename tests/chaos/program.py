@@ -10,7 +10,6 @@ import argparse
 import os
 import queue
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +20,9 @@ import torch
 from torch import nn
 
 from polargrad_dist.optim import OptimizerConfig, muon_rule
+from polargrad_dist.trainer import watch
 from polargrad_dist.trainer.checkpoint import CheckpointConfig
+from polargrad_dist.trainer.cli import run as run_and_exit
 from polargrad_dist.trainer.config import EvaluationConfig, LoggingConfig, StrategyConfig, TrainerConfig
 from polargrad_dist.trainer.loop import Trainer
 from polargrad_dist.trainer.world import World, join
@@ -34,6 +35,9 @@ class Options:
     """kill_at, leave_at: SIGKILL or SIGTERM to rank 0 itself when its data for this step (from 0) is asked for.
 
     pause: seconds that every step takes at least. fat: extra parameters in MiB, so that a save takes a while.
+    limit: trainer.strategy.timeout_minutes. prepare: seconds that rank 0 prepares data for, while the others wait and say so
+    after ``say_every`` seconds. slow_disk: seconds that a flush to the disk takes.
+    validation: steps between validations of 40 batches, each of which takes ``pause``; 0: none.
     """
 
     run_dir: str
@@ -46,6 +50,11 @@ class Options:
     leave_at: int = -1
     pause: float = 0.0
     fat: int = 0
+    limit: float = 0.5
+    prepare: float = 0.0
+    say_every: float = 60.0
+    validation: int = 0
+    slow_disk: float = 0.0
 
 
 class Block(nn.Module):
@@ -92,11 +101,19 @@ def sample(index: int) -> torch.Tensor:
 class Samples:
     """Micro-batches of one sample of this rank, made two steps ahead by a thread."""
 
-    validation = None
+    bytes_per_token = None
 
     def __init__(self, options: Options, world: World):
         self.options, self.world = options, world
         self.train = self
+        self.validation = self if options.validation else None
+
+    def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The validation's: 40 of one sample, of which no training step sees any."""
+        for number in range(40):
+            time.sleep(self.options.pause)
+            tokens = sample(-1 - number * self.world.size - self.world.rank)
+            yield tokens[None, :-1], tokens[None, 1:]
 
     def fingerprint(self) -> dict:
         return {"tokenizer": "none", "samples": "walks"}
@@ -141,8 +158,10 @@ def run(options: Options, world: World) -> int:
         micro_batch=1,
         sequence_length=LENGTH,
         device="cpu",
-        strategy=StrategyConfig(name=options.strategy, replicas=2 if options.strategy == "hsdp" else 1),
-        evaluation=EvaluationConfig(every=0, at_end=False),
+        strategy=StrategyConfig(
+            options.strategy, 2 if options.strategy == "hsdp" else 1, timeout_minutes=options.limit
+        ),
+        evaluation=EvaluationConfig(every=options.validation, at_end=bool(options.validation)),
         logging=LoggingConfig(every=1, stats_every=0, progress="off"),
         checkpoint=CheckpointConfig(every=options.every, asynchronous=options.asynchronous, keep_best=False),
     )
@@ -163,12 +182,18 @@ def main() -> int:
         elif name != "run_dir":
             parser.add_argument(f"--{name}", type=type(default), default=default)
     options = Options(**vars(parser.parse_args()))
-    world = join("cpu", timeout_minutes=0.5)
+    watch.SAY_EVERY = options.say_every
+    flush = os.fsync
+    os.fsync = lambda file: (time.sleep(options.slow_disk), flush(file))[1]
+    world = join("cpu", timeout_minutes=options.limit)
     try:
+        if options.prepare:
+            print("preparing", flush=True)
+            world.meanwhile("prepare the data", lambda: time.sleep(options.prepare))
         return run(options, world)
     finally:
         world.close()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit(main)

@@ -1,12 +1,14 @@
-"""launch/torchrun.sh with the real trainer: a SIGTERM, then two "machines" of which one loses its process."""
+"""launch/torchrun.sh with the real trainer: a SIGTERM, two "machines" of which one loses its process, other world sizes."""
 
+import re
 import signal
 import subprocess
 import time
 
+import psutil
 import pytest
 
-from tests.chaos.harness import assert_same_end, final_state, kill, last_logged, workers
+from tests.chaos.harness import assert_same_end, final_state, kill, last_logged, records, workers
 from tests.launch.cluster import free_ports
 from tests.launch.tiny import ROOT, STEPS, options, wait_for_step
 
@@ -42,6 +44,33 @@ def test_a_run_stopped_by_sigterm_and_moved_to_two_machines_where_a_rank_dies_en
     log = (run_dir / "log.txt").read_text()
     assert log.count("resumed from") == 2 * 2, "two resumptions on two ranks"
     assert_same_end(run_dir, straight)
+
+
+def test_killed_on_two_ranks_and_gone_on_with_on_one_and_on_two_it_sees_the_same_batches(
+    folder, straight, torchrun
+):
+    """The micro-batch of four fits one rank; on two it is divided anew."""
+    run_dir, out = folder / "resized", folder / "resized.out"
+    arguments = options(folder, "resized", micro_batch=4)
+    for ranks, until in ((2, 25), (1, 65), (2, STEPS)):
+        run = torchrun(out, arguments, PROCESSES=ranks)
+        if until == STEPS:
+            assert run.wait(timeout=90) == 0, out.read_text()[-3000:]
+            break
+        wait_for_step(run_dir, until, out.read_text)
+        kill([*workers(run), psutil.Process(run.pid)])
+        run.wait()
+    log = (run_dir / "log.txt").read_text()
+    assert re.findall(r"rank 0 INFO (\d) ranks, each with (\d) micro-batches of (\d)", log) == [
+        ("2", "1", "2"),
+        ("1", "1", "4"),
+        ("2", "1", "2"),
+    ]
+    assert "rank 0 INFO resumed from" in log
+    assert final_state(run_dir)[0] == STEPS
+    resized, undisturbed = records(run_dir), records(straight)
+    assert resized.keys() == undisturbed.keys()
+    assert max(abs(resized[n][0] - undisturbed[n][0]) for n in undisturbed) < 1e-3
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

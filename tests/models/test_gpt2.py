@@ -69,7 +69,7 @@ def plain(model, tokens: torch.Tensor, window: int) -> torch.Tensor:
         x = x + inner @ p[f"layers.{i}.mlp.down.weight"].T
         outputs.append(x)
     z = unit(x) @ p["head.weight"].T
-    return 15 * torch.tanh(z / 15) if small else (15 * z / (z**2 + 225).sqrt())[:, : c.vocab_size]
+    return 15 * torch.tanh(z / 15) if small else 15 * z / (z**2 + 225).sqrt()
 
 
 @pytest.mark.parametrize("architecture", GPT2)
@@ -218,3 +218,28 @@ def test_under_autocast_blocks_and_attention_compute_in_bf16(architecture, monke
         loss = model(tokens, tokens)
     assert seen == {torch.bfloat16}
     assert loss.dtype == torch.float32
+
+
+def test_mediums_matrices_start_as_the_record_has_them():
+    model = tiny("gpt2-medium", width=256, heads=2)
+    for layer in model.layers:
+        assert float(layer.mlp.up.weight.detach().std()) == pytest.approx(0.5 * 256**-0.5, rel=0.02)
+        assert float(layer.mlp.down.weight.detach().abs().max()) == 0
+    qkvo = next(layer.attention.qkvo for layer in model.layers if layer.attention is not None)
+    assert float(qkvo[:3].detach().std()) == pytest.approx(0.5 * 256**-0.5, rel=0.02)
+
+
+def test_mediums_padding_rows_are_classes_that_never_occur_but_in_samples():
+    model = tiny("gpt2-medium")
+    tokens = torch.randint(0, 95, (1, 40))
+    loss = model(tokens, tokens)
+    assert float(loss.detach()) == pytest.approx(
+        math.log(128), rel=1e-6
+    )  # not ln 96: the head starts at zero
+    loss.backward()
+    assert model.head.weight.grad[96:].abs().sum() > 0
+    assert model(tokens).shape == (1, 40, 128)
+    with torch.no_grad():
+        model.head.weight[100] = 1.0
+        model.head.weight[101] = -1.0
+        assert model.generate(tokens, 20, temperature=5.0).max() < 96

@@ -27,49 +27,6 @@ def test_loss_is_the_mean_over_targets_and_matches_the_logits(architecture):
     assert float(model(tokens, targets).detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
-@pytest.mark.parametrize("rows", [7, 16, 80, 1000])
-@pytest.mark.parametrize("architecture", ALL)
-def test_a_loss_in_pieces_has_the_gradient_of_the_whole_logits(architecture, rows, monkeypatch):
-    model = awake(tiny(architecture))
-    tokens, targets = torch.randint(0, 95, (2, 40)), torch.randint(0, 95, (2, 40))
-    targets[1, 30:] = -100
-    expected = torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
-    (3 * expected).backward()
-    whole = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    monkeypatch.setattr("models.loss.PIECE", {"cpu": 96 * rows, "cuda": 0})
-    loss = model(tokens, targets)
-    torch.testing.assert_close(loss, expected)
-    (3 * loss).backward()
-    for p, g in zip(model.parameters(), whole, strict=True):
-        torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-6)
-
-
-def test_a_loss_in_pieces_never_holds_the_logits_of_the_whole_batch(monkeypatch):
-    monkeypatch.setattr("models.loss.PIECE", {"cpu": 96 * 16, "cuda": 0})
-    sizes = []
-    model = tiny("gpt2-small")
-    plain = model.logits
-    monkeypatch.setattr(model, "logits", lambda h, w: (sizes.append(len(h)), plain(h, w))[1])
-    tokens = torch.randint(0, 95, (2, 40))
-    model(tokens, tokens)
-    assert sizes == [16] * 5
-
-
-def test_a_frozen_head_still_lets_the_gradient_through():
-    grads = []
-    for frozen in (False, True):
-        model = awake(tiny("qwen2.5"))
-        model.get_output_embeddings().weight.requires_grad_(not frozen)
-        tokens = torch.arange(40).view(1, 40)
-        model(tokens, tokens + 1).backward()
-        grads.append(model.get_input_embeddings().weight.grad)
-        assert (model.get_output_embeddings().weight.grad is None) == frozen
-    assert torch.equal(*grads)
-    with torch.no_grad():
-        assert not model(tokens, tokens + 1).requires_grad
-
-
 @pytest.mark.parametrize("architecture", ALL)
 def test_no_token_sees_a_later_one(architecture):
     model = awake(tiny(architecture)).eval()

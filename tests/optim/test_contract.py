@@ -244,7 +244,9 @@ def test_collectives_are_as_many_and_as_large_as_planned(world):
         assert set(result["bytes"]) == set(result["expected"]), mode
         parameters = sum(torch.Size(s).numel() for s in shapes.values()) * 4
         assert result["bytes"]["reduce"] == 4 * 32 * 33
-        assert result["bytes"].get("all_gather", 0) == {"fsdp": 0, "hsdp": parameters // 2}.get(mode, parameters)
+        assert result["bytes"].get("all_gather", 0) == {"fsdp": 0, "hsdp": parameters // 2}.get(
+            mode, parameters
+        )
         assert result["bytes"].get("reduce_scatter", 0) == (parameters if mode == "reduce_scatter" else 0)
         travelling = parameters - 2048 * 32 * 4
         assert result["bytes"]["all_to_all"] == pytest.approx(2 * travelling / world, rel=0.03)

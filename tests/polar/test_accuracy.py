@@ -115,3 +115,12 @@ def test_bf16_polynomials_stay_bounded(method):
     assert found.U.dtype == torch.bfloat16
     assert found.nuclear_norm.dtype == torch.float32
     assert torch.linalg.svdvals(found.U.double()).max() < 1.3
+
+
+@pytest.mark.parametrize(("condition", "reached"), [(1e2, 0.04), (1e3, 0.2)])
+def test_polar_express_in_bf16_halves_the_error_of_muons_quintic(condition, reached):
+    a = log_spaced(512, 128, condition).bfloat16()
+    reference = exact(a)
+    error = direction_error(polar(a, method="polar_express", steps=6, lower=1e-3).U, reference)
+    assert error <= reached  # bf16 itself ends there: two more steps gain nothing
+    assert error <= 0.5 * direction_error(polar(a, method="newton_schulz").U, reference)

@@ -13,6 +13,7 @@ from polargrad_dist.polar import (
     gram_matrix,
     inverse_sqrt,
     polar,
+    root_cost,
 )
 from polargrad_dist.polar.oracle import without_tf32
 
@@ -164,6 +165,27 @@ def test_costs_order_methods_and_shapes_as_their_work_does():
     assert cost((0, 5)) == 0
     with pytest.raises(PolarError, match="nope"):
         cost((4, 4), "nope")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_each_device_has_costs_of_its_own_that_grow_with_the_matrix(device):
+    for method in ("auto", *METHODS):
+        sizes = [cost((m, n), method, device_type=device) for m, n in ((256, 256), (1024, 256), (1024, 1024))]
+        assert sizes == sorted(sizes)
+        assert sizes[0] > 0
+    assert root_cost(512, device_type=device) < root_cost(1024, device_type=device)
+    assert root_cost(512, "qdwh", 2, device_type=device) < root_cost(512, "qdwh", 5, device_type=device)
+
+
+def test_factorizations_are_dear_on_a_gpu_and_small_matrices_are_paid_by_launches():
+    def on_gpu(shape, method):
+        return cost(shape, method, device_type="cuda")
+
+    assert on_gpu((768, 768), "svd") > 5 * on_gpu((768, 768), "gram")
+    assert on_gpu((768, 768), "newton_schulz") < on_gpu((768, 768), "gram")
+    assert cost((768, 768), "svd") < 2 * cost((768, 768), "gram")  # on a CPU they are near
+    assert on_gpu((64, 64), "gram") > 0.5 * on_gpu((256, 256), "gram")
+    assert on_gpu((1024, 1024), "auto") == on_gpu((1024, 1024), "gram")
 
 
 @pytest.mark.gpu

@@ -16,7 +16,6 @@ ROOT = Path(__file__).resolve().parents[2]
         (["--trainer.steps", "many"], "trainer.steps"),
         (["--trainer.precision", "fp8"], "trainer.precision"),
         (["--config", "configs/nothing.yaml"], "configs/nothing.yaml"),
-        (["--trainer.global_batch", "30", "--trainer.micro_batch", "8"], "set it to 32"),
         (["--optimizer.hidden.beta", "1.5"], "optimizer.hidden.beta is 1.5"),
         (
             ["--optimizer.comm_dtype", "half"],

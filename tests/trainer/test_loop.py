@@ -164,15 +164,6 @@ def test_a_save_that_fell_on_a_skipped_step_is_made_up_for_at_the_next_good_one(
     assert names == ["step-00000005", "step-00000006"]
 
 
-def test_a_loss_spike_is_skipped_where_that_is_asked_for(tmp_path):
-    t = trainer(settings(tmp_path, safety=SafetyConfig(spike_sigma=3.0, spike_window=6)))
-    t.progress.recent = [3.0, 2.9, 3.1, 3.0, 2.9, 3.1]
-    assert t._reason_to_skip(3.2, 1.0) is None
-    assert "spike" in t._reason_to_skip(3.3, 1.0)
-    t.progress.recent.pop()
-    assert t._reason_to_skip(9.0, 1.0) is None, "the window is not full yet"
-
-
 def test_a_non_finite_gradient_is_named(tmp_path):
     t = trainer(settings(tmp_path, steps=2))
     t.bare.head.weight.register_hook(lambda g: g * float("inf"))

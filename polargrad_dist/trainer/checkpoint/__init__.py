@@ -6,7 +6,7 @@
 """
 
 from polargrad_dist.trainer.checkpoint.folder import CheckpointConfig
-from polargrad_dist.trainer.checkpoint.manifest import Manifest, checkpoints_in, verify
+from polargrad_dist.trainer.checkpoint.manifest import Manifest, checkpoints_in, folder_name, verify
 from polargrad_dist.trainer.checkpoint.rng import restore_rng_state, rng_state
 from polargrad_dist.trainer.checkpoint.store import CheckpointStore, Loaded
 
@@ -16,6 +16,7 @@ __all__ = [
     "Loaded",
     "Manifest",
     "checkpoints_in",
+    "folder_name",
     "restore_rng_state",
     "rng_state",
     "verify",

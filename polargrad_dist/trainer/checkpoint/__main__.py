@@ -11,7 +11,14 @@ import sys
 from pathlib import Path
 
 from polargrad_dist.errors import CheckpointError
-from polargrad_dist.trainer.checkpoint.manifest import MANIFEST, Manifest, checkpoints_in, step_of, verify
+from polargrad_dist.trainer.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    checkpoints_in,
+    misplaced,
+    step_of,
+    verify,
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,6 +52,9 @@ def _verify(path: Path, options: argparse.Namespace) -> bool:
     except CheckpointError as error:
         print(f"DAMAGED  {error}")
         return False
+    if reason := misplaced(path, manifest, None):
+        print(f"DAMAGED  {path}: {reason}")
+        return False
     print(f"valid    {path}: step {manifest.step}, {len(manifest.tensors)} tensors, {manifest.bytes} bytes")
     return True
 
@@ -68,7 +78,7 @@ def _show(path: Path, options: argparse.Namespace) -> bool:
         print(error)
         return False
     print(path)
-    for key in ("step", "world_size", "saved_at", "validation_loss", "origin", "versions", "files"):
+    for key in ("step", "world_size", "saved_at", "validation_loss", "run", "origin", "versions", "files"):
         print(f"{key}: {json.dumps(getattr(m, key))}")
     for key in ("identity", "configuration", "objects"):
         print(f"{key}: {json.dumps(getattr(m, key), indent=2)}")

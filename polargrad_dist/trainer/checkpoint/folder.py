@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -73,9 +74,26 @@ def prune(folder: Path, config: CheckpointConfig, losses: dict[str, float | None
         if path not in keep:
             try:
                 # Renamed first, so that a kill in the middle leaves nothing that looks like a checkpoint.
-                shutil.rmtree(path.rename(path.with_name(REMOVING + path.name)))
+                removed = path.rename(path.with_name(REMOVING + path.name))
             except OSError as error:
-                log.warning("could not remove the old checkpoint %s: %s", path, error)
+                log.warning("the old checkpoint %s cannot be renamed (%s): it stays", path, error.strerror)
+                continue
+            remove(removed)
+
+
+def remove(path: Path) -> bool:
+    """Deletes a folder, a file or a link (not what it points at); says whether it is gone.
+
+    What cannot be deleted stays, with a line in the log: a file that is open elsewhere on NFS lives on as ``.nfs…``.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError as error:
+        log.warning("%s cannot be deleted (%s): it is ignored from now on", path, error.strerror or error)
+    return not os.path.lexists(path)
 
 
 def finite(loss: float | None) -> float | None:
@@ -94,13 +112,13 @@ def clear_leftovers(folder: Path) -> None:
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name.startswith((SAVING, REMOVING)):
             log.info("removing %s, which a killed run left", path)
-            shutil.rmtree(path)
+            remove(path)
 
 
 def set_aside(paths: Iterable[Path], why: str) -> None:
     for path in paths:
         target, n = path.with_name(ASIDE + path.name), 1
-        while target.exists():
+        while os.path.lexists(target):
             n += 1
             target = path.with_name(f"{ASIDE}{path.name}-{n}")
         log.warning("renaming checkpoint %s to %s: %s", path.name, target.name, why)

@@ -57,6 +57,16 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def misplaced(path: Path, manifest: Manifest, run: str | None) -> str | None:
+    """Why a checkpoint does not belong where it lies: copied, renamed, or of another run than ``run`` (None: any)."""
+    named = step_of(path)
+    if named is not None and named != manifest.step:
+        return f"its manifest is of step {manifest.step}: it was renamed or copied over another"
+    if run is not None and manifest.run != run:
+        return f"it is of run {manifest.run}, not of this run, {run}"
+    return None
+
+
 @dataclass(frozen=True)
 class Piece:
     """A box of one tensor: ``bytes`` bytes, row-major, from ``start`` in ``file``."""
@@ -82,7 +92,7 @@ class SavedTensor:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything but the tensors' bytes. ``identity`` says of which model, tokenizer and data it is."""
+    """Everything but the tensors' bytes. ``identity`` says of which model, tokenizer and data it is, ``run`` of which run."""
 
     step: int
     world_size: int
@@ -94,6 +104,7 @@ class Manifest:
     validation_loss: float | None = None
     saved_at: str = ""
     origin: str | None = None
+    run: str | None = None
 
     @property
     def files(self) -> dict[str, int]:
@@ -140,6 +151,8 @@ class Manifest:
             manifest = cls(**body | {"tensors": {n: _tensor(n, t) for n, t in body["tensors"].items()}})
             if not isinstance(manifest.step, int) or not isinstance(manifest.world_size, int):
                 raise ValueError("step and world_size must be integers")
+            if not all(isinstance(part, dict) for part in (manifest.objects, manifest.identity)):
+                raise ValueError("objects and identity must be objects")
             return manifest
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{folder / MANIFEST} is not a checkpoint manifest: {error}") from None

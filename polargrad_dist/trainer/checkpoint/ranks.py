@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
 from polargrad_dist.errors import CheckpointError
 
@@ -72,3 +73,12 @@ def deal(held: tuple[dict[str, int], ...]) -> list[set[str]]:
         load[rank] += held[rank][name]
         mine[rank].add(name)
     return mine
+
+
+def cause(error: BaseException) -> str:
+    """What went wrong on the first rank where something did, in one sentence."""
+    if isinstance(error, dcp.CheckpointException) and error.failures:
+        first = min(error.failures)
+        ranks = f" (rank {', '.join(map(str, sorted(error.failures)))})" if dist.is_initialized() else ""
+        return cause(error.failures[first][0]) + ranks
+    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"

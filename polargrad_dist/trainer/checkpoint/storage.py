@@ -62,6 +62,36 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
+class HostCopies:
+    """Copies in host memory whose buffers are used again at the next save, pinned when they come from a GPU."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def of(self, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | CheckpointError:
+        """A copy of what this rank holds of each tensor.
+
+        An error is returned, for the ranks to learn of it in the transaction: the others are on their way there.
+        """
+        copies, on_device = {}, False
+        try:
+            for name, source in ((name, local(t)) for name, t in named.items()):
+                copy = self._buffers.get(name)
+                if copy is None or copy.shape != source.shape or copy.dtype != source.dtype:
+                    copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+                copies[name] = copy.copy_(source, non_blocking=True)
+                on_device |= source.device.type != "cpu"
+            if on_device:
+                torch.accelerator.synchronize()
+        except (RuntimeError, MemoryError) as error:
+            return CheckpointError(f"cannot copy to host memory: {error}")
+        self._buffers = copies
+        return copies
+
+    def clear(self) -> None:
+        self._buffers.clear()
+
+
 class Copies(DefaultSavePlanner):
     """Plans from the live tensors' shapes and shardings, but writes ``data``: their local parts, or copies."""
 

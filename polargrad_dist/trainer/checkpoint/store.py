@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
@@ -32,6 +31,7 @@ from polargrad_dist.trainer.checkpoint.folder import (
     clear_leftovers,
     finite,
     prune,
+    remove,
     set_aside,
 )
 from polargrad_dist.trainer.checkpoint.manifest import (
@@ -41,12 +41,13 @@ from polargrad_dist.trainer.checkpoint.manifest import (
     damage,
     differences,
     folder_name,
+    misplaced,
     some,
     step_of,
     sync_folder,
 )
-from polargrad_dist.trainer.checkpoint.ranks import Ranks, deal
-from polargrad_dist.trainer.checkpoint.storage import Copies, Reader, StrictLoad, Writer, local
+from polargrad_dist.trainer.checkpoint.ranks import Ranks, cause, deal
+from polargrad_dist.trainer.checkpoint.storage import Copies, HostCopies, Reader, StrictLoad, Writer, local
 
 log = logging.getLogger("polargrad_dist.trainer.checkpoint")
 # A run of one process needs no process group, and DCP would say so at every save.
@@ -68,6 +69,7 @@ class CheckpointStore:
 
     identity: JSON-able parts ("model", "tokenizer", "data") that must equal a checkpoint's for it to load.
     configuration: JSON-able, kept in every manifest for people to read.
+    run: the run's id, kept in every manifest; checkpoints of another run that lie in ``folder`` are passed over. None: any.
     timeout: how long a rank waits for the others while saving or loading; None is gloo's own, 30 minutes.
 
     ``last_saved`` is the step of the newest checkpoint that this store wrote or loaded, ``failed`` counts
@@ -81,6 +83,7 @@ class CheckpointStore:
         *,
         identity: dict[str, Any] | None = None,
         configuration: dict[str, Any] | None = None,
+        run: str | None = None,
         timeout: timedelta | None = None,
     ) -> None:
         self.folder = Path(folder).absolute()
@@ -88,13 +91,18 @@ class CheckpointStore:
         # Through JSON once, so that tuples equal the lists a manifest gives back.
         self.identity = json.loads(json.dumps(identity or {}))
         self.configuration = json.loads(json.dumps(configuration or {}))
+        self.run = run
         self.last_saved: int | None = None
         self.failed = 0
         self._ranks = Ranks(timeout)
         self._origin: str | None = None
         self._verified: Path | None = None  # what was hashed just now need not be hashed again to be loaded
+        self._superseded: tuple[Path, list[Path]] | None = (
+            None  # goes aside when the first of it has been loaded
+        )
+        self._saving = False
         self._losses: dict[str, float | None] = {}
-        self._buffers: dict[str, torch.Tensor] = {}
+        self._copies = HostCopies()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[CheckpointError | None] | None = None
         self._pruning: Future[None] | None = None
@@ -122,17 +130,31 @@ class CheckpointStore:
         named = tensors | {f"rank/{self._ranks.rank}/{name}": t for name, t in (per_rank or {}).items()}
         named = {name: tensor.detach() for name, tensor in named.items()}
 
-        def prepare() -> tuple[int, dict[str, int]]:
+        self._saving = True
+        try:
+            return self._save(step, named, objects, validation_loss)
+        finally:
+            self._saving = False
+
+    def _save(
+        self,
+        step: int,
+        named: dict[str, torch.Tensor],
+        objects: dict[str, Any] | None,
+        validation_loss: float | None,
+    ) -> bool:
+        def prepare() -> tuple[int, dict[str, int], str]:
             nonlocal objects
             objects = json.loads(json.dumps(objects or {}))
-            if self._ranks.rank == 0:
-                self._make_room(step)
-            return step, {name: t.nbytes for name, t in named.items() if not isinstance(t, DTensor)}
+            temporary = self._make_room(step) if self._ranks.rank == 0 else ""
+            sizes = {name: t.nbytes for name, t in named.items() if not isinstance(t, DTensor)}
+            return step, sizes, temporary
 
         try:
-            steps, held = zip(*self._ranks.together(f"step {step} was not saved", prepare), strict=True)
+            told = self._ranks.together(f"step {step} was not saved", prepare)
         except CheckpointError as error:
             return self._failure(error)
+        steps, held, (temporary, *_) = zip(*told, strict=True)
         if len(set(steps)) > 1:
             raise CheckpointError(
                 f"ranks save different steps, {steps} in rank order: their loops have parted"
@@ -141,10 +163,18 @@ class CheckpointStore:
         named = {name: t for name, t in named.items() if isinstance(t, DTensor) or name in mine}
         manifest = self._describe(step, objects or {}, validation_loss)
         if self.config.asynchronous:
-            self._pending = self._thread.submit(self._write, manifest, named, self._copy(named))
+            self._pending = self._thread.submit(
+                self._write, manifest, named, self._copies.of(named), temporary
+            )
             return True
-        failure = self._write(manifest, named, {name: local(t) for name, t in named.items()})
+        failure = self._write(manifest, named, {name: local(t) for name, t in named.items()}, temporary)
         return True if failure is None else self._failure(failure)
+
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is on its way to the disk, here or in the background."""
+        pending = self._pending
+        return self._saving or (pending is not None and not pending.done())
 
     def wait(self) -> bool:
         """Waits for all work in the background; True if every save since the last ``wait`` is on the disk."""
@@ -160,14 +190,14 @@ class CheckpointStore:
             return self.wait()
         finally:
             self._thread.shutdown()
-            self._buffers.clear()
+            self._copies.clear()
             self._ranks.close()
 
     def resume_point(self) -> Path | None:
         """The checkpoint to start from, as ``config.resume`` says; None to start afresh. Clears a killed run's leftovers.
 
-        Checkpoints of this folder newer than the chosen one (damaged, or of a branch given up) are renamed to
-        ``aside-…``, so that no later start picks them. A run that began at a path goes on from its own
+        Once it has been loaded, checkpoints of this folder newer than it (damaged, misplaced, or of a branch given up) are
+        renamed to ``aside-…``, so that no later start picks them. A run that began at a path goes on from its own
         checkpoints when it is restarted with the same path. Raises CheckpointError if there are checkpoints
         but no valid one.
         """
@@ -184,9 +214,7 @@ class CheckpointStore:
         chosen = self._choose(own)
         if chosen.parent == self.folder:
             newer = [path for path in own if (step_of(path) or 0) > (step_of(chosen) or 0)]
-            self._ranks.on_rank_0(
-                "renaming", lambda: set_aside(newer, f"resuming from the older {chosen.name}")
-            )
+            self._superseded = chosen, newer
         return chosen
 
     def newest_valid(self) -> Path | None:
@@ -224,8 +252,14 @@ class CheckpointStore:
                 no_dist=self._ranks.group is None,
             )
         except (Exception, dcp.CheckpointException) as error:
-            raise CheckpointError(f"{path} was not loaded: {_cause(error)}") from None
+            raise CheckpointError(f"{path} was not loaded: {cause(error)}") from None
         self._verified = None
+        if self._superseded is not None and self._superseded[0] == path:
+            newer = self._superseded[1]
+            self._ranks.on_rank_0(
+                "renaming", lambda: set_aside(newer, f"resuming from the older {path.name}")
+            )
+            self._superseded = None
         own = path.parent == self.folder
         self.last_saved = manifest.step if own else None
         self._origin = manifest.origin if own and path != self._asked_for else str(path)
@@ -247,6 +281,7 @@ class CheckpointStore:
             validation_loss=validation_loss,
             saved_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             origin=self._origin,
+            run=self.run,
         )
 
     def _write(
@@ -254,10 +289,11 @@ class CheckpointStore:
         manifest: Manifest,
         named: dict[str, torch.Tensor],
         data: dict[str, torch.Tensor] | CheckpointError,
+        temporary_name: str,
     ) -> CheckpointError | None:
         """The whole transaction, on this thread or in the background. Returns an error rather than raise it."""
         final = self.folder / folder_name(manifest.step)
-        temporary = final.with_name(SAVING + final.name)
+        temporary = final.with_name(temporary_name)
         started = time.monotonic()
 
         def commit(tensors: dict[str, SavedTensor]) -> None:
@@ -277,7 +313,7 @@ class CheckpointStore:
             if self._ranks.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             return CheckpointError(
-                f"step {manifest.step} was not saved: {_cause(error)}. "
+                f"step {manifest.step} was not saved: {cause(error)}. "
                 f"Older checkpoints in {self.folder} are untouched"
             )
         if self._ranks.rank == 0:
@@ -290,8 +326,9 @@ class CheckpointStore:
 
     def _finish(self) -> None:
         if self._pending is not None:
-            pending, self._pending = self._pending, None
-            if (error := pending.result()) is not None:
+            error = self._pending.result()
+            self._pending = None
+            if error is not None:
                 self._failure(error)
 
     def _failure(self, error: CheckpointError) -> bool:
@@ -303,39 +340,29 @@ class CheckpointStore:
             log.error("%s; training goes on (failed saves so far: %d)", error, self.failed)
         return False
 
-    def _copy(self, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | CheckpointError:
-        """Host copies in buffers that live as long as the store, pinned when they come from a GPU.
+    def _make_room(self, step: int) -> str:
+        """On rank 0: clears what a killed save of this step left, and renames a damaged checkpoint of it.
 
-        An error is returned, for the ranks to learn of it in the transaction: the others are on their way there.
+        Returns the name of the folder to write into: another than usual where the leftover cannot be deleted.
         """
-        copies, on_device = {}, False
-        try:
-            for name, source in ((name, local(t)) for name, t in named.items()):
-                copy = self._buffers.get(name)
-                if copy is None or copy.shape != source.shape or copy.dtype != source.dtype:
-                    copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-                copies[name] = copy.copy_(source, non_blocking=True)
-                on_device |= source.device.type != "cpu"
-            if on_device:
-                torch.accelerator.synchronize()
-        except (RuntimeError, MemoryError) as error:
-            return CheckpointError(f"cannot copy to host memory: {error}")
-        self._buffers = copies
-        return copies
-
-    def _make_room(self, step: int) -> None:
-        """On rank 0: clears what a killed save of this step left, and renames a damaged checkpoint of it."""
         final = self.folder / folder_name(step)
-        if (temporary := final.with_name(SAVING + final.name)).exists():
-            shutil.rmtree(temporary)
-        if final.exists():
+        temporary, n = final.with_name(SAVING + final.name), 1
+        while os.path.lexists(temporary) and not remove(temporary):
+            n += 1
+            temporary = final.with_name(f"{SAVING}{final.name}-{n}")
+        if os.path.lexists(final):
             if (reason := self._damage(final, (0, 1))) is None:
                 raise CheckpointError(f"{final} exists and is valid, and is not written over")
             set_aside([final], reason)
+        return temporary.name
 
     @property
     def _asked_for(self) -> Path:
         return Path(self.config.resume).absolute()
+
+    def _run_at(self, path: Path) -> str | None:
+        """Of which run a checkpoint must be; None where it was asked for by name or lies elsewhere."""
+        return self.run if path.parent == self.folder and path != self._asked_for else None
 
     def _list(self) -> list[Path]:
         return self._ranks.on_rank_0(f"listing {self.folder}", lambda: checkpoints_in(self.folder))
@@ -384,14 +411,20 @@ class CheckpointStore:
 
     def _damage(self, path: Path, share: tuple[int, int]) -> str | None:
         try:
-            found = damage(path, Manifest.read(path), share=share, threads=self.config.threads)
+            manifest = Manifest.read(path)
+            if reason := misplaced(path, manifest, self._run_at(path)):
+                return reason
+            found = damage(path, manifest, share=share, threads=self.config.threads)
             return some(found) if found else None
         except (CheckpointError, OSError) as error:
             return str(error)
 
     def _admit(self, path: Path) -> None:
         """Refuses a checkpoint of another model, tokenizer or data, naming the differences."""
-        identity = Manifest.read(path).identity
+        manifest = Manifest.read(path)
+        if reason := misplaced(path, manifest, self._run_at(path)):
+            raise CheckpointError(reason)
+        identity = manifest.identity
         for part in sorted(identity.keys() | self.identity.keys()):
             found = list(differences(identity.get(part), self.identity.get(part), part))
             if found and part == "data" and self.config.allow_other_data:
@@ -402,12 +435,3 @@ class CheckpointStore:
                 raise CheckpointError(
                     f"it is of another {part}: {some(found)}. Run with what it was made with{way}"
                 )
-
-
-def _cause(error: BaseException) -> str:
-    """What went wrong on the first rank where something did, in one sentence."""
-    if isinstance(error, dcp.CheckpointException) and error.failures:
-        first = min(error.failures)
-        ranks = f" (rank {', '.join(map(str, sorted(error.failures)))})" if dist.is_initialized() else ""
-        return _cause(error.failures[first][0]) + ranks
-    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,1 @@
+"""The proof on one GPU, in ten minutes: `python -m benchmarks.gpu` (docs/gpu.md)."""

@@ -1,0 +1,84 @@
+"""Whole-file checksums of foreign shards, which no manifest describes, taken while the first epoch is trained on.
+
+A start compares blocks spread over each file; what lies between them only a whole reading shows. The checksums are kept in
+the cache, and a file that later has another one ends the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data.files import digest, make_folder, read_json, write_json
+from data.shards import sampled_sha256
+from polargrad_dist.errors import DataError
+
+BLOCK = 4 * 2**20
+
+
+@dataclass
+class Background:
+    """Reads ``paths`` once, at half of a thread's time. ``raise_if_found`` tells the training of a file that has changed."""
+
+    paths: Sequence[Path]
+    folder: Path
+    report: Callable[[str], None]
+    _failure: DataError | None = None
+    _thread: threading.Thread | None = None
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def start(self) -> None:
+        """Again is harmless."""
+        if self._thread is None and self.paths:
+            self._thread = threading.Thread(target=self._run, daemon=True, name="checksums")
+            self._thread.start()
+
+    def raise_if_found(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def wait(self) -> None:
+        """Until every file is read, or one was found that has changed."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        for path in self.paths:
+            try:
+                compare(path, self._whole(path), self.folder)
+            except DataError as error:
+                self._failure = error
+                return
+            except OSError as error:
+                self.report(f"{path} could not be checked ({error.strerror}); it is read without")
+
+    def _whole(self, path: Path) -> str:
+        checksum = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(BLOCK):
+                began = time.monotonic()
+                checksum.update(block)
+                time.sleep(time.monotonic() - began)
+        return checksum.hexdigest()
+
+
+def compare(path: Path, checksum: str, folder: Path) -> None:
+    """Keeps a file's checksum in ``folder``. Raises DataError when the same file had another one before."""
+    path = path.absolute()
+    known = folder / f"{digest(str(path))[:32]}.json"
+    sampled = sampled_sha256(path)
+    before = read_json(known) if known.exists() else None
+    if isinstance(before, dict) and before.get("sampled") == sampled:
+        if before.get("sha256") != checksum:
+            raise DataError(
+                f"{path} has changed since it was first trained on, in bytes that the check at start does not read: its "
+                f"sha256 was {str(before.get('sha256'))[:16]}… and is {checksum[:16]}…; restore it, or delete {known} if "
+                "that was meant."
+            )
+        return
+    make_folder(folder)
+    write_json(known, {"path": str(path), "sampled": sampled, "sha256": checksum})

@@ -1,0 +1,126 @@
+"""Buckets whose elements stay where they lie: tall matrices, of which an n x n problem travels, and AdamW's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from polargrad_dist.distributed.plan import ROOT_NUMBERS
+from polargrad_dist.distributed.schedule import Bucket
+from polargrad_dist.distributed.transport import pack_triangle, unpack_triangle
+from polargrad_dist.optim.buckets import Batch, Steps
+from polargrad_dist.optim.facts import Facts
+from polargrad_dist.optim.member import Member, Travel
+from polargrad_dist.optim.parts import join_bf16, split_bf16
+from polargrad_dist.polar import apply_rows, gram_matrix
+
+
+class Tall(Batch):
+    """A tall matrix: its rows stay, its n x n problem goes to its owner."""
+
+    def __init__(self, bucket: Bucket, members: Sequence[Member], travel: Travel):
+        super().__init__(bucket, members, travel)
+        self._join(self.first.elementwise)
+
+    def run(self, facts: Facts) -> Steps:
+        """The matrix's step."""
+        kept, e, device = self.kept(), self.entry, self.travel.device
+        n, owner = e.shape[1], e.owners[0]
+        with facts.clock(e.role, device):
+            A = self.rule.momentum(self.states, self.gradients(), self.group)[0, 0]
+            S = gram_matrix(A.to(device))
+        if self.team.group is None:
+            X, numbers = self._root(S, facts)
+        else:
+            at, traffic = self.team.order.index(owner), self.travel.traffic
+            packed = yield traffic.reduce(pack_triangle(S), at, self.team.group)
+            message = packed.new_empty(len(packed) + ROOT_NUMBERS)
+            if self.place == owner:
+                X, numbers = self._root(unpack_triangle(packed, n), facts)
+                message = torch.cat([pack_triangle(X), numbers])
+            message = yield traffic.broadcast(message, at, self.team.group)
+            X, numbers = unpack_triangle(message[:-ROOT_NUMBERS], n), message[-ROOT_NUMBERS:]
+        precise = self.group["lower"] < 1e-4  # strict: directions that an fp32 product would lose
+        numbers = numbers.to(self.first.device)
+        for part in self.bucket.portions:
+            with facts.clock(e.role, device):
+                D = apply_rows(A[part.rows].to(device), X, precise=precise).to(self.first.device)
+            changed = self.advance(part, D[None, None], numbers[0], numbers[3] > 0)
+            if changed is not None:
+                self.arrived(part, (yield self.share(part, changed)))
+        self.settle(kept)
+
+    def _root(self, S: Tensor, facts: Facts) -> tuple[Tensor, Tensor]:
+        """X (n, n), and ROOT_NUMBERS: scale, largest and smallest singular value, whether it may be used."""
+        given = S.clone() if self.first.index in facts.keep else None
+        try:
+            with facts.clock(self.entry.role, S.device):
+                root, scale = self.rule.root(S, self.entry.shape[0], self.group)
+        except Exception as error:  # as in `Owned.directed`
+            facts.failed(self.first, error)
+            return torch.zeros_like(S), S.new_zeros(ROOT_NUMBERS)
+        ok = root.nuclear_norm.isfinite()
+        facts.learnt_root(self.first, root, ok, given)
+        return root.X, torch.stack([scale, root.sigma_max, root.sigma_min, ok.double()])
+
+
+class Elementwise(Batch):
+    """Parameters that are stepped element by element: of any shapes, or alike ones where copies share the work."""
+
+    def run(self, facts: Facts) -> Steps:
+        """The bucket's step."""
+        message = self._updated(facts)
+        if message is not None:
+            for part in self.bucket.portions:
+                self.arrived(part, (yield self.share(part, message[part.items, :, part.rows])))
+
+    def _updated(self, facts: Facts) -> Tensor | None:
+        """Steps the weights; returns what the copies are to be given, (items, 1, rows, columns)."""
+        weights = [m.weight() for m in self.members]
+        dtype, ok = self.first.state_dtype, self.travel.ok
+        grads = [self.travel.gradient(m).to(dtype) for m in self.members]
+        finite = torch.stack(torch._foreach_norm(grads)).isfinite()
+        facts.finite(self.members, finite)
+        sure = finite.all() if ok is None else finite.all() & ok
+        host = sure.device.type == "cpu" and ok is None
+        good = (
+            finite.tolist() if host else [True] * len(weights)
+        )  # a GPU skips the bucket, where it cannot look
+        values = weights
+        low: Tensor | None = None
+        old: Tensor | None = None
+        if self.bucket.shares or weights[0].element_size() < 4:
+            old = torch.cat([w.reshape(-1) for w in weights])
+            if self.entry.dtype == torch.bfloat16:
+                low = torch.cat([m.held("low_bits").reshape(-1) for m in self.members])
+            x = join_bf16(old, low) if low is not None else old.to(dtype, copy=True)
+            values = [
+                v.view(w.shape) for v, w in zip(x.split([w.numel() for w in weights]), weights, strict=True)
+            ]
+        some = [i for i, w in enumerate(weights) if w.numel() and good[i]]
+        for m, w in zip(self.members, weights, strict=True):
+            if not w.numel():  # its count is saved too, and loaded where the shard is not empty
+                m.state["step"] += 1 if host else sure.to(m.state["step"])
+        self.rule.update(
+            [values[i] for i in some], [grads[i] for i in some],
+            {key: [self.members[i].held(key) for i in some] for key in self.rule.states(self.group)},
+            [self.members[i].state["step"] for i in some], self.group, None if host else (~sure).float(),
+        )  # fmt: skip
+        return None if old is None else self._written(weights, old, x, low)
+
+    def _written(self, weights: list[Tensor], old: Tensor, x: Tensor, low: Tensor | None) -> Tensor | None:
+        sizes = [w.numel() for w in weights]
+        if self.bucket.shares and self.travel.dtype is not None and old.element_size() >= 4:
+            return (x - old).to(self.travel.dtype).view(len(weights), *weights[0].shape)
+        new = split_bf16(x, low) if low is not None else x.to(old.dtype)
+        if low is not None:
+            held = [m.held("low_bits") for m in self.members]
+            torch._foreach_copy_(held, [v.view(h.shape) for v, h in zip(low.split(sizes), held, strict=True)])
+        if self.bucket.shares:
+            return new.view(len(weights), *weights[0].shape)
+        torch._foreach_copy_(
+            weights, [v.view(w.shape) for v, w in zip(new.split(sizes), weights, strict=True)]
+        )
+        return None

@@ -1,0 +1,217 @@
+"""S^(-1/2) and tr S^(1/2) of a Gram matrix S = AᵀA, in fp64: by an eigendecomposition, or by matrix products alone.
+
+LAPACK's eigendecomposition is the faster one on a CPU and sees the whole spectrum. On a GPU it is slow and makes the
+host wait, because it checks its own success there; the products neither factorize nor report anything. Their iteration
+is the coupled form of X ← X·p(X S X) with the minimax quintics p of Polar Express (Amsel, Persson, Musco and Gower 2025,
+arXiv:2505.16932): it carries X → S^(-1/2) and Y → S^(1/2) side by side (Higham 2008, section 6.7). The uncoupled form is
+unstable: rounding makes X and S cease to commute, and at a condition number of 1e4 it overflows.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import PolarError
+from .gram import gram_matrix
+from .polynomial import polar_express_coefficients
+from .spectrum import homogenized_spectrum
+
+ROOTS = ("auto", "eigh", "products")
+# Squaring costs half the digits: below this σ/σ_max an fp64 Gram matrix holds rounding noise.
+SMALLEST_LOWER = 1e-7
+# Products converge down to this part of `lower`: directions that small still count in the nuclear norm.
+REACH = 0.1
+# Below this σ/σ_max the products' own rounding, about eps·(σ_max/σ)², shows in the gains.
+SMALLEST_REACH = 1e-6
+CONVERGED = 1e-10
+PROBES = 8
+
+
+class InverseSqrt(NamedTuple):
+    """What S = AᵀA says about A; every field fp64 (kept: bool), batched over leading dimensions.
+
+    X (…, n, n) is S^(-1/2) with null directions left out or damped, nuclear_norm (…) is tr S^(1/2), sigma_max and
+    sigma_min (…) are A's extreme singular values. sigma (…, n) are all of them, ascending, and kept (…, n) marks those
+    that X does not leave out; both are (…, 0) where the root was taken by products, which see no spectrum. residual (…)
+    is ‖UᵀU − I‖_F/√n of U = A·X.
+    """
+
+    X: Tensor
+    nuclear_norm: Tensor
+    sigma_max: Tensor
+    sigma_min: Tensor
+    sigma: Tensor
+    kept: Tensor
+    residual: Tensor
+
+
+def choose_root(root: str, device: torch.device, *, homogenized: bool = False) -> str:
+    """What "auto" means: "products" on a GPU, "eigh" on a CPU and wherever the whole spectrum is needed.
+
+    Raises PolarError for an unknown root, and for products where the homogenized factor is asked for.
+    """
+    if root not in ROOTS:
+        raise PolarError(f"root={root!r} is not known; choose one of {', '.join(ROOTS)}")
+    if root == "products" and homogenized:
+        raise PolarError(
+            "root='products' cannot give the homogenized factor, which needs every singular value: use root='eigh'"
+        )
+    if root == "auto":
+        return "eigh" if device.type == "cpu" or homogenized else "products"
+    return root
+
+
+@torch.no_grad()
+def inverse_sqrt(
+    S: Tensor, *, lower: float = 1e-4, homogenized: bool = False, root: str = "auto"
+) -> InverseSqrt:
+    """S^(-1/2) and the nuclear norm from a Gram matrix. A zero matrix gives zeros, a non-finite one NaN everywhere.
+
+    By eigendecomposition ("eigh") directions with σ/σ_max ≤ `lower` (at least 1e-7) count as null: X maps them to
+    zero, so U is the partial isometry. By products they are damped, not cut: down to `lower`/10 (at least 1e-6) the
+    gain is 1 but for rounding, about eps·(σ_max/σ)², and below it falls in proportion to σ; with the default it is at
+    most 0.06 at 1e-7·σ_max and 0.006 at 1e-8·σ_max. The nuclear norm counts all directions, damped ones by their gain.
+
+    Args:
+        S: (…, n, n) fp64, symmetric positive semidefinite.
+        lower: relative threshold on the singular values of A, not of S.
+        homogenized: X is instead what turns A into its homogenized factor, see `homogenize`. Needs "eigh".
+        root: "eigh" waits for a GPU. "products" never does: a fixed number of fp64 products (42 of n×n matrices for
+            the default `lower`), batched; sigma_max and sigma_min are then Rayleigh quotients after a few power
+            iterations, hence never outside the spectrum: σ_max to 5 % at worst, σ_min to a factor of two.
+            "auto" takes products on a GPU and eigh on a CPU, where LAPACK is about 6 times faster.
+
+    Raises:
+        PolarError: an unknown root, or products with homogenized.
+    """
+    if choose_root(root, S.device, homogenized=homogenized) == "eigh":
+        return _by_eigh(S, lower, homogenized)
+    return _by_products(S, lower)
+
+
+def _by_eigh(S: Tensor, lower: float, homogenized: bool) -> InverseSqrt:
+    finite = S.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
+    S = torch.where(finite[..., None, None], S, 0.0)
+    eigenvalues, V = _eigh_of_own(S)
+    largest = eigenvalues[..., -1:].clamp_min(0.0)
+    sigma = torch.where(eigenvalues > noise(largest), eigenvalues, 0.0).sqrt()
+    kept = sigma > max(lower, SMALLEST_LOWER) * sigma[..., -1:]
+    gains = torch.where(kept, sigma, 1.0).reciprocal() * kept
+    lengths = kept.double()
+    if homogenized:
+        lengths = homogenized_spectrum(sigma, kept)
+        gains = gains * lengths
+    quarter = gains.sqrt()
+    X = gram_matrix((V * quarter[..., None, :]).mT)
+    X.masked_fill_(~finite[..., None, None], torch.nan)
+    sigma.masked_fill_(~finite[..., None], torch.nan)
+    residual = (lengths.square() - 1).square().mean(-1).sqrt()
+    return InverseSqrt(X, sigma.sum(-1), sigma[..., -1], sigma[..., 0], sigma, kept, residual)
+
+
+def noise(largest: Tensor) -> Tensor:
+    """What rounding leaves of a zero eigenvalue, beside the largest: below this it is no singular value's square."""
+    return 4 * torch.finfo(torch.float64).eps * largest
+
+
+def _eigh_of_own(S: Tensor) -> tuple[Tensor, Tensor]:
+    """torch.linalg.eigh, of a matrix that nobody else needs."""
+    if S.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.linalg.eigh(S)
+    # LAPACK works in place, column by column: with the transpose as input and output there is one n×n matrix less.
+    eigenvalues = S.new_empty(S.shape[:-1])
+    torch.linalg.eigh(S.mT, out=(eigenvalues, S.mT))
+    return eigenvalues, S.mT
+
+
+def _by_products(S: Tensor, lower: float) -> InverseSqrt:
+    n = S.shape[-1]
+    unit, square, top = unit_spectrum(S)
+    Y, X = unit, None
+    R, R2 = unit, square
+    for a, b, c in root_schedule(lower):
+        if X is not None:
+            R = X @ Y
+            R2 = R @ R
+        P = b * R + c * R2
+        P.diagonal(dim1=-2, dim2=-1).add_(a)
+        X = P if X is None else P @ X
+        Y = Y @ P
+    assert X is not None
+    X = (X + X.mT) / 2
+    largest, smallest = extreme_singular_values(unit, X, square)
+    missing = X @ Y  # of U = A·X, whose Gram matrix this is
+    missing.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+    residual = missing.square().sum((-2, -1)).sqrt() / math.sqrt(n)
+    back = torch.where(top == 0, 1.0, top).sqrt()
+    X = (X / back[..., None, None]).masked_fill_((top == 0)[..., None, None], 0.0)
+    unseen = S.new_empty(*S.shape[:-2], 0)
+    return InverseSqrt(
+        X,
+        Y.diagonal(dim1=-2, dim2=-1).sum(-1) * back,
+        largest * back,
+        smallest * back,
+        unseen,
+        unseen.bool(),
+        residual,
+    )
+
+
+def unit_spectrum(S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(R, R², t): S = t·R (…, n, n) with eigenvalues in [0, 1], the largest at least n^(-1/4); t (…) is 0 for S = 0."""
+    trace = S.diagonal(dim1=-2, dim2=-1).sum(-1)
+    R = S / torch.where(trace == 0, 1.0, trace)[..., None, None]  # first: the square would leave fp64's range
+    R2 = R @ R
+    bound = R2.square().sum((-2, -1)).pow(0.25) * (1 + 1e-12)
+    unit = torch.where(bound == 0, 1.0, bound)[..., None, None]
+    return R / unit, R2 / unit.square(), trace * bound
+
+
+def extreme_singular_values(S: Tensor, X: Tensor, power: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(σ_max, σ_min) (…) of A, from S = AᵀA and X ≈ S^(-1/2) by power iterations on a power of S (S itself) and on X.
+
+    Rayleigh quotients with S, so inside the spectrum but for rounding; 0 where σ_min² is rounding beside σ_max².
+    """
+    largest = rayleigh_quotient(S, dominant_direction(S if power is None else power))
+    smallest = torch.minimum(rayleigh_quotient(S, dominant_direction(X)), largest)
+    smallest = torch.where(smallest <= noise(largest), 0.0, smallest)  # NaN stays
+    return largest.sqrt(), smallest.sqrt()
+
+
+def dominant_direction(M: Tensor) -> Tensor:
+    """About M's eigenvector of the largest eigenvalue, (…, n, 1) of norm 1, of a positive semidefinite M (…, n, n)."""
+    tiny = torch.finfo(M.dtype).tiny
+    index = torch.arange(1, M.shape[-1] + 1, dtype=M.dtype, device=M.device)
+    v = torch.cos(index * index)[:, None]  # as good as random, the same on every rank
+    for _ in range(PROBES):
+        v = M @ v
+        v = v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_min(tiny)
+    return v
+
+
+def rayleigh_quotient(M: Tensor, v: Tensor) -> Tensor:
+    """vᵀMv (…) of a direction v (…, n, 1), not below zero."""
+    return (v * (M @ v)).sum((-2, -1)).clamp_min(0.0)
+
+
+@torch.compiler.assume_constant_result
+def root_schedule(lower: float) -> tuple[tuple[float, float, float], ...]:
+    """The fewest minimax quintics that take every σ/σ_max ≥ lower/10 (at least 1e-6) to within 1e-10 of 1."""
+    return _schedule(min(max(REACH * lower, SMALLEST_REACH), 0.5))
+
+
+@lru_cache(maxsize=64)
+def _schedule(reach: float) -> tuple[tuple[float, float, float], ...]:
+    for steps in range(1, 32):
+        schedule = polar_express_coefficients(reach, steps)
+        x = reach
+        for a, b, c in schedule:
+            x *= a + x * x * (b + x * x * c)
+        if abs(1 - x) <= CONVERGED:
+            break
+    return schedule

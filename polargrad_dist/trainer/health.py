@@ -1,0 +1,70 @@
+"""When a step or a save must not happen: losses, gradients and weights that are not finite, and where they came from."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from polargrad_dist.trainer.config import SafetyConfig
+from polargrad_dist.trainer.world import World
+
+
+def reason_to_skip(loss: float, norm: float, recent: Sequence[float], safety: SafetyConfig) -> str | None:
+    """Why a step must not reach the weights, from figures that all ranks share; None where it may."""
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    if not math.isfinite(norm):
+        return f"the gradient norm is {norm}"
+    if safety.spike_sigma is not None and len(recent) == safety.spike_window:
+        mean = sum(recent) / len(recent)
+        spread = math.sqrt(sum((x - mean) ** 2 for x in recent) / len(recent))
+        if loss > mean + safety.spike_sigma * spread:
+            return f"the loss {loss:.4f} is a spike above {mean:.4f} + {safety.spike_sigma} x {spread:.4f}"
+    return None
+
+
+@torch.no_grad()
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names whose part on this rank holds a NaN or an infinity; one read from the device per dtype."""
+    kinds: dict[tuple[torch.device, torch.dtype], dict[str, torch.Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if part.is_floating_point() and part.numel():
+            kinds[part.device, part.dtype][name] = part
+    bad: list[str] = []
+    for named in kinds.values():
+        # The largest magnitude: unlike a sum of squares it cannot overflow where every element is finite.
+        largest = torch.stack(torch._foreach_norm(list(named.values()), math.inf))
+        bad += [name for name, good in zip(named, largest.isfinite().tolist(), strict=True) if not good]
+    return bad
+
+
+def culprits(world: World, model: nn.Module, local_loss: float) -> str:
+    """Which ranks and parameters a non-finite step came from; every rank calls it."""
+    bad = not_finite({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    found = world.gather((math.isfinite(local_loss), len(bad), bad[:1]))
+    losses = [rank for rank, (finite, _, _) in enumerate(found) if not finite]
+    parts = [f"; loss of rank {', '.join(map(str, losses))}"] if losses else []
+    parts += [
+        f"; on rank {rank} the gradient of {named(count, first)}"
+        for rank, (_, count, first) in enumerate(found)
+        if count
+    ]
+    return "".join(parts)
+
+
+def poisoned(world: World, tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """What is not finite on any rank, in words; None where every rank's tensors are finite. Every rank calls it."""
+    bad = not_finite(tensors)
+    found = world.gather((len(bad), bad[:1]))
+    parts = [f"{named(count, first)} on rank {rank}" for rank, (count, first) in enumerate(found) if count]
+    return "; ".join(parts) if parts else None
+
+
+def named(count: int, first: Iterable[str]) -> str:
+    return " ".join(first) + (f" and {count - 1} more" if count > 1 else "")

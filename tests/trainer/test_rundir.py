@@ -1,0 +1,17 @@
+"""One process at a time in a run directory, from the very first moment on."""
+
+import json
+
+from tests.trainer.test_output import start, steps_in
+
+
+def test_two_fresh_starts_of_one_run_directory_train_it_once(tmp_path):
+    run_dir = tmp_path / "run"
+    both = [start(run_dir, "--steps", "30", "--pause", "0.05") for _ in range(2)]
+    told = [run.communicate(timeout=90)[1].decode() for run in both]
+    assert [run.returncode for run in both] == [0, 0], told
+    assert sum("another process trains in" in text for text in told) == 1
+    assert sum("nothing is left to do" in text for text in told) == 1
+    assert steps_in(run_dir) == list(range(1, 31))
+    manifest = json.loads((run_dir / "checkpoints" / "step-00000030" / "manifest.json").read_text())
+    assert manifest["run"] == (run_dir / "run_id").read_text()

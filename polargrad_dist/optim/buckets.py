@@ -204,15 +204,12 @@ class Owned(Batch):
         if arrival == [(i, 0) for i in range(len(self.members))]:
             return
         several = len(self.split.matrices) > self.split.stack
+        by_rows, by_cols = several and not self.split.transposed, several and self.split.transposed
         depth, rows, cols = (b - a for a, b in here)
-        rows, cols = (
-            (1 if self.split.transposed or not several else rows),
-            (cols if self.split.transposed and several else 1),
-        )
-        index = torch.zeros(len(self.members), depth, rows, cols, dtype=torch.int64)
+        index = torch.zeros(len(self.members), depth, rows if by_rows else 1, cols if by_cols else 1, dtype=torch.int64)
         for at, (i, j) in enumerate(arrival):
             deep, down, across = slices(overlap(here, self.split.matrices[j]))
-            index[i, deep, down if rows > 1 else slice(None), across if cols > 1 else slice(None)] = at
+            index[i, deep, down if by_rows else slice(None), across if by_cols else slice(None)] = at
         self.index = index.to(self.travel.device)
 
     def run(self, facts: Facts) -> Steps:
@@ -268,7 +265,7 @@ class Owned(Batch):
             if self.entry.in_order
             else []
         )
-        held = self.first.owner_state() if rows else {}
+        held = self.first.owner_state((A.shape[1], A.shape[2])) if rows else {}
         with facts.clock(self.entry.role, A.device):
             answer = self.rule.direction(A, {key: value[rows] for key, value in held.items()}, self.group)
         if answer.D.shape != A.shape or answer.scale.shape != A.shape[:1]:

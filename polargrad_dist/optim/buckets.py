@@ -206,7 +206,9 @@ class Owned(Batch):
         several = len(self.split.matrices) > self.split.stack
         by_rows, by_cols = several and not self.split.transposed, several and self.split.transposed
         depth, rows, cols = (b - a for a, b in here)
-        index = torch.zeros(len(self.members), depth, rows if by_rows else 1, cols if by_cols else 1, dtype=torch.int64)
+        index = torch.zeros(
+            len(self.members), depth, rows if by_rows else 1, cols if by_cols else 1, dtype=torch.int64
+        )
         for at, (i, j) in enumerate(arrival):
             deep, down, across = slices(overlap(here, self.split.matrices[j]))
             index[i, deep, down if by_rows else slice(None), across if by_cols else slice(None)] = at

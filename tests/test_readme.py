@@ -22,7 +22,7 @@ def test_the_example_of_groups_builds_its_optimizers():
     names: dict = {}
     exec(first.split("for _ in")[0] + third, names)
     assert [group["algorithm"] for group in names["optimizer"].param_groups] == ["polar", "polar", "adamw"]
-    assert names["optimizer"].works[1].entry.layout.matrices == 3
+    assert names["optimizer"].works[1].entry.split.runs == ((0, 1, 512), (512, 2, 128))
 
 
 def test_every_page_and_configuration_it_names_exists():

@@ -44,7 +44,6 @@ class Bucket:
     items: list[Item]
     like: Entry
     portions: list[Portion]
-    first_phase: bool = False
 
     @property
     def shares(self) -> bool:

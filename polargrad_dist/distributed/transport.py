@@ -45,44 +45,46 @@ class Traffic:
         self.calls.clear()
         self.bytes.clear()
 
-    def _count(self, kind: str, size: int) -> None:
-        self.calls[kind] += 1
-        self.bytes[kind] += size
-
     def all_to_all(
         self, x: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
     ) -> Started:
         """Stretches of flat ``x`` to the group's ranks in turn, of so many elements; what they send comes back."""
         x = x.contiguous()
-        self._count("all_to_all", x.nbytes)
+        self.calls["all_to_all"] += 1
+        self.bytes["all_to_all"] += x.nbytes
         out = x.new_empty(sum(received))
         return Started(out, dist.all_to_all_single(out, x, received, sent, group=group, async_op=True), x)
 
     def all_gather(self, x: torch.Tensor, group: dist.ProcessGroup) -> Started:
         """``x`` of every rank of the group: (ranks, *x.shape)."""
         out = x.new_empty(group.size(), *x.shape)
-        self._count("all_gather", out.nbytes)
+        self.calls["all_gather"] += 1
+        self.bytes["all_gather"] += out.nbytes
         return Started(out, _all_gather(out.view(-1), x.reshape(-1), group=group, async_op=True), x)
 
     def reduce_scatter(self, x: torch.Tensor, group: dist.ProcessGroup) -> Started:
         """The sum of row i of every rank's (ranks, n) at rank i."""
         out = x.new_empty(x.shape[1:])
-        self._count("reduce_scatter", x.nbytes)
+        self.calls["reduce_scatter"] += 1
+        self.bytes["reduce_scatter"] += x.nbytes
         return Started(out, _reduce_scatter(out.view(-1), x.view(-1), group=group, async_op=True), x)
 
     def reduce(self, x: torch.Tensor, dst: int, group: dist.ProcessGroup) -> Started:
         """The sum of ``x`` at one rank of the group, in place; elsewhere it is garbage."""
-        self._count("reduce", x.nbytes)
+        self.calls["reduce"] += 1
+        self.bytes["reduce"] += x.nbytes
         return Started(x, dist.reduce(x, group=group, group_dst=dst, async_op=True))
 
     def all_reduce(self, x: torch.Tensor, group: dist.ProcessGroup) -> Started:
         """The sum of ``x`` everywhere, in place."""
-        self._count("all_reduce", x.nbytes)
+        self.calls["all_reduce"] += 1
+        self.bytes["all_reduce"] += x.nbytes
         return Started(x, dist.all_reduce(x, group=group, async_op=True))
 
     def broadcast(self, x: torch.Tensor, src: int, group: dist.ProcessGroup) -> Started:
         """One rank's ``x`` everywhere, in place."""
-        self._count("broadcast", x.nbytes)
+        self.calls["broadcast"] += 1
+        self.bytes["broadcast"] += x.nbytes
         return Started(x, dist.broadcast(x, group=group, group_src=src, async_op=True))
 
 

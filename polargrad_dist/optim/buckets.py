@@ -37,7 +37,8 @@ class Batch:
         self.slab = slice(None) if whole else slice(item.first, item.last)
         self.states: dict[str, Tensor] = {}
         self.loose: list[tuple[list[Tensor], Tensor]] = []
-        if bucket.shares:
+        self.shares = bucket.shares
+        if self.shares:
             self._find_copies()
 
     def run(self, facts: Facts) -> Steps:
@@ -58,6 +59,9 @@ class Batch:
         self.boxes = [self.first.window_of(place) for place in order]
         shapes = {tuple(b - a for a, b in box) for box in self.boxes}
         axes = [axis for axis in range(3) if len({box[axis] for box in self.boxes}) > 1]
+        self.longest = {
+            id(part): max(volume(self._portion_of(part, box)) for box in self.boxes) for part in self.bucket.portions
+        }
         self.axis = axes[0] if len(shapes) == len(axes) == 1 and order == sorted(order) else None
 
     def gradients(self) -> Tensor:
@@ -77,7 +81,7 @@ class Batch:
         weights = [m.weight()[self.slab, part.rows] for m in self.members[part.items]]
         decay, cautious = self.group["lr"] * self.group["weight_decay"], self.group["cautious"]
         sure = self.travel.ok is None and ok.device.type == "cpu" and bool(ok.all())
-        if sure and not self.bucket.shares and weights[0].element_size() >= 4:
+        if sure and not self.shares and weights[0].element_size() >= 4:
             decay_and_step(weights, list(step.to(weights[0].dtype).unbind(0)), decay, cautious)
             return None
         old = torch.stack(weights) if len(weights) > 1 else weights[0].unsqueeze(0)
@@ -93,17 +97,17 @@ class Batch:
 
     def _written(self, weights: list[Tensor], old: Tensor, x: Tensor, low: Tensor | None) -> Tensor | None:
         """Puts new weights x into the parameters, or returns what is to be shared: them, or their difference to ``old``."""
-        if self.bucket.shares and self.travel.dtype is not None and old.element_size() >= 4:
+        if self.shares and self.travel.dtype is not None and old.element_size() >= 4:
             return (x - old).to(self.travel.dtype)
         new = split_bf16(x, low) if low is not None else x.to(old.dtype)
-        if self.bucket.shares:
+        if self.shares:
             return new
         torch._foreach_copy_(weights, list(new.unbind(0)))
         return None
 
     def share(self, part: Portion, message: Tensor) -> Started:
         """Starts giving this rank's shards, or their updates, to those who store copies: (copies, items, longest)."""
-        longest = max(volume(self._portion_of(part, box)) for box in self.boxes)
+        longest = self.longest[id(part)]
         flat = message.to(self.travel.device).reshape(len(message), -1)
         if flat.shape[1] < longest:
             flat = torch.cat([flat, flat.new_zeros(len(flat), longest - flat.shape[1])], 1)
@@ -204,15 +208,14 @@ class Owned(Batch):
         if arrival == [(i, 0) for i in range(len(self.members))]:
             return
         several = len(self.split.matrices) > self.split.stack
+        by_rows, by_cols = several and not self.split.transposed, several and self.split.transposed
         depth, rows, cols = (b - a for a, b in here)
-        rows, cols = (
-            (1 if self.split.transposed or not several else rows),
-            (cols if self.split.transposed and several else 1),
+        index = torch.zeros(
+            len(self.members), depth, rows if by_rows else 1, cols if by_cols else 1, dtype=torch.int64
         )
-        index = torch.zeros(len(self.members), depth, rows, cols, dtype=torch.int64)
         for at, (i, j) in enumerate(arrival):
             deep, down, across = slices(overlap(here, self.split.matrices[j]))
-            index[i, deep, down if rows > 1 else slice(None), across if cols > 1 else slice(None)] = at
+            index[i, deep, down if by_rows else slice(None), across if by_cols else slice(None)] = at
         self.index = index.to(self.travel.device)
 
     def run(self, facts: Facts) -> Steps:
@@ -268,7 +271,7 @@ class Owned(Batch):
             if self.entry.in_order
             else []
         )
-        held = self.first.owner_state() if rows else {}
+        held = self.first.owner_state((A.shape[1], A.shape[2])) if rows else {}
         with facts.clock(self.entry.role, A.device):
             answer = self.rule.direction(A, {key: value[rows] for key, value in held.items()}, self.group)
         if answer.D.shape != A.shape or answer.scale.shape != A.shape[:1]:

@@ -34,7 +34,7 @@ class Member:
     group: dict[str, Any]
     team: Team
     state: dict[str, Any]
-    owner_home: Member | None = None
+    owner_homes: dict[tuple[int, int], tuple[Member, dict[str, str]]] = field(default_factory=dict)
     owner_rows: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -96,10 +96,10 @@ class Member:
         here = local(self.state[key])
         return self.canonical(here.view(torch.int16).squeeze(-1) if key == "low_bits" else here)
 
-    def owner_state(self) -> dict[str, Tensor]:
-        """What the rule keeps with whole matrices, of those owned here: (matrices, ...) for each name."""
-        home = self.owner_home or self
-        return {key: local(home.state[key]) for key in self.rule.owner_states(self.group)}
+    def owner_state(self, shape: tuple[int, int]) -> dict[str, Tensor]:
+        """What the rule keeps with whole matrices, of those of this shape owned here: (matrices, ...) for each name."""
+        home, names = self.owner_homes[shape]
+        return {key: local(home.state[name]) for key, name in names.items()}
 
     @property
     def shard_shape(self) -> tuple[int, ...]:

@@ -91,7 +91,7 @@ class Elementwise(Batch):
         values = weights
         low: Tensor | None = None
         old: Tensor | None = None
-        if self.bucket.shares or weights[0].element_size() < 4:
+        if self.shares or weights[0].element_size() < 4:
             old = torch.cat([w.reshape(-1) for w in weights])
             if self.entry.dtype == torch.bfloat16:
                 low = torch.cat([m.held("low_bits").reshape(-1) for m in self.members])
@@ -112,13 +112,13 @@ class Elementwise(Batch):
 
     def _written(self, weights: list[Tensor], old: Tensor, x: Tensor, low: Tensor | None) -> Tensor | None:
         sizes = [w.numel() for w in weights]
-        if self.bucket.shares and self.travel.dtype is not None and old.element_size() >= 4:
+        if self.shares and self.travel.dtype is not None and old.element_size() >= 4:
             return (x - old).to(self.travel.dtype).view(len(weights), *weights[0].shape)
         new = split_bf16(x, low) if low is not None else x.to(old.dtype)
         if low is not None:
             held = [m.held("low_bits") for m in self.members]
             torch._foreach_copy_(held, [v.view(h.shape) for v, h in zip(low.split(sizes), held, strict=True)])
-        if self.bucket.shares:
+        if self.shares:
             return new.view(len(weights), *weights[0].shape)
         torch._foreach_copy_(
             weights, [v.view(w.shape) for v, w in zip(new.split(sizes), weights, strict=True)]

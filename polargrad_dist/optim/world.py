@@ -192,13 +192,18 @@ class World:
             each = -(-len(matrices) // world)
             start = home.team.order.index(home.team.place) * each if home.team.group is not None else 0
             here = max(0, min(len(matrices) - start, each))
-            m, n = reversed(shape) if home.group["transposed"] else shape
+            m, n = shape
+            split = home.entry.split
+            assert split is not None
+            several = len({split.stored_shape(i) for i in range(len(split.matrices))}) > 1
+            names = {}
             for key, shape_of in home.rule.owner_states(home.group).items():
                 zeros = torch.zeros(here, *shape_of(m, n), dtype=home.state_dtype, device=self.travel.device)
-                home.state[key] = home.team.stacked(zeros, len(matrices))
+                names[key] = f"{key}_{m}x{n}" if several else key
+                home.state[names[key]] = home.team.stacked(zeros, len(matrices))
             for k, (e, i) in enumerate(matrices):
                 member = by_name[e.key]
-                member.owner_home = home
+                member.owner_homes[shape] = home, names
                 if start <= k < start + here:
                     member.owner_rows[i] = k - start
 

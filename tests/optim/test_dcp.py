@@ -59,7 +59,7 @@ def _build(mode: str, dtype: torch.dtype) -> tuple[nn.Module, PolarGrad]:
         {"params": [(n, p[n]) for n in ("narrow", "experts")], **matrix, "weight_decay": 0.1},
         {"params": [("tall", p["tall"])], **matrix | {"oracle": "auto"}, "momentum": "polar_first"},
         {"params": [(n, p[n]) for n in ("square", "square2")], **rows},
-        {"params": [("fused", p["fused"])], **rows, "split_sizes": (4, 4, 4), "lr": 0.02},
+        {"params": [("fused", p["fused"])], **rows, "split_sizes": (4, 6, 2), "lr": 0.02},
         {"params": [(n, p[n]) for n in ("row", "bias")], **adamw},
     ]
     return model, PolarGrad(groups)

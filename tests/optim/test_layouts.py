@@ -216,3 +216,26 @@ def test_pipeline_stages_clip_by_one_norm_and_step_as_one_process_does():
         assert norms == results[0][1]
         assert norms == pytest.approx(one["norms"], rel=1e-12)
         assert distance(parameters, others) == 0
+
+
+def _one_row(rank: int, world: int) -> dict:
+    """The last rank that stores anything stores one row of one of several blocks; one column where it is transposed."""
+    model = Bag({"heads": (5, 6), "fused": (7, 3), "columns": (5, 10)})
+    if world > 1:
+        fully_shard(model)
+    own = {
+        "heads": {"num_heads": 5},
+        "fused": {"split_sizes": (4, 3)},
+        "columns": {"num_heads": 2, "transposed": True},
+    }
+    optimizer = PolarGrad([{"params": [(n, p)], **own[n]} for n, p in model.named_parameters()], lr=0.1)
+    model(list(range(48)), 0).backward()
+    optimizer.step()
+    return {n: whole(p) for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("world", [3, 4])
+def test_each_row_of_a_split_parameter_takes_the_scale_of_its_own_matrix(world):
+    one = _one_row(0, 1)
+    for many in run_ranks(_one_row, world):
+        assert distance(one, many) <= 1e-10

@@ -18,18 +18,24 @@ def whole(p: torch.Tensor) -> torch.Tensor:
     return (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
 
 
-def build(mode: str, bag: dict, rule: dict, options: dict | None = None) -> tuple[torch.nn.Module, PolarGrad]:
-    """A bag and its optimizer; ``mode`` is single, ddp, reduce_scatter, fsdp or hsdp."""
+def wrapped(mode: str, bag: dict) -> torch.nn.Module:
+    """A bag laid out on the ranks: ``mode`` is single, ddp, reduce_scatter, fsdp or hsdp."""
     model: torch.nn.Module = Bag(**bag)
-    options = dict(options or {})
     if mode == "ddp":
         model = DistributedDataParallel(model, find_unused_parameters=True)
     elif mode == "fsdp":
         fully_shard(model)
     elif mode == "hsdp":
         fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
-    elif mode == "reduce_scatter":
+    return model
+
+
+def build(mode: str, bag: dict, rule: dict, options: dict | None = None) -> tuple[torch.nn.Module, PolarGrad]:
+    """A bag and its optimizer; see `wrapped` for ``mode``."""
+    options = dict(options or {})
+    if mode == "reduce_scatter":
         options["gradients"] = "reduce_scatter"
+    model = wrapped(mode, bag)
     return model, PolarGrad(groups(model, **rule), **options)
 
 

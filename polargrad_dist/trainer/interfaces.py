@@ -41,7 +41,8 @@ class Data(Protocol):
 class Progress:
     """What a run has done; saved with every checkpoint. ``sample`` is the index of the next one.
 
-    validation_owed: a validation was due when the run was asked to leave; the next start makes up for it.
+    validation_owed, look_owed: a validation, or questions and samples, were due when the run was asked to leave; the next
+    start makes up for it.
     """
 
     step: int = 0
@@ -50,6 +51,12 @@ class Progress:
     skipped_in_a_row: int = 0
     recent: list[float] = field(default_factory=list)
     validation_owed: bool = False
+    look_owed: bool = False
+
+    @property
+    def owing(self) -> bool:
+        """Whether anything is left to be measured at this step."""
+        return self.validation_owed or self.look_owed
 
 
 @dataclass

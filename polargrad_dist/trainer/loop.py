@@ -149,8 +149,8 @@ class Trainer:
         batches = self.data.train.batches_from(progress.sample)
         saved = stop = False
         try:
-            if progress.validation_owed:
-                stop = self._validate(metrics, leave)
+            if progress.owing:
+                stop = self._measure(metrics, leave)
             while progress.step < config.steps and not stop:
                 self.world.at(f"step {progress.step + 1}")
                 with record_function(f"{PREFIX}whole"):
@@ -175,7 +175,7 @@ class Trainer:
     def _outcome(self, saved: bool, left: LeaveRequest | None) -> Outcome:
         """The exit code, and a line in the log where the run did not end as planned."""
         config, step, kept = self.config, self.progress.step, self.store.last_saved
-        unfinished = step < config.steps or self.progress.validation_owed
+        unfinished = step < config.steps or self.progress.owing
         code = PREEMPTED if unfinished else 0
         if self._due and unfinished:
             log.warning("the last steps were skipped, so nothing new is saved: %s is on disk", kept)
@@ -341,13 +341,11 @@ class Trainer:
         self.progress.validation_owed = self.data.validation is not None and (
             bool(every and step % every == 0) or (last and config.evaluation.at_end)
         )
-        validated = False
-        if self.progress.validation_owed and not stop:
-            stop = self._validate(metrics, leave)
-            validated = not stop
-        loss = self.validated["validation_loss"] if validated else None
-        if not stop and (looked := self.evaluator.look(step, last)):
-            metrics.write({"step": step, **looked})
+        self.progress.look_owed = self.evaluator.due(step)
+        due = self.progress.validation_owed
+        if self.progress.owing and not stop:
+            stop = self._measure(metrics, leave)
+        loss = self.validated["validation_loss"] if due and not self.progress.validation_owed else None
         self._due |= stop or last or bool(config.checkpoint.every and step % config.checkpoint.every == 0)
         self._unproved = self._doubt(loss, final=last)
         if self._due and not self._unproved:
@@ -356,15 +354,25 @@ class Trainer:
             self._due = False
         return stop
 
-    def _validate(self, metrics: Metrics, leave: LeaveRequest) -> bool:
-        """Measures and writes the validation that is owed; returns whether some rank was asked to leave meanwhile."""
-        figures = self.evaluate(lambda: leave.asked)
-        if figures is None:
-            return True
-        self.validated, self.progress.validation_owed = figures, False
-        metrics.write({"step": self.progress.step, **figures, **self.evaluator.named(self.progress.step)})
-        if self.progress.step == self.config.steps and not math.isfinite(figures["validation_loss"]):
-            self._due, self._unproved = True, self._doubt(figures["validation_loss"], final=True)
+    def _measure(self, metrics: Metrics, leave: LeaveRequest) -> bool:
+        """Measures and writes what is owed; returns whether some rank was asked to leave meanwhile."""
+        step = self.progress.step
+        if self.progress.validation_owed:
+            figures = self.evaluate(lambda: leave.asked)
+            named = None if figures is None else self.evaluator.named(step, lambda: leave.asked)
+            if figures is None or named is None:
+                return True
+            self.validated, self.progress.validation_owed = figures, False
+            metrics.write({"step": step, **figures, **named})
+            if step == self.config.steps and not math.isfinite(figures["validation_loss"]):
+                self._due, self._unproved = True, self._doubt(figures["validation_loss"], final=True)
+        if self.progress.look_owed:
+            looked = self.evaluator.look(step, lambda: leave.asked)
+            if looked is None:
+                return True
+            self.progress.look_owed = False
+            if looked:
+                metrics.write({"step": step, **looked})
         return False
 
     def _doubt(self, loss: float | None, final: bool) -> str:

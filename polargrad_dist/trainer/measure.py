@@ -6,8 +6,7 @@ random generator of the run.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +16,16 @@ from torch import nn
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.trainer.choices import Question, read_questions, score
 from polargrad_dist.trainer.config import TrainerConfig
+from polargrad_dist.trainer.evaluation import BATCHES_BETWEEN_QUESTIONS, evaluate
 from polargrad_dist.trainer.strategies import Placed
 from polargrad_dist.trainer.world import World
+
+Asked = Callable[[], bool]
+
+
+def never() -> bool:
+    """Nobody asks to leave."""
+    return False
 
 
 class Evaluator:
@@ -45,56 +52,55 @@ class Evaluator:
         if evaluation.hellaswag is not None:
             self.questions = read_questions(evaluation.hellaswag, evaluation.hellaswag_items)
 
-    def look(self, step: int, last: bool) -> dict[str, Any]:
-        """What is due after ``step``: ``hellaswag`` and ``samples``; empty where nothing is."""
+    def due(self, step: int) -> bool:
+        """Whether questions or samples are due after ``step``."""
+        return self._questions_due(step) or self._samples_due(step)
+
+    def _questions_due(self, step: int) -> bool:
+        every = self.config.evaluation.hellaswag_every
+        return bool(self.questions) and (bool(every and step % every == 0) or step == self.config.steps)
+
+    def _samples_due(self, step: int) -> bool:
+        every = self.config.samples.every
+        return every > 0 and (step % every == 0 or step == self.config.steps)
+
+    def look(self, step: int, asked: Asked = never) -> dict[str, Any] | None:
+        """What is due after ``step``: ``hellaswag`` and ``samples``; empty where nothing is, None when a rank ``asked`` to
+        leave meanwhile."""
         done = step / self.config.steps
         found: dict[str, Any] = {}
-        every = self.config.evaluation.hellaswag_every
-        if self.questions and ((every and step % every == 0) or last):
-            found["hellaswag"] = self.choose(done)
-        every = self.config.samples.every
-        if every and (step % every == 0 or last):
-            found["samples"] = self.sample(done)
-        return found
+        if self._questions_due(step):
+            found["hellaswag"] = self.choose(done, asked)
+        if self._samples_due(step) and None not in found.values():
+            found["samples"] = self.sample(done, asked)
+        return None if None in found.values() else found
 
-    def named(self, step: int) -> dict[str, Any]:
+    def named(self, step: int, asked: Asked = never) -> dict[str, Any] | None:
         """``validation``: of each named validation set the ``loss`` in nats per token and, where its text is known, the
-        ``bits_per_byte``. Empty where there are none."""
+        ``bits_per_byte``. Empty where there are none, None when a rank ``asked`` to leave meanwhile."""
         found: dict[str, Any] = {}
         for name, tokens in getattr(self.data, "validations", {}).items():
-            loss, bits = self._mean_loss(tokens, step / self.config.steps)
-            found[name] = {"loss": loss} | ({} if bits is None else {"bits_per_byte": bits})
+            figures = evaluate(self.placed, tokens, self.world, step / self.config.steps, asked)
+            if figures is None:
+                return None
+            figures["loss"] = figures.pop("validation_loss")
+            found[name] = figures
         return {"validation": found} if found else {}
 
     @torch.no_grad()
-    def _mean_loss(self, validation: Any, done: float) -> tuple[float, float | None]:
-        total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        model = self.placed.model
-        model.eval()
-        for tokens, targets in validation.batches():
-            count = int((targets != -100).sum())
-            tokens, targets = tokens.to(self.world.device), targets.to(self.world.device)
-            with self.placed.autocast():
-                loss = model(tokens, targets, progress=done)
-            if count:
-                total += torch.stack(
-                    [loss.double() * count, torch.full_like(loss, count, dtype=torch.float64)]
-                )
-        model.train()
-        summed, count = self.world.sum(total).tolist()
-        bits = validation.bytes_per_token and summed / count / math.log(2) / validation.bytes_per_token
-        return summed / count, bits or None
-
-    @torch.no_grad()
-    def choose(self, done: float) -> dict[str, float]:
-        """Shares of questions answered right: ``acc`` by likelihood, ``acc_norm`` by likelihood per character.
+    def choose(self, done: float, asked: Asked = never) -> dict[str, float] | None:
+        """Shares of questions answered right: ``acc`` by likelihood, ``acc_norm`` by likelihood per character; None when a
+        rank ``asked`` to leave meanwhile.
 
         One question a forward pass, dealt over the ranks, so that the result is the same at every world size.
         """
         right = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         limit = getattr(self.bare, "max_sequence_length", None)
         with self._measuring():
-            for start in range(0, len(self.questions), self.world.size):
+            for number, start in enumerate(range(0, len(self.questions), self.world.size)):
+                self.world.at("multiple choice")
+                if number % BATCHES_BETWEEN_QUESTIONS == 0 and self.world.any(asked()):
+                    return None
                 mine = min(start + self.world.rank, len(self.questions) - 1)
                 plain, normed = score(
                     lambda tokens: self.bare(tokens.to(self.world.device), progress=done),
@@ -107,11 +113,15 @@ class Evaluator:
         plain, normed = (self.world.sum(right) / len(self.questions)).tolist()
         return {"acc": plain, "acc_norm": normed, "questions": len(self.questions)}
 
-    def sample(self, done: float) -> list[dict[str, str]]:
-        """The configured prompts with their continuations; the same text on every rank."""
+    def sample(self, done: float, asked: Asked = never) -> list[dict[str, str]] | None:
+        """The configured prompts with their continuations, the same text on every rank; None when a rank ``asked`` to leave
+        meanwhile."""
         options, found = self.config.samples, []
         with self._measuring():
             for prompt in options.prompts:
+                self.world.at("samples")
+                if self.world.any(asked()):
+                    return None
                 generator = torch.Generator().manual_seed(options.seed)
                 start = self.tokenizer.encode(prompt) or [self.data.end_of_text or 0]
                 stream = self.bare.stream(  # type: ignore[operator]

@@ -136,6 +136,7 @@ def _fetched(path: str, config: DataConfig, report: Report) -> str:
 
 def _of_folder(folder: Path) -> Corpus:
     manifest = Manifest.load(folder)
+    TokenizerInfo(**manifest.tokenizer).check(folder)
 
     def named(shards: tuple[Shard, ...]) -> tuple[Shard, ...]:
         return tuple(replace(shard, name=str((folder / shard.name).absolute())) for shard in shards)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from data.files import make_folder, read_json, write_atomically, write_json
+from data.shards import TOKENIZER_FIELDS, check_fields
 from data.tokenizers import Tokenizer, TokenizerInfo
 from polargrad_dist.errors import DataError
 
-FOLDER, INFO = "tokenizer", "info.json"
+FOLDER, INFO, TOKENIZER = "tokenizer", "info.json", "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ def keep(folder: Path, tokenizer: Tokenizer | None, end_of_text: int | None) -> 
     info: dict[str, Any] | None = None
     if tokenizer is not None:
         text = tokenizer.json()
-        info = asdict(tokenizer.info) | {"file": None if text is None else "tokenizer.json"}
+        info = asdict(tokenizer.info) | {"file": None if text is None else TOKENIZER}
         if text is not None:
-            write_atomically(folder / "tokenizer.json", text.encode())
+            write_atomically(folder / TOKENIZER, text.encode())
     write_json(folder / INFO, {"tokenizer": info, "end_of_text": end_of_text})
 
 
@@ -61,9 +62,14 @@ def kept(folder: Path) -> Kept | None:
         return None
     raw = read_json(folder / INFO)
     try:
-        info = TokenizerInfo(**raw["tokenizer"]) if raw["tokenizer"] else None
-        return Kept(info, raw["end_of_text"], folder)
-    except (KeyError, TypeError) as error:
+        described, end_of_text = raw["tokenizer"], raw["end_of_text"]
+        if described is None:
+            return Kept(None, end_of_text, folder)
+        check_fields(described, TOKENIZER_FIELDS)
+        if described.get("file") not in (None, TOKENIZER):
+            raise ValueError(f"its tokenizer lies in {described['file']!r}")
+        return Kept(TokenizerInfo(**described), end_of_text, folder)
+    except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{folder / INFO} is not a tokenizer's description ({error!r}), expected what a run writes: delete its folder, "
             "and start the run once more"

@@ -12,7 +12,6 @@ import numpy as np
 from data.checksums import Background
 from data.config import DataConfig
 from data.corpora import Corpus, find_corpora
-from data.files import sha256
 from data.kept import keep
 from data.loader import Loader, Tokens, ValidationSet
 from data.mixture import MixedLoader, shares
@@ -98,9 +97,7 @@ def open_data(
         all_gather,
     )
     first = corpora[0]
-    info, end_of_text = on_rank_0(
-        "open the tokenizer", lambda: _tokenizer(config, first.folder, first.manifest)
-    )
+    info, end_of_text = on_rank_0("open the tokenizer", lambda: _tokenizer(config, first.manifest))
     held = ValidationMaker(sequence_length, micro_batch, rank, world, config.validation_tokens)
     mixed = [corpus for corpus in corpora if corpus.weight]
     order = (sequence_length, global_batch, micro_batch, rank, world, seed, config.prefetch)
@@ -108,7 +105,8 @@ def open_data(
     unknown = [] if config.verify == "sizes" else [shard for shard in everything if not shard.sha256]
     foreign = [Path(shard.name) for shard in unknown]
     background = Background(foreign[rank::world], Path(config.cache) / "checksums", report)
-    held_out = [_identity(shard) for corpus in corpora if corpus.weight for shard in corpus.validation]
+    # Sets that are only measured are not part of it: a run may change them.
+    held_out = [_identity(shard) for corpus in mixed for shard in corpus.validation]
     if config.sources:
         counts = shares([corpus.weight for corpus in mixed])
         parts = [
@@ -194,20 +192,10 @@ def _text_bytes(shards: tuple[Shard, ...]) -> int | None:
     return sum(known) if len(known) == len(shards) else None
 
 
-def _tokenizer(
-    config: DataConfig, folder: Path, manifest: Manifest | None
-) -> tuple[TokenizerInfo | None, int | None]:
-    """The tokenizer of the shards and their end-of-text; of foreign shards what the configuration says.
-
-    Raises DataError where the tokenizer beside the shards is no longer the one that made them.
-    """
+def _tokenizer(config: DataConfig, manifest: Manifest | None) -> tuple[TokenizerInfo | None, int | None]:
+    """The tokenizer of the shards and their end-of-text; of foreign shards what the configuration says."""
     if manifest is not None:
         info = TokenizerInfo(**manifest.tokenizer)
-        if info.file is not None and (found := sha256(folder / info.file)) != info.hash:
-            raise DataError(
-                f"{folder / info.file} is not the tokenizer that made the shards beside it: its sha256 is {found[:16]}…, the "
-                f"manifest says {info.hash[:16]}…; restore it, or delete the folder and prepare again."
-            )
         return info, info.end_of_text
     named = config.tokenizer
     if named.name == "bpe":

@@ -159,19 +159,27 @@ def fetch_prepared(url: str, store: Path, manifest: str) -> Path:
     make_folder(folder)
     with folder_lock(folder):
         _fetch(system, f"{path}/{manifest}", folder / manifest, None)
-        raw = read_json(folder / manifest)
-        shards = [shard for split in ("train", "validation") for shard in raw[split]["shards"]]
-        wanted: dict[str, str | None] = {shard["name"]: shard["sha256"] for shard in shards}
-        if file := raw["tokenizer"].get("file"):
-            wanted[file] = None
-        for name, checksum in wanted.items():
-            if Path(name).name != name:
-                raise DataError(f"{url}: the manifest names {name!r}, expected a plain file name.")
+        for name, checksum in _named_by(folder / manifest, url).items():
             target = folder / name
-            if checksum is not None and target.exists() and sha256(target) == checksum:
+            if target.exists() and sha256(target) == checksum:
                 continue
             _fetch(system, f"{path}/{name}", target, checksum)
     return folder
+
+
+def _named_by(manifest: Path, url: str) -> dict[str, str]:
+    """The files that a manifest names, shards and tokenizer, with their sha256."""
+    raw = read_json(manifest)
+    try:
+        shards = [shard for split in ("train", "validation") for shard in raw[split]["shards"]]
+        named = {str(shard["name"]): str(shard["sha256"]) for shard in shards}
+        if (file := raw["tokenizer"].get("file")) is not None:
+            named[str(file)] = str(raw["tokenizer"]["hash"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{url}: its manifest is damaged ({error!r}); upload the folder again.") from error
+    if strange := [name for name in named if Path(name).name != name or name in ("", ".", "..")]:
+        raise DataError(f"{url}: the manifest names {strange[0]!r}, expected a plain file name.")
+    return named
 
 
 def _fetch(system: Any, source: str, target: Path, checksum: str | None) -> None:

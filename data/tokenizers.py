@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from data.config import TokenizerConfig
-from data.files import digest, make_folder, read_json, write_atomically
+from data.files import digest, make_folder, read_json, sha256, write_atomically
 from data.network import first_line, unreachable
 from data.pieces import Source
 from polargrad_dist.errors import ConfigError, DataError
@@ -44,6 +44,14 @@ class TokenizerInfo:
         if self.file is not None and folder is not None:
             return Tokenizer(_from_file(folder / self.file), self)
         return open_ready(self.name, self.end_of_text)
+
+    def check(self, folder: Path) -> None:
+        """Raises DataError where the tokenizer beside shards is no longer the one that made them."""
+        if self.file is not None and (found := sha256(folder / self.file)) != self.hash:
+            raise DataError(
+                f"{folder / self.file} is not the tokenizer that made the shards beside it: its sha256 is {found[:16]}…, the "
+                f"manifest says {self.hash[:16]}…; restore it, or delete the folder and prepare again."
+            )
 
 
 class Tokenizer:

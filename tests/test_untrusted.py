@@ -4,13 +4,16 @@ import json
 import sys
 
 import pytest
+import torch
 import yaml
 
 from data.config import DataConfig
+from data.kept import INFO, keep, kept
 from data.open import open_data
 from data.prepare import parse as parse_prepare
 from data.tokenizers import open_ready
-from polargrad_dist.errors import ConfigError, DataError
+from polargrad_dist.errors import CheckpointError, ConfigError, DataError
+from polargrad_dist.trainer.checkpoint import CheckpointStore
 from tests.commandline import train
 from tools.report import write_report
 from tools.runs import load_run
@@ -86,7 +89,13 @@ def test_tools_run_nothing_that_a_run_directory_names(ran, tmp_path):
     run_dir.mkdir()
     (run_dir / "config.yaml").write_text(yaml.safe_dump(NAMED[0]))
     (run_dir / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
-    with pytest.raises((ConfigError, DataError)):
+    store = CheckpointStore(run_dir / "checkpoints", configuration=NAMED[0])
+    store.save(1, {"model/w": torch.zeros(1)})
+    assert store.close()
+    with pytest.raises(ConfigError, match="names code to run"):
+        load_run(run_dir)
+    keep(run_dir, None, None)
+    with pytest.raises(CheckpointError, match="says nothing of its model that this version understands"):
         load_run(run_dir)
     assert write_report([run_dir], tmp_path / "report.html").exists()
 
@@ -154,3 +163,19 @@ def test_malformed_manifests_are_data_errors(tmp_path):
     (tmp_path / "manifest.json").write_text("[" * 100_000)
     with pytest.raises(DataError):
         open_data(config, sequence_length=4, global_batch=1, micro_batch=1)
+
+
+def test_a_malformed_tokenizer_of_a_run_is_a_data_error(tmp_path):
+    good = {"name": "bpe", "hash": "0", "vocab_size": 300, "end_of_text": 0, "file": "tokenizer.json"}
+    keep(tmp_path, None, 0)
+    assert kept(tmp_path).info is None
+    for raw in (
+        [],
+        {"tokenizer": good},
+        {"tokenizer": good | {"file": "../../secret"}, "end_of_text": 0},
+        {"tokenizer": good | {"vocab_size": "many"}, "end_of_text": 0},
+        {"tokenizer": {}, "end_of_text": 0},
+    ):
+        (tmp_path / "tokenizer" / INFO).write_text(json.dumps(raw))
+        with pytest.raises(DataError, match="not a tokenizer's description"):
+            kept(tmp_path)

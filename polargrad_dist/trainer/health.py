@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
 
 from polargrad_dist.trainer.config import SafetyConfig
@@ -44,9 +43,9 @@ def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     return bad
 
 
-def culprits(world: World, model: nn.Module, local_loss: float) -> str:
-    """Which ranks and parameters a non-finite step came from; every rank calls it."""
-    bad = not_finite({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+def culprits(world: World, gradients: Mapping[str, torch.Tensor], local_loss: float) -> str:
+    """Which ranks and parameters a non-finite step came from; every rank calls it with its part of the gradients."""
+    bad = not_finite(gradients)
     found = world.gather((math.isfinite(local_loss), len(bad), bad[:1]))
     losses = [rank for rank, (finite, _, _) in enumerate(found) if not finite]
     parts = [f"; loss of rank {', '.join(map(str, losses))}"] if losses else []

@@ -268,7 +268,9 @@ class Trainer:
         where = ""
         if "spike" not in reason:
             self._refuse_poisoned(self.tensors(), f"step {progress.step + 1} cannot be made")
-            where = culprits(self.world, self.bare, local_loss)
+            optimizer = self.optimizer  # it alone has the gradients where it reduces them itself
+            gradients = {work.entry.name: optimizer.shard_gradient(work) for work in optimizer.works}
+            where = culprits(self.world, gradients, local_loss)
         log.warning("step %d is skipped: %s%s", progress.step + 1, reason, where)
         if progress.skipped_in_a_row >= self.config.safety.max_skipped:
             raise TrainingError(

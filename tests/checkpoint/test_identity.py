@@ -10,6 +10,7 @@ import pytest
 from polargrad_dist.errors import CheckpointError
 from polargrad_dist.trainer.checkpoint import CheckpointConfig, CheckpointStore
 from polargrad_dist.trainer.checkpoint.__main__ import main
+from polargrad_dist.trainer.checkpoint.single import find_checkpoint
 from tests.checkpoint.toy import state
 from tests.gloo import run_ranks
 from tests.trainer.toy import settings, trainer
@@ -67,6 +68,21 @@ def test_a_foreign_checkpoint_that_is_asked_for_by_path_is_taken(tmp_path):
     saved(tmp_path / "a", [5])
     store = store_of(tmp_path / "b", run="b", resume=str(tmp_path / "a" / "step-00000005"))
     assert store.load(store.resume_point(), {}).step == 5
+
+
+def test_tools_pass_over_a_checkpoint_that_was_renamed_or_is_of_another_run(tmp_path):
+    for name in "ab":
+        saved(tmp_path / name / "checkpoints", [1, 2] if name == "a" else [50], run=name)
+        (tmp_path / name / "run_id").write_text(name)
+        (tmp_path / name / "config.yaml").write_text("{}")
+    folder = tmp_path / "a" / "checkpoints"
+    shutil.copytree(tmp_path / "b" / "checkpoints" / "step-00000050", folder / "step-00000050")
+    assert find_checkpoint(tmp_path / "a").folder.name == "step-00000002"
+    (folder / "step-00000002").rename(folder / "step-00000009")
+    assert find_checkpoint(tmp_path / "a").folder.name == "step-00000001"
+    with pytest.raises(CheckpointError, match="it is of run b, not of this run, a"):
+        find_checkpoint(tmp_path / "a", 50)
+    assert find_checkpoint(folder / "step-00000050").step == 50, "one that is named is taken"
 
 
 def test_links_and_stray_files_do_not_stop_a_start_or_a_save(tmp_path):

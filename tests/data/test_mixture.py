@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,11 @@ from data import open_data
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.mixture import Dealing, shares
 from data.prepare import prepare
+from data.shards import write_shard
+from data.sources import open_source
+from data.tokenizers import open_tokenizer
 from polargrad_dist.errors import ConfigError, DataError
-from tests.data.corpus import json_lines, quiet, texts
+from tests.data.corpus import config, json_lines, quiet, texts
 
 SIZES = {"sequence_length": 16, "global_batch": 12, "micro_batch": 3, "report": quiet}
 
@@ -135,6 +139,60 @@ def test_further_validation_sets_are_measured_with_the_runs_tokenizer(tmp_path):
     )
     again = open_data(mixture(tmp_path, validation_sets={"poem": [str(folder)]}), **SIZES)
     assert again.validations["poem"].targets().tolist() == poem.targets().tolist()
+
+
+def test_held_out_shards_of_every_source_belong_to_the_fingerprint_and_sets_that_are_only_measured_do_not(
+    tmp_path,
+):
+    for name in "ab":
+        folder = tmp_path / name
+        folder.mkdir()
+        write_shard(folder / "x_train_0.bin", np.arange(500, dtype=np.uint16) % 200)
+        write_shard(folder / "x_val_0.bin", np.arange(100, dtype=np.uint16))
+    (tmp_path / "poem.txt").write_text("karasta losta\n" * 30)
+    words = tmp_path / "words"
+    trained = config(tmp_path, json_lines(tmp_path / "t.jsonl", texts(300)))
+    words.mkdir()
+    made = open_tokenizer(trained.tokenizer, open_source(trained), tmp_path / "t").json()
+    (words / "tokenizer.json").write_text(made)
+    sources = [SourceConfig(source="shards", paths=[str(tmp_path / name)], name=name) for name in "ab"]
+    one = DataConfig(
+        sources=sources, tokenizer=TokenizerConfig(name=str(words)), cache=str(tmp_path / "cache")
+    )
+    before = open_data(one, **SIZES)
+    measured = replace(one, validation_sets={"poem": [str(tmp_path / "poem.txt")]})
+    assert "poem" in (data := open_data(measured, **SIZES)).validations
+    assert data.fingerprint() == before.fingerprint()
+    write_shard(tmp_path / "b" / "x_val_0.bin", np.arange(100, dtype=np.uint16)[::-1].copy())
+    assert open_data(one, **SIZES).fingerprint() != before.fingerprint()
+
+
+def test_foreign_shards_of_every_source_are_read_whole_in_the_first_epoch(tmp_path):
+    for name in "ab":
+        write_shard(tmp_path / f"{name}_train_0.bin", np.arange(500, dtype=np.uint16) % 200)
+    sources = [
+        SourceConfig(source="shards", paths=[str(tmp_path / f"{name}_train_0.bin")], name=name)
+        for name in "ab"
+    ]
+    one = DataConfig(sources=sources, cache=str(tmp_path / "cache"))
+    train = open_data(one, **SIZES).train
+    batches = train.batches_from(0)
+    next(batches)
+    train.background.wait()
+    batches.close()
+    known = [json.loads(path.read_text())["path"] for path in (tmp_path / "cache" / "checksums").iterdir()]
+    assert sorted(Path(path).name for path in known) == ["a_train_0.bin", "b_train_0.bin"]
+
+
+def test_who_waits_for_a_mixture_says_for_what(tmp_path):
+    said = []
+
+    def meanwhile(doing, fn):
+        said.append(doing)
+        return fn()
+
+    open_data(mixture(tmp_path), **SIZES, meanwhile=meanwhile)
+    assert said == ["prepare the data", "open the tokenizer"]
 
 
 @pytest.mark.parametrize(

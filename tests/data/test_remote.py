@@ -143,6 +143,23 @@ def test_a_manifest_that_names_files_outside_its_folder_is_refused(tmp_path, buc
         open_data(config(tmp_path, source="shards", paths=["memory://shards"]), **SIZES)
 
 
+@pytest.mark.parametrize(
+    "manifest", [[], {}, {"train": {"shards": [1]}, "validation": {"shards": []}}], ids=str
+)
+def test_a_malformed_manifest_elsewhere_is_a_data_error(tmp_path, bucket, manifest):
+    bucket.pipe("/shards/manifest.json", json.dumps(manifest).encode())
+    with pytest.raises(DataError, match="its manifest is damaged"):
+        open_data(config(tmp_path, source="shards", paths=["memory://shards"]), **SIZES)
+
+
+def test_a_tokenizer_elsewhere_that_is_not_the_shards_is_not_fetched(tmp_path, bucket):
+    folder = prepare(config(tmp_path, json_lines(tmp_path / "a.jsonl", texts(100))), report=quiet)
+    bucket.put(str(folder), "/shards", recursive=True)
+    bucket.pipe("/shards/tokenizer.json", bucket.cat("/shards/tokenizer.json") + b" ")
+    with pytest.raises(DataError, match=r"tokenizer\.json has sha256 .* upload the folder again"):
+        open_data(config(tmp_path / "here", source="shards", paths=["memory://shards"]), **SIZES)
+
+
 def test_a_run_directory_elsewhere_is_refused():
     with pytest.raises(ConfigError, match=r"trainer\.run_dir is s3://bucket/run, expected a folder"):
         TrainerConfig(run_dir="s3://bucket/run").check(1)

@@ -97,7 +97,7 @@ def test_the_line_of_bad_text_is_right_in_any_piece_of_a_long_file(tmp_path, mon
     st.integers(4, 90),
     st.integers(0, 500),
 )
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_a_text_file_comes_whole_in_pieces_and_splits_once(tmp_path_factory, text, size, split):
     path = tmp_path_factory.getbasetemp() / "pieces.txt"
     path.write_bytes(text.encode())

@@ -1,6 +1,7 @@
 """The loop: the same losses on any number of ranks, nothing non-finite in the weights, exact resumes."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -171,6 +172,22 @@ def test_a_non_finite_gradient_is_named(tmp_path):
     t.fit()
     assert all(torch.equal(a, b) for a, b in zip(before.values(), weights(t).values(), strict=True))
     assert "on rank 0 the gradient of head.weight" in (tmp_path / "log.txt").read_text()
+
+
+def _overflow_in_the_head(rank: int, world: int, folder: str, gradients: str) -> None:
+    here = World(rank, world, rank, torch.device("cpu"), dist.group.WORLD)
+    t = trainer(settings(folder, steps=2), here, optimizer=replace(rules(), gradients=gradients))
+    t.bare.head.weight.register_hook(lambda g: g * float("inf") if rank == 1 else g)
+    t.fit()
+
+
+@pytest.mark.parametrize("gradients", ["all_reduced", "reduce_scatter"])
+def test_only_the_parameter_whose_gradient_is_not_finite_is_named(tmp_path, gradients):
+    run_ranks(_overflow_in_the_head, 2, str(tmp_path), gradients)
+    skipped = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "is skipped" in line]
+    assert len(skipped) == 4  # two steps on two ranks
+    for line in skipped:
+        assert set(re.findall(r"on rank \d the gradient of ([^;]*)", line)) == {"head.weight"}, line
 
 
 def test_another_configuration_in_the_same_folder_is_refused_with_the_difference(tmp_path):

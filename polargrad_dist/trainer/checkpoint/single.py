@@ -8,7 +8,14 @@ from pathlib import Path
 import torch
 
 from polargrad_dist.errors import CheckpointError, ConfigError
-from polargrad_dist.trainer.checkpoint.manifest import MANIFEST, Manifest, checkpoints_in, read_piece, verify
+from polargrad_dist.trainer.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    checkpoints_in,
+    misplaced,
+    read_piece,
+    verify,
+)
 from polargrad_dist.trainer.checkpoint.storage import as_bytes
 
 MODEL = "model/"
@@ -59,7 +66,7 @@ class Checkpoint:
 
 
 def find_checkpoint(path: Path | str, step: int | None = None) -> Checkpoint:
-    """A checkpoint by its own folder, or by its run directory: that of ``step``, else the newest one that is undamaged.
+    """A checkpoint by its own folder, or by its run directory: that of ``step``, else the newest that is whole and its own.
 
     Raises ``ConfigError`` for a folder that is neither, ``CheckpointError`` where there is no valid checkpoint.
     """
@@ -81,9 +88,22 @@ def find_checkpoint(path: Path | str, step: int | None = None) -> Checkpoint:
     problems: list[str] = []
     for folder in reversed(found):
         try:
-            return Checkpoint(folder, path, verify(folder))
+            manifest = verify(folder)
         except CheckpointError as error:
             problems.append(str(error))
+            continue
+        reason = misplaced(folder, manifest, _run_of(path) if manifest.run else None)
+        if reason is None:
+            return Checkpoint(folder, path, manifest)
+        problems.append(f"{folder.name}: {reason}")
     which = "" if step is None else f" of step {step}"
     why = f" ({problems[0]})" if problems else ""
     raise CheckpointError(f"{path} holds no valid checkpoint{which}{why}: expected at least one")
+
+
+def _run_of(run_dir: Path) -> str | None:
+    """The id of a run; None in a directory that has lost it."""
+    try:
+        return (run_dir / "run_id").read_text(encoding="utf-8").strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None

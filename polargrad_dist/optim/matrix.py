@@ -62,7 +62,7 @@ class Polar:
         return () if group["momentum"] == "none" else ("momentum",)
 
     def owner_states(self, group: Group) -> dict[str, Callable[[int, int], tuple[int, ...]]]:
-        """Names of the states kept with whole matrices, and their shape for an m x n matrix as stored; they begin as zeros."""
+        """Names of the states kept with whole matrices, and their shapes for an m x n matrix as stored; first zeros."""
         return {}
 
     def cost(self, shape: tuple[int, int], group: Group) -> float:

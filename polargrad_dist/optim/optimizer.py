@@ -327,7 +327,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         if worst:
             kind, index = worst >> 32, worst & 0xFFFFFFFF
             own = facts.error if facts.failure == (kind, index) else None
-            raise failure_of(kind, self._world.entries[index].name, own, self._travel.device) from own
+            raise failure_of(kind, self._world.entries[index], own, self._travel.device) from own
 
     def _check_copies(self) -> None:
         """At the first two steps and now and then: what differs between ranks would go on doing so in silence."""

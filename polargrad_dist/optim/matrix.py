@@ -62,11 +62,7 @@ class Polar:
         return () if group["momentum"] == "none" else ("momentum",)
 
     def owner_states(self, group: Group) -> dict[str, Callable[[int, int], tuple[int, ...]]]:
-<<<<<<< HEAD
         """Names of the states kept with whole matrices, and their shape for an m x n matrix as stored; zeros at first."""
-=======
-        """Names of the states kept with whole matrices, and their shapes for an m x n matrix as stored; first zeros."""
->>>>>>> engine-tests
         return {}
 
     def cost(self, shape: tuple[int, int], group: Group) -> float:

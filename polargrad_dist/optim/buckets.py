@@ -60,7 +60,8 @@ class Batch:
         shapes = {tuple(b - a for a, b in box) for box in self.boxes}
         axes = [axis for axis in range(3) if len({box[axis] for box in self.boxes}) > 1]
         self.longest = {
-            id(part): max(volume(self._portion_of(part, box)) for box in self.boxes) for part in self.bucket.portions
+            id(part): max(volume(self._portion_of(part, box)) for box in self.boxes)
+            for part in self.bucket.portions
         }
         self.axis = axes[0] if len(shapes) == len(axes) == 1 and order == sorted(order) else None
 

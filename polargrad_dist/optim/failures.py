@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from polargrad_dist.distributed.plan import Entry
 from polargrad_dist.errors import ConfigError, PolarError
 from polargrad_dist.optim.facts import NOT_FINITE, OUT_OF_MEMORY, REFUSED
 
 
-def failure_of(kind: int, name: str, cause: Exception | None, device: torch.device) -> Exception:
-    """The error for a failure of this kind at the parameter ``name``; ``cause`` was raised on the rank where it was."""
-    rest = "its weights are as they were, the others have been stepped"
+def failure_of(kind: int, entry: Entry, cause: Exception | None, device: torch.device) -> Exception:
+    """The error for a failure of this kind at a parameter; ``cause`` was raised on the rank where it was."""
+    name, rest = entry.name, "its weights are as they were, the others have been stepped"
+    if entry.kind == "elementwise" and any(cut is not None for cut in entry.layout.state_cuts):
+        rest = "that shard of it is as it was, the rest has been stepped"
     if kind == NOT_FINITE:
         return PolarError(
             f"the gradient or momentum of {name} is not finite, so {rest}: restore the model and this optimizer from a "

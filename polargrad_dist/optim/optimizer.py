@@ -266,8 +266,11 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
                 m.p.grad = m.p.grad.redistribute(m.p.device_mesh, m.p.placements)  # type: ignore[union-attr, attr-defined]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, ok: torch.Tensor | None = None) -> Any:
         """Steps every parameter that has a gradient on some rank; returns the closure's loss.
+
+        ``ok``, a 0-d bool on the device and the same on all ranks, says whether the step is to happen without the host
+        having to know: where it is false weights and state stay as they are, bit for bit.
 
         Each rank must call it. Raises on all of them together when a rule failed on one, or gave something not finite.
         """
@@ -280,6 +283,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         self._check_copies()
         facts = self._facts = Facts(self._keep)
         self._keep = frozenset()
+        self._travel.ok = ok
         batches, order = self._world.schedule(present)
         running = [batch.run(facts) for batch in batches]
         started: list[Started | None] = [None] * len(running)
@@ -327,7 +331,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         if worst:
             kind, index = worst >> 32, worst & 0xFFFFFFFF
             own = facts.error if facts.failure == (kind, index) else None
-            raise failure_of(kind, self._world.entries[index].name, own, self._travel.device) from own
+            raise failure_of(kind, self._world.entries[index], own, self._travel.device) from own
 
     def _check_copies(self) -> None:
         """At the first two steps and now and then: what differs between ranks would go on doing so in silence."""

@@ -393,3 +393,31 @@ def test_the_muon_scale_of_a_split_is_that_of_its_blocks():
     optimizer.step()
     assert float(p[:8].norm()) == pytest.approx(math.sqrt(2) * 2, rel=1e-4)
     assert float(p[8:].norm()) == pytest.approx(2, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("momentum", ["momentum_first", "polar_first", "none"])
+def test_a_step_that_is_not_to_happen_changes_no_bit_and_one_that_is_changes_as_without_a_word(
+    dtype, momentum
+):
+    def built() -> tuple[Bag, PolarGrad]:
+        bag = Bag(dtype=dtype)
+        return bag, PolarGrad(groups(bag, momentum=momentum, weight_decay=0.1), lr=0.1)
+
+    (plain, one), (told, two) = built(), built()
+    for step in range(3):
+        for bag in (plain, told):
+            bag.zero_grad()
+            bag(list(range(48)), step).backward()
+        one.step()
+        two.step(ok=torch.tensor(True))
+        if step == 1:
+            before = {n: p.detach().clone() for n, p in told.named_parameters()}
+            states = {n: t.clone() for n, t in two.named_state().items()}
+            told.square.grad.fill_(torch.nan)
+            with pytest.raises(PolarError):
+                two.step(ok=torch.tensor(False))
+            assert all(torch.equal(p, before[n]) for n, p in told.named_parameters())
+            assert all(torch.equal(t, states[n]) for n, t in two.named_state().items())
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), told.parameters(), strict=True))
+    assert all(torch.equal(t, two.named_state()[n]) for n, t in one.named_state().items())

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from polargrad_dist.errors import ConfigError
+from tests.tools.test_report import LITTLE, Page, run_of, tool
 from tools.report import write_report
 from tools.report_figures import smooth, thin
 
 pytest.importorskip("matplotlib")
 ROLES = ("hidden", "embed", "head", "scalar")
 SPECTRUM = ("condition", "nuclear_norm", "frobenius_norm", "spectral_norm", "stable_rank")
-from tests.tools.test_report import LITTLE, Page, run_of, tool
 
 
 def test_folders_that_are_no_run_are_refused_in_one_sentence(tmp_path, monkeypatch, capsys):

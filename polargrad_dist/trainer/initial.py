@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def initialize(model: nn.Module, name: str, checkpoint: Checkpoint | None, data:
         found = checkpoint
         world.together(lambda: _from_run(model, found, data))
     else:
-        folder = world.gather(world.together(lambda: _download(name) if world.is_main else None))[0]
+        fetch = partial(world.meanwhile, f"fetch {name}", lambda: _download(name))
+        folder = world.gather(world.together(fetch))[0]
         world.together(lambda: _from_hub(model, folder, data))
     if world.is_main:
         source = name if checkpoint is None else checkpoint.folder
@@ -57,8 +59,7 @@ def _from_run(model: nn.Module, checkpoint: Checkpoint, data: Any) -> None:
     if theirs != ours:
         raise ConfigError(
             f"model.init_from is {checkpoint.folder}, trained with another tokenizer ({str(theirs)[:12]}…) than that of "
-            f"the data "
-            f"({str(ours)[:12]}…): set data.tokenizer.name to {checkpoint.run_dir / 'tokenizer'}"
+            f"the data ({str(ours)[:12]}…): set data.tokenizer.name to {checkpoint.run_dir / 'tokenizer'}"
         )
     fill(model, checkpoint, "model.init_from")
 

@@ -80,6 +80,7 @@ class Trainer:
         resume = config.checkpoint.resume
         self._on_main(lambda: rundir.check(self.run_dir, self.configuration, config.allow_changes, resume))
         world.together(lambda: start_log(self.run_dir, world.rank))
+        self.run_id = self._on_main(lambda: rundir.run_id(self.run_dir))
         self.bare = model
         self.placed = place(model, config, world, optimizer.gradients == "reduce_scatter")
         self.optimizer = PolarGrad.from_config(self.placed.model, optimizer)
@@ -92,7 +93,6 @@ class Trainer:
         self.peak = peak_flops(world.device) if config.precision != "fp32" else None  # the peaks are bf16's
         self.validated: dict[str, float] = {}
         self.evaluator = Evaluator(config, self.placed, model, self.data, world)
-        self.run_id = self._on_main(lambda: rundir.run_id(self.run_dir))
         self.store = CheckpointStore(
             self.run_dir / "checkpoints",
             config.checkpoint,

@@ -148,7 +148,7 @@ class Diagnostics:
             S, X = facts.kept_gram[work.index]
             exact = _spectrum(S.clone())
             product = S @ X
-            return measured([exact]), judge(X @ product, (exact.X * product).sum(), exact)[:, None]
+            return measured([exact]), judge(X.mT @ product, (exact.X * product).sum(), exact)[:, None]
         if work.index not in facts.kept:
             return None
         spectra, verdicts = [], []

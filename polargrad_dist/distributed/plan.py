@@ -31,6 +31,7 @@ class Entry:
 
     ``kind`` is ``owner`` (whole matrices, each at one place), ``tall`` (its rows stay, their n x n problem goes to one place)
     or ``elementwise``. ``ranks`` gives the global rank of each place of its layout, ``owners`` the place of each matrix;
+    ``bounded`` tells that a norm travels beside a tall matrix's Gram matrix, and a root that is not symmetric back;
     ``travels`` says whether some matrix does not lie whole in its owner's optimizer shard.
     """
 
@@ -48,6 +49,7 @@ class Entry:
     split: Split | None = None
     costs: tuple[float, ...] = ()
     in_order: bool = False
+    bounded: bool = False
     owners: list[int] = field(default_factory=list)
     travels: bool = False
 
@@ -255,8 +257,9 @@ class Plan:
                 else:
                     out["reduce_scatter"] += e.layout.gathered(place) * e.itemsize
             if e.kind == "tall":
-                out["reduce"] += 8 * e.triangle
-                out["broadcast"] += 8 * (e.triangle + ROOT_NUMBERS)
+                n = e.shape[1]
+                out["reduce"] += 8 * (e.triangle + e.bounded * (n + e.layout.world))
+                out["broadcast"] += 8 * ((n * n if e.bounded else e.triangle) + ROOT_NUMBERS)
             elif e.kind == "owner" and e.travels:
                 assert e.split is not None
                 own = [

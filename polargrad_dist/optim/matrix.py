@@ -16,7 +16,7 @@ from polargrad_dist.distributed.layout import Split
 from polargrad_dist.distributed.plan import TALL_ROLES
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.parts import MOMENTA, SCALES
-from polargrad_dist.polar import InverseSqrt, cost, homogenize, inverse_sqrt, polar
+from polargrad_dist.polar import InverseSqrt, cost, gram_qdwh, homogenize, inverse_sqrt, polar
 
 POLYNOMIAL = ("newton_schulz", "polar_express")
 Group = Mapping[str, Any]
@@ -69,14 +69,19 @@ class Polar:
         """Flops of `direction` on one matrix, by which matrices are dealt to ranks."""
         return cost(shape, group["oracle"], group["steps"])
 
-    def tall(self, group: Group, split: Split) -> bool:
+    def tall(self, group: Group, split: Split, dtype: torch.dtype) -> bool:
         """Whether `root` serves: the direction is the matrix times a root of its Gram matrix, which shards can apply."""
         if type(self) is not Polar or len(split.matrices) != 1 or split.rows < split.cols:
             return False
-        if group["oracle"] not in ("auto", "gram") or split.stacked:
+        truncated = self.bounded(group) and dtype != torch.float64
+        if not (group["oracle"] in ("auto", "gram") or truncated) or split.stacked:
             return False
         wish = group["row_sharded"]
         return split.rows >= 8 * split.cols or group["role"] in TALL_ROLES if wish is None else wish
+
+    def bounded(self, group: Group) -> bool:
+        """Whether `root` needs a bound of the matrix's norm beside its Gram matrix: truncated QDWH starts from one."""
+        return group["oracle"] == "qdwh" and group["steps"] is not None
 
     def momentum(self, state: dict[str, Tensor], grad: Tensor, group: Group) -> Tensor:
         """What `direction` is given, from a stretch of the gradient; must not change ``grad``."""
@@ -97,8 +102,14 @@ class Polar:
             known = info[2:] if info else (None,) * 3
         return Direction(D, self.scale(A.shape[-2:], nuclear, group), state, nuclear, *known)
 
-    def root(self, S: Tensor, m: int, group: Group) -> tuple[InverseSqrt, Tensor]:
-        """Of a tall m x n matrix, from its Gram matrix S (n, n): X (n, n) so that A X is its direction, and its scale."""
+    def root(self, S: Tensor, m: int, group: Group, bound: Tensor | None) -> tuple[InverseSqrt, Tensor]:
+        """Of a tall m x n matrix, from its Gram matrix S (n, n): X (n, n) so that A X is its direction, and its scale.
+
+        ``bound`` (0-d fp64) bounds its spectral norm, where `bounded`.
+        """
+        if bound is not None:
+            root = gram_qdwh(S, bound, group["steps"])
+            return root, self.scale((m, S.shape[-1]), root.nuclear_norm, group)
         root = inverse_sqrt(S, lower=group["lower"], homogenized=group["spectrum"] == "homogenized")
         return root, self.scale((m, S.shape[-1]), root.nuclear_norm, group)
 

@@ -12,7 +12,7 @@ from polargrad_dist.distributed.layout import Split, cuttable, laid_out
 from polargrad_dist.distributed.plan import SMALL, Entry, Plan
 from polargrad_dist.distributed.teams import Placing
 from polargrad_dist.optim.matrix import rule_of
-from polargrad_dist.polar import cost
+from polargrad_dist.polar import root_cost
 
 
 def entry(group: Mapping[str, Any], number: int, name: str, p: torch.Tensor, found: Placing) -> Entry:
@@ -25,9 +25,13 @@ def entry(group: Mapping[str, Any], number: int, name: str, p: torch.Tensor, fou
         return Entry(*common, "elementwise", p.dtype, states, laid_out(shape, *where, among), found.ranks)
     split = split_of(group, name, shape)
     sizes = [split.stored_shape(i) for i in range(len(split.matrices))]
-    if rule.tall(group, split) and all(cut in (0, None) for cut in found.cuts):
-        layout, costs = laid_out(shape, *where, (0,)), (cost((split.cols, split.cols), "svd"),)
-        return Entry(*common, "tall", p.dtype, states, layout, found.ranks, split, costs)
+    if rule.tall(group, split, p.dtype) and all(cut in (0, None) for cut in found.cuts):
+        layout, costs = (
+            laid_out(shape, *where, (0,)),
+            (root_cost(split.cols, group["oracle"], group["steps"]),),
+        )
+        bounded = rule.bounded(group)
+        return Entry(*common, "tall", p.dtype, states, layout, found.ranks, split, costs, bounded=bounded)
     layout = laid_out(shape, *where, cuttable(shape, group["flatten"]))
     by_size = {size: rule.cost(size, group) for size in set(sizes)}
     in_order = bool(rule.owner_states(group))

@@ -14,7 +14,7 @@ from polargrad_dist.optim.buckets import Batch, Steps
 from polargrad_dist.optim.facts import Facts
 from polargrad_dist.optim.member import Member, Travel
 from polargrad_dist.optim.parts import join_bf16, split_bf16
-from polargrad_dist.polar import apply_rows, gram_matrix
+from polargrad_dist.polar import apply_rows, gram_matrix, norm_bound, norm_parts
 
 
 class Tall(Batch):
@@ -31,17 +31,25 @@ class Tall(Batch):
         with facts.clock(e.role, device):
             A = self.rule.momentum(self.states, self.gradients(), self.group)[0, 0]
             S = gram_matrix(A.to(device))
+            columns, largest = norm_parts(A.to(device)) if e.bounded else (S[:0, 0], S.new_zeros(()))
         if self.team.group is None:
-            X, numbers = self._root(S, facts)
+            X, numbers = self._root(S, columns, largest, facts)
         else:
-            at, traffic = self.team.order.index(owner), self.travel.traffic
-            packed = yield traffic.reduce(pack_triangle(S), at, self.team.group)
-            message = packed.new_empty(len(packed) + ROOT_NUMBERS)
+            at, traffic, world = self.team.order.index(owner), self.travel.traffic, e.layout.world
+            rows = [
+                largest.view(1) if place == self.place else S.new_zeros(1)
+                for place in range(world if e.bounded else 0)
+            ]
+            sums = yield traffic.reduce(torch.cat([pack_triangle(S), columns, *rows]), at, self.team.group)
+            message = S.new_empty((n * n if e.bounded else e.triangle) + ROOT_NUMBERS)
             if self.place == owner:
-                X, numbers = self._root(unpack_triangle(packed, n), facts)
-                message = torch.cat([pack_triangle(X), numbers])
+                packed, columns, slots = sums.split([e.triangle, len(columns), len(rows)])
+                largest = slots.amax() if e.bounded else largest
+                X, numbers = self._root(unpack_triangle(packed, n), columns, largest, facts)
+                message = torch.cat([X.reshape(-1) if e.bounded else pack_triangle(X), numbers])
             message = yield traffic.broadcast(message, at, self.team.group)
-            X, numbers = unpack_triangle(message[:-ROOT_NUMBERS], n), message[-ROOT_NUMBERS:]
+            root, numbers = message[:-ROOT_NUMBERS], message[-ROOT_NUMBERS:]
+            X = root.view(n, n) if e.bounded else unpack_triangle(root, n)
         precise = self.group["lower"] < 1e-4  # strict: directions that an fp32 product would lose
         numbers = numbers.to(self.first.device)
         for part in self.bucket.portions:
@@ -52,12 +60,13 @@ class Tall(Batch):
                 self.arrived(part, (yield self.share(part, changed)))
         self.settle(kept)
 
-    def _root(self, S: Tensor, facts: Facts) -> tuple[Tensor, Tensor]:
+    def _root(self, S: Tensor, columns: Tensor, largest: Tensor, facts: Facts) -> tuple[Tensor, Tensor]:
         """X (n, n), and ROOT_NUMBERS: scale, largest and smallest singular value, whether it may be used."""
         given = S.clone() if self.first.index in facts.keep else None
         try:
             with facts.clock(self.entry.role, S.device):
-                root, scale = self.rule.root(S, self.entry.shape[0], self.group)
+                bound = norm_bound(columns, largest) if self.entry.bounded else None
+                root, scale = self.rule.root(S, self.entry.shape[0], self.group, bound)
         except Exception as error:  # as in `Owned.directed`
             facts.failed(self.first, error)
             return torch.zeros_like(S), S.new_zeros(ROOT_NUMBERS)

@@ -297,3 +297,21 @@ def test_a_language_model_with_its_roles_gets_the_weights_of_one_process(mode, t
     for world in (2, 3):
         for many in run_ranks(_language, world, mode, tied):
             assert distance(one, many) <= 1e-8
+
+
+def test_truncated_qdwh_of_a_tall_matrix_is_worked_out_where_its_rows_lie():
+    rule = {"lr": 0.01, "momentum": "momentum_first", "oracle": "qdwh", "steps": 2}
+    bag = {
+        "shapes": {"tall": (50, 4), "square": (8, 8), "taller": (90, 3)},
+        "condition": 30.0,
+        "dtype": torch.float32,
+    }
+    one = train(0, 1, "single", bag, rule)
+    whole = train(0, 1, "single", bag, rule | {"row_sharded": False})
+    agree(one["parameters"], whole["parameters"], 1e-5, 1e-5)
+    for world in (2, 4):
+        cases = [(mode, {"bag": bag, "rule": rule}) for mode in modes_of(world)]
+        for result in same_on_all_ranks(run_ranks(_cases, world, cases)):
+            agree(one["parameters"], result["parameters"], 1e-5, 1e-5)
+            assert result["bytes"] == result["expected"]
+            assert result["bytes"]["broadcast"] == 8 * (4 * 4 + 4 + 3 * 3 + 4)

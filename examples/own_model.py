@@ -41,6 +41,7 @@ data = open_data(
     rank=world.rank,
     world=world.size,
     all_gather=world.gather,
+    meanwhile=world.meanwhile,
 )
 seed_everything(config.seed)
 model = Recurrent(vocabulary=512)

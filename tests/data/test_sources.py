@@ -231,7 +231,7 @@ def test_a_missing_hub_is_said_within_seconds_with_the_way_out(tmp_path):
     )
     assert time.monotonic() - start < 20
     last = done.stderr.strip().splitlines()[-1]
-    assert "HuggingFaceFW/fineweb cannot be found" in last
+    assert "HuggingFaceFW/fineweb cannot be fetched" in last
     assert "http://127.0.0.1:9 cannot be reached" in last
     assert "set data.source to files" in last
 

@@ -89,7 +89,7 @@ class HubSource:
 
     def _cannot(self, reason: str) -> str:
         return (
-            f"the data set {self._hub.name} cannot be had from the Hugging Face hub ({reason}); without a network set "
+            f"the data set {self._hub.name} cannot be fetched from the Hugging Face hub ({reason}); without a network set "
             "data.source to files with data.paths of local text, JSON lines or parquet, or to shards with ready-made "
             ".bin files."
         )

@@ -92,7 +92,7 @@ def open_tokenizer(config: TokenizerConfig, source: Source, cache: Path) -> Toke
 
 
 def open_ready(name: str, end_of_text: int | str | None) -> Tokenizer:
-    """A ready-made tokenizer by tiktoken name, folder or hub name. Raises DataError when it cannot be had."""
+    """A ready-made tokenizer by tiktoken name, folder or hub name. Raises DataError when it cannot be found."""
     if name.startswith("tiktoken:"):
         return _tiktoken(name, end_of_text)
     folder = Path(name).expanduser()

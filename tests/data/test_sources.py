@@ -231,7 +231,7 @@ def test_a_missing_hub_is_said_within_seconds_with_the_way_out(tmp_path):
     )
     assert time.monotonic() - start < 20
     last = done.stderr.strip().splitlines()[-1]
-    assert "HuggingFaceFW/fineweb cannot be had" in last
+    assert "HuggingFaceFW/fineweb cannot be fetched" in last
     assert "http://127.0.0.1:9 cannot be reached" in last
     assert "set data.source to files" in last
 
@@ -239,6 +239,6 @@ def test_a_missing_hub_is_said_within_seconds_with_the_way_out(tmp_path):
 def test_an_offline_hub_is_no_different():
     source = open_source(DataConfig(source="hub", hub=HubConfig("nobody/nothing-of-this-name")))
     with pytest.raises(
-        DataError, match=r"cannot be had from the Hugging Face hub .* set data\.source to files"
+        DataError, match=r"cannot be fetched from the Hugging Face hub .* set data\.source to files"
     ):
         list(source.pieces())

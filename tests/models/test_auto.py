@@ -116,7 +116,7 @@ def test_a_name_stands_for_the_configuration_that_lies_there(tmp_path):
     again = build_model(adopted, vocab_size=96, end_of_text=95)
     tokens = torch.arange(20)[None]
     torch.testing.assert_close(again(tokens), made("qwen3")(tokens))
-    with pytest.raises(ConfigError, match="cannot be had"):
+    with pytest.raises(ConfigError, match="could not be fetched"):
         adopt(ModelConfig("transformers", config=str(tmp_path / "nothing")))
 
 

@@ -30,7 +30,7 @@ class HubSizes(Sizes):
 
 
 def read_config(name: str, key: str) -> dict[str, Any]:
-    """The configuration of a model by folder or hub name. Raises ``ConfigError``, within seconds, where it cannot be found."""
+    """The configuration of a model by folder or hub name. Raises ``ConfigError``, within seconds, where there is none."""
     from transformers import AutoConfig
 
     try:
@@ -41,7 +41,8 @@ def read_config(name: str, key: str) -> dict[str, Any]:
             reason = first_line(error) if local else unreachable(f"api/models/{name}")
             if reason is not None:
                 raise ConfigError(
-                    f"{key} is {name!r}, whose configuration could not be fetched ({reason}): name a local folder with config.json"
+                    f"{key} is {name!r}, whose configuration could not be fetched ({reason}): name a local folder with "
+                    "config.json"
                 ) from error
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except ValueError as error:  # code of its own, or an architecture of a later version

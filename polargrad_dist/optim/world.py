@@ -60,19 +60,16 @@ class World:
         first = len(self.entries)
         self.entries += merged
         numbers = {e.key: first + i for i, e in enumerate(merged)}
-        for e in (
-            merged
-        ):  # experts on several meshes of their own are copies of each other: their norm counts once
+        # Experts on several meshes of their own are copies of each other: their norm counts once.
+        for e in merged:
             self._counted.setdefault(e.name, e.key)
+        teams = self._make_groups(merged)
         new = []
         for e, (_, group, _, p) in zip(mine, given, strict=True):
-            number = numbers[e.key]
-            if self.rank in index_of(e.ranks):
-                team = self._team(found[id(p)], e, p)
-                new.append(Member(number, self.entries[number], p, group, team, state[p]))
-        self._make_groups(merged)
-        for member in new:
-            self._complete(member.team, member.entry)
+            if e.key in teams:
+                place, whole, copies = teams[e.key]
+                team = Team(found[id(p)], place, whole, copies, self.travel.device.type)
+                new.append(Member(numbers[e.key], e, p, group, team, state[p]))
         self._make_state(new)
         self.members += new
         self._schedules.clear()
@@ -120,12 +117,8 @@ class World:
             for e in entries:
                 first = known.setdefault(e.key, e)
                 seen.setdefault(e.key, set()).add(rank)
-                if (first.shape, first.rule, first.dtype, first.layout) != (
-                    e.shape,
-                    e.rule,
-                    e.dtype,
-                    e.layout,
-                ):
+                here, there = ((x.shape, x.rule, x.dtype, x.layout) for x in (first, e))
+                if here != there:
                     self._refuse_difference()
         if any(not set(e.ranks) <= seen[e.key] for e in known.values()):
             self._refuse_difference()
@@ -138,34 +131,27 @@ class World:
             "build the same model and groups on every rank"
         )
 
-    def _team(self, found: Placing, e: Entry, p: torch.nn.Parameter) -> Team:
-        return Team(found, index_of(e.ranks)[self.rank], None, None, self.travel.device.type)
+    def _make_groups(self, merged: list[Entry]) -> dict[Any, tuple[int, Any, Any]]:
+        """Of each parameter stored here this rank's place, and the groups of all its ranks and of those with copies.
 
-    def _make_groups(self, merged: list[Entry]) -> None:
-        """Asks for every process group that some parameter needs, on all its ranks in one order."""
+        Groups that do not exist yet are made, on all their ranks in one order.
+        """
+        teams: dict[Any, tuple[int, Any, Any]] = {}
         for e in merged:
-            if self.rank in index_of(e.ranks):
-                self._groups.of(e.ranks)
-                if e.layout.copies > 1 and e.layout.cut is not None:
-                    self._groups.of(self._copies(e))
-
-    def _copies(self, e: Entry) -> tuple[int, ...]:
-        place = index_of(e.ranks)[self.rank]
-        first = place - place % e.layout.copies
-        return e.ranks[first : first + e.layout.copies]
-
-    def _complete(self, team: Team, e: Entry) -> None:
-        team.group = self._groups.of(e.ranks)
-        team.copies = self._groups.of(self._copies(e)) if e.layout.cut is not None else None
+            if (place := index_of(e.ranks).get(self.rank)) is not None:
+                first = place - place % e.layout.copies
+                shared = e.layout.cut is not None
+                copies = self._groups.of(e.ranks[first : first + e.layout.copies]) if shared else None
+                teams[e.key] = place, self._groups.of(e.ranks), copies
+        return teams
 
     def _make_state(self, new: list[Member]) -> None:
         """Zeros for every state; those of one bucket lie together, so that a step takes them as one."""
-        by_key: dict[tuple, list[Member]] = {}
         entries = [m.entry for m in new]
         for bucket in in_buckets(entries, [True] * len(entries), self.travel.limit):
-            if bucket.items[0].first == 0:
-                by_key.setdefault((id(bucket),), [new[item.entry] for item in bucket.items])
-        for members in by_key.values():
+            if bucket.items[0].first:
+                continue  # further slices of a stack, whose state is one
+            members = [new[item.entry] for item in bucket.items]
             first = members[0]
             names = {key: first.state_dtype for key in first.rule.states(first.group)}
             sizes = [m.elements for m in members]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         routing_table,
     )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 _ERRORS = ("CheckpointError", "ConfigError", "DataError", "PolarError", "PolarGradError")
 __all__ = [
     "CheckpointError",

@@ -106,7 +106,7 @@ def model_card(checkpoint: Checkpoint, model: LanguageModel, known: Kept, kind: 
         "tokenizer": "none"
         if known.info is None
         else f"{known.info.name}, {known.info.vocab_size:,} entries",
-        "run": str(manifest.objects.get("run_id", "unknown")),
+        "run": str(manifest.run or "unknown"),
         "saved": manifest.saved_at,
         "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
     }

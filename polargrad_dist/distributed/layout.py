@@ -157,7 +157,8 @@ class Split:
         if len(shape) < 2 or math.prod(shape) == 0:
             raise ConfigError(
                 f"{name} has shape {tuple(shape)}, expected a matrix with at least one element: "
-                "give it to a group with algorithm 'adamw'"
+                "give the optimizer the model itself, which tells what is a matrix, or put this into a group with "
+                "algorithm 'adamw'"
             )
         stack, rows, cols = (1, shape[0], math.prod(shape[1:])) if flat(shape, flatten) else tuple(shape)
         if split_sizes and num_heads:

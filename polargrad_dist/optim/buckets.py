@@ -18,6 +18,7 @@ from polargrad_dist.distributed.schedule import Bucket, Portion
 from polargrad_dist.distributed.transport import Started
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.facts import Facts
+from polargrad_dist.optim.matrix import Direction
 from polargrad_dist.optim.member import Member, Travel, joined, slices
 from polargrad_dist.optim.parts import decay_and_step, join_bf16, split_bf16
 
@@ -275,6 +276,11 @@ class Owned(Batch):
         held = self.first.owner_state((A.shape[1], A.shape[2])) if rows else {}
         with facts.clock(self.entry.role, A.device):
             answer = self.rule.direction(A, {key: value[rows] for key, value in held.items()}, self.group)
+        if not isinstance(answer, Direction):
+            kind = type(answer).__name__
+            raise ConfigError(
+                f"the rule {self.group['algorithm']!r} gives a {kind}, expected a polargrad_dist.Direction"
+            )
         if answer.D.shape != A.shape or answer.scale.shape != A.shape[:1]:
             raise ConfigError(
                 f"the rule {self.group['algorithm']!r} gives directions {tuple(answer.D.shape)} and scales "

@@ -60,12 +60,6 @@ def check_values(group: Mapping[str, Any], where: str) -> None:
     whole = isinstance(sizes, Sequence) and all(isinstance(size, int) and size >= 1 for size in sizes)
     if sizes is not None and not (whole and sizes):
         raise ConfigError(f"{where}.split_sizes is {sizes!r}, expected null or whole numbers >= 1")
-    for key in ("lr", "beta", "eps", "lower", "weight_decay", "steps"):
-        value = group[key]
-        if value is None and key == "steps":
-            continue
-        if not isinstance(value, int | float | torch.Tensor) or isinstance(value, bool):
-            raise ConfigError(f"{where}.{key} is {value!r}, expected a number")
     try:
         Rule(**{key: group[key] for key in RULE_KEYS}).check(where)
     except TypeError as error:

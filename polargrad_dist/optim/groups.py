@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -35,14 +36,25 @@ def routed(
             "gradients='reduce_scatter' was given a model in DistributedDataParallel, which reduces gradients itself: "
             "give the bare model, or use gradients='all_reduced'"
         )
-    config = OptimizerConfig()
+    config, options = OptimizerConfig(), {}
     for role, changes in given.items():
-        if not isinstance(changes, Rule):
-            if unknown := sorted(set(changes) - {f.name for f in fields(Rule)}):
-                raise ConfigError(f"{role} has the key {unknown[0]!r}, which is no field of a Rule")
-            changes = replace(config.rule(role), **changes)
-        setattr(config, role, changes)
-    return route(model, config)
+        if isinstance(changes, Rule):
+            setattr(config, role, changes)
+            continue
+        if not isinstance(changes, Mapping):
+            raise ConfigError(f'{role} is {changes!r}, expected a dict such as {{"lr": 0.02}}, or a Rule')
+        base = config.rule(role)
+        check_keys({"algorithm": base.algorithm} | dict(changes), role)
+        own = {key: value for key, value in changes.items() if key in Rule.__dataclass_fields__}
+        options[role] = {key: value for key, value in changes.items() if key not in own}
+        setattr(config, role, replace(base, **own))
+    groups = route(model, config)
+    for group in groups:
+        home = (
+            "embed" if group["role"] != "embed" and getattr(config, group["role"]) is None else group["role"]
+        )
+        group |= options.get(home, {})
+    return groups
 
 
 def completed(given: dict[str, Any], defaults: dict[str, Any], where: str, count: int) -> dict[str, Any]:

@@ -113,6 +113,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         cls, model: nn.Module, config: OptimizerConfig, process_group: dist.ProcessGroup | None = None
     ) -> PolarGrad:
         """Routes a model by its roles and builds the optimizer that the configuration describes."""
+        if not isinstance(config, OptimizerConfig):
+            raise ConfigError(f"the configuration is a {type(config).__name__}, expected an OptimizerConfig")
         return cls(
             route(model, config),
             process_group=process_group,
@@ -405,8 +407,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
 
         ``nuclear_norm`` (summed over a parameter's matrices, averaged over a role), ``condition`` (largest over smallest
         singular value above the cut-off) and ``residual`` (norm of U'U - I), both the largest of a role and NaN where
-        the oracle does not know them; per role also ``seconds`` in the oracle on the busiest rank and ``bytes`` of
-        parameters that left or reached this rank. Two small collectives: call it on all ranks.
+        the oracle does not know them (Newton-Schulz and Polar Express know the nuclear norm alone); per role also
+        ``seconds`` in the oracle on the busiest rank. Two small collectives: call it on all ranks.
         """
         if by not in ("role", "parameter"):
             raise ConfigError(f"stats(by={by!r}), expected 'role' or 'parameter'")

@@ -237,7 +237,7 @@ def output_layers(model: nn.Module, homes: Iterable[Home]) -> dict[nn.Module, st
     """The output layers of a model, each with what was guessed of it.
 
     The model says which it is (``get_output_embeddings``). Beside that, its last linear layer is guessed to be one if it has
-    as many rows as ``config.num_labels``; where the model says nothing, with as many as an embedding, padded or not; or, in
+    as many rows as ``config.num_labels``; where the model says nothing, with about as many as an embedding; or, in
     a model of convolutions without embeddings, if no linear layer takes as many columns.
     """
     homes = list(homes)
@@ -270,6 +270,7 @@ def _ends_convolutions(homes: Sequence[Home], rows: int) -> bool:
 
 
 def _padded(rows: int, vocabulary: int) -> bool:
-    """Whether ``rows`` is the size of a vocabulary, or that rounded up to a multiple of a power of two."""
+    """Whether ``rows`` is about the size of a vocabulary: within a tenth, or rounded up to a multiple of a power of two."""
     multiples = (-(-vocabulary // 2**i) * 2**i for i in range(11))
-    return rows <= 1.5 * vocabulary and rows in multiples
+    near = 10 * abs(rows - vocabulary) <= vocabulary
+    return near or (rows <= 1.5 * vocabulary and rows in multiples)

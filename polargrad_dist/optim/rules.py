@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from torch import Tensor
+
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.matrix import RULES
 
@@ -65,6 +67,14 @@ class Rule:
 
     def check(self, where: str) -> None:
         """Raises ``ConfigError`` naming ``where`` and the field for a value that cannot be meant."""
+        for name in ("lr", "beta", "eps", "lower", "weight_decay", "steps"):
+            value = getattr(self, name)
+            kinds = int if name == "steps" else int | float | Tensor
+            if not (isinstance(value, kinds) and not isinstance(value, bool)) and not (
+                name == "steps" and value is None
+            ):
+                what = "null or a whole number" if name == "steps" else "a number"
+                raise ConfigError(f"{where}.{name} is {value!r}, expected {what}")
         choices = {
             "momentum": Momentum,
             "scale": Scale,

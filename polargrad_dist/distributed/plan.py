@@ -50,6 +50,7 @@ class Entry:
     costs: tuple[float, ...] = ()
     in_order: bool = False
     bounded: bool = False
+    wide: bool = False
     owners: list[int] = field(default_factory=list)
     travels: bool = False
 
@@ -65,6 +66,11 @@ class Entry:
     @property
     def state_dtype(self) -> torch.dtype:
         return torch.float32 if self.itemsize < 4 else self.dtype
+
+    @property
+    def momentum_dtype(self) -> torch.dtype:
+        """The type in which momenta travel: an exact oracle would take the rounding of bf16 for directions."""
+        return self.state_dtype if self.wide else self.dtype
 
     @property
     def numel(self) -> int:
@@ -265,8 +271,10 @@ class Plan:
                 own = [
                     math.prod(e.split.stored_shape(i)) for i, owner in enumerate(e.owners) if owner == place
                 ]
-                elements = volume(e.layout.shards[place]) + sum(own)
-                out["all_to_all"] += elements * (self.comm_itemsize or e.itemsize)
+                out["all_to_all"] += volume(e.layout.shards[place]) * (
+                    self.comm_itemsize or e.momentum_dtype.itemsize
+                )
+                out["all_to_all"] += sum(own) * (self.comm_itemsize or e.itemsize)
                 out["all_to_all"] += 8 * NUMBERS * len(own) * e.layout.world
         return dict(out)
 

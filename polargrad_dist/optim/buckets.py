@@ -94,7 +94,7 @@ class Batch:
         before = None if sure else x.clone()
         decay_and_step([x], [step.to(x.dtype)], decay, cautious)
         if before is not None:
-            x = torch.where(ok if self.travel.ok is None else ok & self.travel.ok, x, before)
+            x = torch.where(ok if self.travel.ok is None else ok & self.travel.ok.to(ok.device), x, before)
         return self._written(weights, old, x, low)
 
     def _written(self, weights: list[Tensor], old: Tensor, x: Tensor, low: Tensor | None) -> Tensor | None:
@@ -158,7 +158,7 @@ class Batch:
         """Undoes the states where the step was not to happen, and writes back those that do not lie together."""
         for key, old in kept.items():
             assert self.travel.ok is not None
-            self.states[key].copy_(torch.where(self.travel.ok, self.states[key], old))
+            self.states[key].copy_(torch.where(self.travel.ok.to(old.device), self.states[key], old))
         for views, stack in self.loose:
             torch._foreach_copy_(views, list(stack.unbind(0)))
 
@@ -227,7 +227,9 @@ class Owned(Batch):
         shape, dtype = A.shape, A.dtype
         if self.entry.travels:
             wire = self.travel.dtype or self.entry.dtype
-            started = self._to_owners(A.to(self.travel.device, wire))
+            started = self._to_owners(
+                A.to(self.travel.device, self.travel.dtype or self.entry.momentum_dtype)
+            )
             del A
             D, numbers = self.directed(self._assembled((yield started)), facts)
             started = self._to_shards([d.to(wire) for d in D], numbers)
@@ -288,7 +290,7 @@ class Owned(Batch):
             )
         ok = answer.D.sum((-2, -1)) if answer.nuclear_norm is None else answer.nuclear_norm
         ok = ok.isfinite() & answer.scale.isfinite()
-        keep = ok if self.travel.ok is None else ok & self.travel.ok
+        keep = ok if self.travel.ok is None else ok & self.travel.ok.to(ok.device)
         for key, value in held.items():
             value[rows] = torch.where(
                 keep.view(-1, *[1] * (value.ndim - 1)), answer.state[key].to(value.dtype), value[rows]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from polargrad_dist.distributed.teams import local
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.matrix import RULES
 from polargrad_dist.optim.member import Member
@@ -54,6 +55,8 @@ def check_keys(group: Mapping[str, Any], where: str) -> None:
 
 def check_values(group: Mapping[str, Any], where: str) -> None:
     """Raises ``ConfigError`` for a value of a group that cannot be meant."""
+    if missing := [key for key in RULE_KEYS if key not in group]:
+        raise ConfigError(f"{where} has lost its {missing[0]!r}, expected every key it had")
     heads, sizes = group["num_heads"], group["split_sizes"]
     if heads is not None and not (isinstance(heads, int) and heads >= 1):
         raise ConfigError(f"{where}.num_heads is {heads!r}, expected null or a whole number >= 1")
@@ -118,7 +121,7 @@ class Checks:
     def __init__(self) -> None:
         self._fixed: list[tuple[Any, ...]] = []
         self._seen: list[tuple[Any, ...]] = []
-        self._states: list[int] = []
+        self._states: list[tuple[torch.Tensor, int]] = []
 
     def add(self, group: Mapping[str, Any]) -> None:
         """Takes note of a group as it is at construction."""
@@ -128,18 +131,25 @@ class Checks:
     @staticmethod
     def numbers(group: Mapping[str, Any]) -> tuple[Any, ...]:
         """All that may change between steps."""
-        return tuple(v for k, v in group.items() if k not in ("params", "param_names", "initial_lr", *FIXED))
+        return tuple(
+            float(v) if isinstance(v, torch.Tensor) and v.numel() == 1 and v.device.type == "cpu" else v
+            for k, v in group.items()
+            if k not in ("params", "param_names", "initial_lr", *FIXED)
+        )
 
     def complaint(self, groups: Sequence[Mapping[str, Any]]) -> ConfigError | None:
         """A value that cannot be meant, one that may not change, a gradient that cannot be taken."""
         for number, group in enumerate(groups):
             if (now := self.numbers(group)) != self._seen[number]:
                 try:
-                    check_keys(group, f"parameter group {number}")
                     check_values(group, f"parameter group {number}")
                 except ConfigError as error:
                     return error
                 self._seen[number] = now
+            if missing := [key for key in FIXED if key not in group]:
+                return ConfigError(
+                    f"parameter group {number} has lost its {missing[0]!r}, expected every key it had"
+                )
             if (fixed := fixed_part(group)) != self._fixed[number]:
                 both = zip(FIXED, self._fixed[number], fixed, strict=True)
                 key, old, new = next((k, a, b) for k, a, b in both if a != b)
@@ -157,6 +167,9 @@ class Checks:
 
     def states_changed(self, members: Iterable[Member]) -> bool:
         """Whether somebody has put other tensors into the state since the last look."""
-        now = [id(value) for m in members for value in m.state.values()]
-        changed, self._states = now != self._states, now
-        return changed
+        # The tensors themselves: an id, or an address, is used again once its owner is gone.
+        now = [(v, local(v).data_ptr()) for m in members for v in m.state.values()]
+        before, self._states = self._states, now
+        return len(now) != len(before) or any(
+            a is not b or at != there for (a, at), (b, there) in zip(now, before, strict=True)
+        )

@@ -31,6 +31,7 @@ class Facts:
     """
 
     keep: frozenset[int] = frozenset()
+    ok: Tensor | None = None
     kept: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=lambda: defaultdict(list))
     kept_gram: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -54,6 +55,10 @@ class Facts:
             yield
             self.seconds[role] += time.perf_counter() - began
 
+    def _flag(self, numbers: list[int], ok: Tensor) -> None:
+        """Remembers what is not finite, unless the step was not to happen anyway."""
+        self._flags.append((numbers, ok if self.ok is None else ok | ~self.ok.to(ok.device)))
+
     def total_seconds(self, role: str) -> float:
         """Time of the rules' matrix work for a role on this rank."""
         for its_role, start, end in self._events:
@@ -69,7 +74,7 @@ class Facts:
         nothing = torch.full_like(answer.scale, NAN)
         columns = [nothing if x is None else x.to(nothing.dtype) for x in known]
         self._spectra.append((numbers, torch.stack(columns, 1)))
-        self._flags.append((numbers, ok))
+        self._flag(numbers, ok)
         if self.keep.intersection(numbers):
             for i, number in enumerate(numbers):
                 if number in self.keep:
@@ -81,13 +86,13 @@ class Facts:
             [root.nuclear_norm, root.sigma_max, root.sigma_min, torch.full_like(root.nuclear_norm, NAN)]
         )
         self._spectra.append(([member.index], known[None]))
-        self._flags.append(([member.index], ok[None]))
+        self._flag([member.index], ok[None])
         if S is not None:
             self.kept_gram[member.index] = (S, root.X)
 
     def finite(self, members: Sequence[Member], ok: Tensor) -> None:
         """Takes whether the gradients of elementwise parameters are finite: ok (members,)."""
-        self._flags.append(([m.index for m in members], ok))
+        self._flag([m.index for m in members], ok)
 
     def failed(self, member: Member, error: Exception) -> None:
         """Takes an error of a rule, which all ranks will raise together."""

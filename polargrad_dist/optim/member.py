@@ -26,7 +26,8 @@ def slices(cut: Box) -> tuple[slice, ...]:
 
 @dataclass(eq=False)
 class Member:
-    """A parameter: its plan entry, its group, the ranks that store it, its state; ``index`` counts all of the world's."""
+    """A parameter: its plan entry, its group and its number, the ranks that store it, its state; ``index`` counts all of the
+    world's."""
 
     index: int
     entry: Entry
@@ -34,6 +35,7 @@ class Member:
     group: dict[str, Any]
     team: Team
     state: dict[str, Any]
+    number: int
     owner_homes: dict[tuple[int, int], tuple[Member, dict[str, str]]] = field(default_factory=dict)
     owner_rows: dict[int, int] = field(default_factory=dict)
 

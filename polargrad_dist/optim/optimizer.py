@@ -17,9 +17,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from polargrad_dist.distributed.plan import Entry, Plan
+from polargrad_dist.distributed.teams import local
 from polargrad_dist.distributed.transport import Agreement, Started, Traffic
 from polargrad_dist.errors import ConfigError
-from polargrad_dist.optim.buckets import Steps
+from polargrad_dist.optim.buckets import Batch, Steps
 from polargrad_dist.optim.checks import Checks, check_keys, check_parameter, check_travel, check_values
 from polargrad_dist.optim.facts import Facts
 from polargrad_dist.optim.failures import failure_of
@@ -143,9 +144,13 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             )
         named = list(zip(group.pop("param_names"), group.pop("params"), strict=True))
         super().add_param_group(group | {"params": named})
-        self._checks.add(self.param_groups[-1])
         if self._placed is not None:
-            self._place(self.param_groups[-1:])
+            try:
+                self._place(self.param_groups[-1:])
+            except ConfigError:
+                self.param_groups.pop()  # what is refused leaves nothing behind
+                raise
+        self._checks.add(self.param_groups[-1])
 
     def _place(self, groups: Iterable[dict[str, Any]]) -> None:
         """Finds the ranks and the owners of these groups' parameters, and makes their state."""
@@ -170,6 +175,23 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             self._world = World(world.process_group, self._travel, self._gradients)
             self._place(self.param_groups)
         for m in self._world.members:
+            here = local(m.p)
+            if not here.is_contiguous():
+                return ConfigError(
+                    f"{m.entry.name} is no longer contiguous in memory, as after to(memory_format=channels_last), expected "
+                    "it to be as at construction: convert inputs only, and leave the weights as they are"
+                )
+            group, state = self.param_groups[m.number], self.state.get(m.p)
+            if group is not m.group or state is not m.state:
+                if state is None or not all(
+                    k in state and state[k].shape == v.shape for k, v in m.state.items()
+                ):
+                    return ConfigError(
+                        f"the optimizer's state of {m.entry.name} was replaced by one that lacks some of it, expected "
+                        f"{', '.join(m.state)} as at construction: load state with load_state_dict"
+                    )
+                m.group, m.state = group, state
+                self._world.forget()
             if m.p.dtype != m.entry.dtype or (not isinstance(m.p, DTensor) and m.p.device != m.device):
                 return ConfigError(
                     f"{m.entry.name} is {m.p.dtype} on {m.p.device}, expected {m.entry.dtype} on {m.device} as at "
@@ -192,7 +214,9 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             self._travel.reducer.finish()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
+        super().zero_grad(
+            set_to_none or self._travel.reducer is not None
+        )  # a spent gradient has no memory to zero
         if self._travel.reducer:
             self._travel.reducer.clear()
 
@@ -280,13 +304,24 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if ok is not None and not (isinstance(ok, torch.Tensor) and ok.dtype == torch.bool and ok.ndim == 0):
+            raise ConfigError(f"ok is {ok!r}, expected a 0-d bool tensor, or None")
         self.finish_reductions()
         present = self._agreed()
         self._check_copies()
-        facts = self._facts = Facts(self._keep)
+        facts = self._facts = Facts(self._keep, ok=ok)
         self._keep = frozenset()
         self._travel.ok = ok
         batches, order = self._world.schedule(present)
+        with torch.autocast(self._travel.device.type, enabled=False):
+            self._run(batches, order, facts)
+        if self._travel.device.type == "cpu":
+            self._raise_together(facts)
+        return loss
+
+    @staticmethod
+    def _run(batches: list[Batch], order: list[int], facts: Facts) -> None:
+        """Resumes the buckets in their order, each with what its last collective brought."""
         running = [batch.run(facts) for batch in batches]
         started: list[Started | None] = [None] * len(running)
         for number in order:
@@ -295,9 +330,6 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             del on_its_way  # and what it was sent from
             started[number] = next_of(running[number], arrived)
             del arrived
-        if self._travel.device.type == "cpu":
-            self._raise_together(facts)
-        return loss
 
     def _agreed(self) -> tuple[bool, ...]:
         """Which parameters have a gradient on some rank; raises together what keeps a rank from stepping."""

@@ -11,7 +11,7 @@ import torch
 from polargrad_dist.distributed.layout import Split, cuttable, laid_out
 from polargrad_dist.distributed.plan import SMALL, Entry, Plan
 from polargrad_dist.distributed.teams import Placing
-from polargrad_dist.optim.matrix import rule_of
+from polargrad_dist.optim.matrix import POLYNOMIAL, rule_of
 from polargrad_dist.polar import root_cost
 
 
@@ -36,7 +36,8 @@ def entry(group: Mapping[str, Any], number: int, name: str, p: torch.Tensor, fou
     by_size = {size: rule.cost(size, group) for size in set(sizes)}
     in_order = bool(rule.owner_states(group))
     costs = tuple(by_size[size] for size in sizes)
-    return Entry(*common, "owner", p.dtype, states, layout, found.ranks, split, costs, in_order)
+    wide = group["oracle"] not in POLYNOMIAL
+    return Entry(*common, "owner", p.dtype, states, layout, found.ranks, split, costs, in_order, wide=wide)
 
 
 def split_of(group: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Split:

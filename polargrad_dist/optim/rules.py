@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from torch import Tensor
@@ -69,12 +70,18 @@ class Rule:
         """Raises ``ConfigError`` naming ``where`` and the field for a value that cannot be meant."""
         for name in ("lr", "beta", "eps", "lower", "weight_decay", "steps"):
             value = getattr(self, name)
-            kinds = int if name == "steps" else int | float | Tensor
-            if not (isinstance(value, kinds) and not isinstance(value, bool)) and not (
-                name == "steps" and value is None
-            ):
+            if value is None and name == "steps":
+                continue
+            kind = Integral if name == "steps" else Real
+            scalar = isinstance(value, Tensor) and value.numel() == 1 and name != "steps"
+            if not (isinstance(value, kind) or scalar) or isinstance(value, bool):
                 what = "null or a whole number" if name == "steps" else "a number"
                 raise ConfigError(f"{where}.{name} is {value!r}, expected {what}")
+        if not (isinstance(self.betas, list | tuple) and all(isinstance(beta, Real) for beta in self.betas)):
+            raise ConfigError(f"{where}.betas is {self.betas!r}, expected two numbers in [0, 1)")
+        for name in ("nesterov", "cautious"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{where}.{name} is {getattr(self, name)!r}, expected true or false")
         choices = {
             "momentum": Momentum,
             "scale": Scale,

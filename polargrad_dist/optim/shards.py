@@ -92,7 +92,7 @@ class Elementwise(Batch):
         grads = [self.travel.gradient(m).to(dtype) for m in self.members]
         finite = torch.stack(torch._foreach_norm(grads)).isfinite()
         facts.finite(self.members, finite)
-        sure = finite.all() if ok is None else finite.all() & ok
+        sure = finite.all() if ok is None else finite.all() & ok.to(finite.device)
         host = sure.device.type == "cpu" and ok is None
         good = (
             finite.tolist() if host else [True] * len(weights)

@@ -65,11 +65,11 @@ class World:
             self._counted.setdefault(e.name, e.key)
         teams = self._make_groups(merged)
         new = []
-        for e, (_, group, _, p) in zip(mine, given, strict=True):
+        for e, (number, group, _, p) in zip(mine, given, strict=True):
             if e.key in teams:
                 place, whole, copies = teams[e.key]
                 team = Team(found[id(p)], place, whole, copies, self.travel.device.type)
-                new.append(Member(numbers[e.key], e, p, group, team, state[p]))
+                new.append(Member(numbers[e.key], e, p, group, team, state[p], number))
         self._make_state(new)
         self.members += new
         self._schedules.clear()

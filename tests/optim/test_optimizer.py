@@ -415,8 +415,7 @@ def test_a_step_that_is_not_to_happen_changes_no_bit_and_one_that_is_changes_as_
             before = {n: p.detach().clone() for n, p in told.named_parameters()}
             states = {n: t.clone() for n, t in two.named_state().items()}
             told.square.grad.fill_(torch.nan)
-            with pytest.raises(PolarError):
-                two.step(ok=torch.tensor(False))
+            two.step(ok=torch.tensor(False))
             assert all(torch.equal(p, before[n]) for n, p in told.named_parameters())
             assert all(torch.equal(t, states[n]) for n, t in two.named_state().items())
     assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), told.parameters(), strict=True))

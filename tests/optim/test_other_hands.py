@@ -1,0 +1,133 @@
+"""What other hands do to an optimizer between two steps: it is honoured or refused, never passed over in silence."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from polargrad_dist import ConfigError, PolarGrad, PolarGradM
+from polargrad_dist.optim.parts import join_bf16
+from tests.gloo import run_ranks
+
+
+def stepped(optimizer: PolarGrad, *params: nn.Parameter) -> None:
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("rule", [{}, {"algorithm": "adamw"}])
+def test_weights_that_are_no_longer_contiguous_are_refused(rule):
+    layer = nn.Conv2d(4, 8, 3, bias=False)
+    optimizer = PolarGrad(layer.parameters(), lr=0.1, **rule)
+    layer.to(memory_format=torch.channels_last)
+    with pytest.raises(ConfigError, match="no longer contiguous"):
+        stepped(optimizer, layer.weight)
+
+
+def test_states_and_groups_that_are_replaced_are_taken_up_and_a_lack_is_refused():
+    p = nn.Parameter(torch.randn(4, 4))
+    optimizer = PolarGradM([p], lr=0.1)
+    stepped(optimizer, p)
+    optimizer.state[p] = {"momentum": torch.zeros(4, 4)}
+    before = p.detach().clone()
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert torch.equal(p, before)
+    for key in ("momentum",):
+        optimizer.state[p][key].data = torch.full((4, 4), 2.0)
+    optimizer.step()
+    assert float(optimizer.full_state_dict()["state"][0]["momentum"][0, 0]) == pytest.approx(1.9)
+    optimizer.param_groups = [dict(group, lr=0.0) for group in optimizer.param_groups]
+    before = p.detach().clone()
+    stepped(optimizer, p)
+    assert torch.equal(p, before)
+    optimizer.state.clear()
+    with pytest.raises(ConfigError, match=r"param\.0 was replaced by one that lacks"):
+        optimizer.step()
+
+
+def test_schedulers_that_leave_keys_of_their_own_and_numbers_of_numpy_serve():
+    p = nn.Parameter(torch.randn(4, 4))
+    optimizer = PolarGrad([p], lr=0.1, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10)
+    for _ in range(5):
+        stepped(optimizer, p)
+        schedule.step()
+    optimizer = PolarGrad([p], lr=np.float32(0.1))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: np.float32(0.5))
+    stepped(optimizer, p)
+    schedule.step()
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.05)
+
+
+def test_a_rate_held_in_a_tensor_is_watched_like_any_other():
+    p = nn.Parameter(torch.randn(4, 4))
+    optimizer = PolarGrad([p], lr=torch.tensor(0.1))
+    stepped(optimizer, p)
+    optimizer.param_groups[0]["lr"].fill_(torch.nan)
+    with pytest.raises(ConfigError, match="lr is nan"):
+        stepped(optimizer, p)
+    with pytest.raises(ConfigError, match=r"lr is tensor\(\[0.1"):
+        PolarGrad([p], lr=torch.tensor([0.1, 0.2]))
+
+
+def test_a_group_that_is_refused_leaves_the_optimizer_as_it_was(monkeypatch):
+    p, q = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(3, 3))
+    optimizer = PolarGrad([p], lr=0.1)
+
+    def refuse(*_):
+        raise ConfigError("placed in a way that cannot be stepped")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(optimizer._world, "add", refuse)
+        with pytest.raises(ConfigError, match="cannot be stepped"):
+            optimizer.add_param_group({"params": [q]})
+    stepped(optimizer, p)
+    assert len(optimizer.param_groups) == len(optimizer.state_dict()["param_groups"]) == 1
+    optimizer.add_param_group({"params": [("q", q)]})
+    stepped(optimizer, p, q)
+
+
+def test_what_is_no_predicate_is_refused():
+    p = nn.Parameter(torch.randn(4, 4))
+    optimizer = PolarGrad([p], lr=0.1)
+    for wrong in (True, torch.tensor(1.0), torch.tensor([True])):
+        with pytest.raises(ConfigError, match="expected a 0-d bool tensor"):
+            optimizer.step(ok=wrong)
+
+
+def test_autocast_around_the_step_changes_nothing():
+    weights = []
+    for enabled in (False, True):
+        p = nn.Parameter(torch.arange(12.0).view(4, 3))
+        optimizer = PolarGrad([p], lr=0.1, oracle="svd")
+        p.grad = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            optimizer.step()
+        weights.append(p.detach())
+    assert torch.equal(*weights)
+
+
+def _few_tokens(rank: int, world: int) -> torch.Tensor:
+    """A gradient of rank 2 in bf16, whose momentum an exact oracle must be given unrounded."""
+    generator = torch.Generator().manual_seed(3)
+    p = nn.Parameter(torch.randn(16, 16, generator=generator).bfloat16())
+    other = nn.Parameter(torch.randn(16, 16, generator=generator).bfloat16())
+    optimizer = PolarGradM([p, other], lr=0.1, beta=0.9, scale="none")
+    for _ in range(3):
+        for q in (p, other):
+            q.grad = (
+                torch.randn(16, 1, generator=generator) @ torch.randn(1, 16, generator=generator)
+            ).bfloat16()
+        optimizer.step()
+    held = optimizer.full_state_dict()["state"][0]["low_bits"]
+    return join_bf16(p.detach(), held.view(torch.int16).view(16, 16))
+
+
+def test_momenta_of_bf16_weights_reach_an_exact_oracle_unrounded():
+    one = _few_tokens(0, 1)
+    for many in run_ranks(_few_tokens, 2):
+        assert (
+            many - one
+        ).norm() <= 0.02 * 0.3 * 2**0.5  # directions come back in bf16; noise would be of their own size

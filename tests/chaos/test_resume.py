@@ -32,7 +32,12 @@ def live(world, run_dir, **options):
 
 @pytest.mark.parametrize(
     ("strategy", "world", "asynchronous"),
-    [("ddp", 1, False), ("ddp", 2, True), ("fsdp", 2, False), ("fsdp", 2, True)],
+    [
+        pytest.param("ddp", 1, False, marks=pytest.mark.slow),
+        ("ddp", 2, True),
+        ("fsdp", 2, False),
+        pytest.param("fsdp", 2, True, marks=pytest.mark.slow),
+    ],
 )
 def test_twenty_steps_a_kill_and_forty_more_are_sixty_bit_for_bit(tmp_path, strategy, world, asynchronous):
     straight, killed = tmp_path / "straight", tmp_path / "killed"

@@ -50,7 +50,7 @@ def using(folder: Path) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGQUIT, marks=pytest.mark.slow)])
 def test_a_signal_to_it_alone_ends_training_saved_and_leaves_nobody_behind(tmp_path, number):
     run = subprocess.Popen(
         arguments(tmp_path, "--trainer.steps", "1000000"),

@@ -43,7 +43,7 @@ class DiagnosticsConfig:
     parameters: list[str] = field(default_factory=list)
 
     def check(self) -> None:
-        """Raises ``ConfigError`` for a number that cannot be meant."""
+        """Raises ``ConfigError`` for a number that makes no sense."""
         for name in ("every", "hidden"):
             if getattr(self, name) < 0:
                 raise ConfigError(

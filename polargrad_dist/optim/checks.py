@@ -54,7 +54,7 @@ def check_keys(group: Mapping[str, Any], where: str) -> None:
 
 
 def check_values(group: Mapping[str, Any], where: str) -> None:
-    """Raises ``ConfigError`` for a value of a group that cannot be meant."""
+    """Raises ``ConfigError`` for a value of a group that makes no sense."""
     if missing := [key for key in RULE_KEYS if key not in group]:
         raise ConfigError(f"{where} has lost its {missing[0]!r}, expected every key it had")
     heads, sizes = group["num_heads"], group["split_sizes"]
@@ -70,7 +70,7 @@ def check_values(group: Mapping[str, Any], where: str) -> None:
 
 
 def check_travel(comm_dtype: torch.dtype | str | None, bucket_mb: float) -> torch.dtype | None:
-    """The dtype in which things travel. Raises ``ConfigError`` for a name or a size that cannot be meant."""
+    """The dtype in which things travel. Raises ``ConfigError`` for a name or a size that makes no sense."""
     dtype = getattr(torch, comm_dtype, comm_dtype) if isinstance(comm_dtype, str) else comm_dtype
     if dtype is not None and dtype not in FLOATS:
         raise ConfigError(f"comm_dtype is {comm_dtype!r}, expected null, a floating dtype or its name")
@@ -138,7 +138,7 @@ class Checks:
         )
 
     def complaint(self, groups: Sequence[Mapping[str, Any]]) -> ConfigError | None:
-        """A value that cannot be meant, one that may not change, a gradient that cannot be taken."""
+        """A value that makes no sense, one that may not change, a gradient that cannot be taken."""
         for number, group in enumerate(groups):
             if (now := self.numbers(group)) != self._seen[number]:
                 try:

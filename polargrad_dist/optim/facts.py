@@ -1,4 +1,4 @@
-"""What a step learnt in passing: spectra, times, failures."""
+"""What a step learns beside stepping: spectra, times, failures."""
 
 from __future__ import annotations
 

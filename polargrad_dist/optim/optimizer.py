@@ -249,22 +249,17 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         if max_norm < float("inf"):
             # A non-finite norm must not spread to gradients that are well: who looks for the culprit finds only it.
             coefficient = torch.where(norm.isfinite(), torch.clamp(max_norm / (norm + 1e-6), max=1.0), 1.0)
-            for dtype in {(g.dtype, g.device) for g in grads}:
-                alike = [g for g in grads if (g.dtype, g.device) == dtype]
-                torch._foreach_mul_(alike, coefficient.to(dtype[1], dtype[0]))
+            for dtype, device in {(g.dtype, g.device) for g in grads}:
+                alike = [g for g in grads if g.dtype == dtype and g.device == device]
+                torch._foreach_mul_(alike, coefficient.to(device, dtype))
         return norm
 
     def _norm(self, counted: list[torch.Tensor]) -> torch.Tensor:
         """The Euclidean norm over all ranks of what each counts, the same bits on each."""
         parts = [x.float() if x.element_size() < 4 else x for x in counted if x.numel()]
-        norms = (
-            [x.to(self._travel.device, torch.float64) for x in torch._foreach_norm(parts)] if parts else []
-        )
-        square = (
-            torch.stack(norms).square().sum()
-            if norms
-            else torch.zeros((), dtype=torch.float64, device=self._travel.device)
-        )
+        square = torch.zeros((), dtype=torch.float64, device=self._travel.device)
+        if parts:
+            square = torch.stack([x.to(square) for x in torch._foreach_norm(parts)]).square().sum()
         group = self._norm_group or self._world.group
         if group is not None and group.size() > 1:
             square = self.traffic.all_gather(square, group).wait().sum()
@@ -378,9 +373,9 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             )
         if self._steps > 2 and self._steps % COPIES_CHECKED:
             return
-        if (found := self._world.differing()) is None:
+        what, name = self._world.differing() or (None, "")
+        if what is None:
             return
-        what, name = found
         if what == 0:
             raise ConfigError(
                 f"{name} differs between ranks that should hold copies of it: give them the same weights before the first "

@@ -67,7 +67,7 @@ class Rule:
     row_sharded: bool | None = None
 
     def check(self, where: str) -> None:
-        """Raises ``ConfigError`` naming ``where`` and the field for a value that cannot be meant."""
+        """Raises ``ConfigError`` naming ``where`` and the field for a value that makes no sense."""
         for name in ("lr", "beta", "eps", "lower", "weight_decay", "steps"):
             value = getattr(self, name)
             if value is None and name == "steps":
@@ -177,7 +177,7 @@ class OptimizerConfig:
         return self.embed if rule is None else rule
 
     def check(self) -> None:
-        """Raises ``ConfigError`` for the first rule that cannot be meant."""
+        """Raises ``ConfigError`` for the first rule that makes no sense."""
         for role in ROLES:
             self.rule(role).check(f"optimizer.{role}")
         if not 0 < self.bucket_mb < math.inf:

@@ -32,7 +32,7 @@ class ScheduleConfig:
     momentum_warmup_start: float = 0.85
 
     def check(self, steps: int) -> None:
-        """Raises ``ConfigError`` for a value that cannot be meant in a run of ``steps``."""
+        """Raises ``ConfigError`` for a value that makes no sense in a run of ``steps``."""
         if not 0 <= self.warmup_steps <= steps:
             raise ConfigError(
                 f"trainer.schedule.warmup_steps is {self.warmup_steps}, expected 0 to trainer.steps = {steps}"

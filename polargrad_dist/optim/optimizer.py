@@ -247,7 +247,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
                 counted.append(grad if reduced else m.gradient())
         norm = self._norm(counted)
         if max_norm < float("inf"):
-            # A non-finite norm must not spread to gradients that are well: who looks for the culprit finds only it.
+            # A non-finite norm leaves finite gradients alone, so that the culprit can still be found.
             coefficient = torch.where(norm.isfinite(), torch.clamp(max_norm / (norm + 1e-6), max=1.0), 1.0)
             for dtype, device in {(g.dtype, g.device) for g in grads}:
                 alike = [g for g in grads if g.dtype == dtype and g.device == device]

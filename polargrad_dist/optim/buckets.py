@@ -224,7 +224,7 @@ class Owned(Batch):
         """The bucket's step."""
         kept = self.kept()
         A = self.rule.momentum(self.states, self.gradients(), self.group)
-        shape, dtype = A.shape, A.dtype
+        shape = A.shape
         if self.entry.travels:
             wire = self.travel.dtype or self.entry.dtype
             started = self._to_owners(
@@ -242,7 +242,7 @@ class Owned(Batch):
             del A, D
         numbers = numbers.view(-1, 1, 1, 1, NUMBERS) if self.index is None else numbers[self.index]
         numbers = numbers.to(self.first.device)
-        direction = direction.to(self.first.device, dtype, memory_format=torch.contiguous_format)
+        direction = direction.to(self.first.device)
         for part in self.bucket.portions:
             own = numbers[part.items, :, part.rows if numbers.shape[2] > 1 else slice(None)]
             message = self.advance(part, direction[part.items, :, part.rows], own[..., 0], own[..., 1] > 0)

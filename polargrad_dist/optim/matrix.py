@@ -124,12 +124,18 @@ class Polar:
         )
 
     def apply(self, state: dict[str, Tensor], direction: Tensor, scale: Tensor, group: Group) -> Tensor:
-        """The step of a stretch of the weights; ``scale`` is broadcast against it. Must not change ``direction``."""
+        """The step of a stretch of the weights; ``scale`` is broadcast against it. Must not change ``direction``.
+
+        ``direction`` is as it travelled, in bf16 say; the step is in at least fp32.
+        """
         if group["momentum"] == "polar_first":
             m = state["momentum"]
             direction = m.lerp_(direction.to(m.dtype), 1 - group["beta"])
             return direction * (scale * -group["lr"]).to(m.dtype)
-        return direction * (scale * -group["lr"]).to(direction.dtype)
+        wide = torch.promote_types(direction.dtype, torch.float32)
+        factor = (scale * -group["lr"]).to(wide)
+        step = direction.to(wide, memory_format=torch.contiguous_format)
+        return step * factor if step is direction else step.mul_(factor)
 
 
 class AdamW:

@@ -148,11 +148,8 @@ class Batch:
 
     def kept(self) -> dict[str, Tensor]:
         """Copies of the states, where the step may turn out not to happen."""
-        return (
-            {}
-            if self.travel.ok is None
-            else {k: v.clone() for k, v in self.states.items() if k != "low_bits"}
-        )
+        sure = self.travel.ok is None
+        return {} if sure else {k: v.clone() for k, v in self.states.items() if k != "low_bits"}
 
     def settle(self, kept: dict[str, Tensor]) -> None:
         """Undoes the states where the step was not to happen, and writes back those that do not lie together."""
@@ -172,6 +169,8 @@ class Owned(Batch):
         e = self.entry
         assert e.split is not None
         self.split = e.split
+        self.wire_dtype = travel.dtype or e.dtype
+        self.momentum_dtype = travel.dtype or e.momentum_dtype
         per_slice = len(e.owners) // self.split.stack
         order = self.team.order if self.team.group is not None else [0]
         owned: dict[int, list[tuple[int, int]]] = {place: [] for place in order}
@@ -226,13 +225,10 @@ class Owned(Batch):
         A = self.rule.momentum(self.states, self.gradients(), self.group)
         shape = A.shape
         if self.entry.travels:
-            wire = self.travel.dtype or self.entry.dtype
-            started = self._to_owners(
-                A.to(self.travel.device, self.travel.dtype or self.entry.momentum_dtype)
-            )
+            started = self._to_owners(A.to(self.travel.device, self.momentum_dtype))
             del A
             D, numbers = self.directed(self._assembled((yield started)), facts)
-            started = self._to_shards([d.to(wire) for d in D], numbers)
+            started = self._to_shards([d.to(self.wire_dtype) for d in D], numbers)
             del D
             direction, numbers = self._pieces((yield started), shape)
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from polargrad_dist.distributed.plan import Entry, Plan
 from polargrad_dist.distributed.teams import local
 from polargrad_dist.distributed.transport import Agreement, Started, Traffic
 from polargrad_dist.errors import ConfigError
-from polargrad_dist.optim.buckets import Batch, Steps
+from polargrad_dist.optim.buckets import Batch
 from polargrad_dist.optim.checks import Checks, check_keys, check_parameter, check_travel, check_values
 from polargrad_dist.optim.facts import Facts
 from polargrad_dist.optim.failures import failure_of
@@ -301,7 +301,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
                 loss = closure()
         if ok is not None and not (isinstance(ok, torch.Tensor) and ok.dtype == torch.bool and ok.ndim == 0):
             raise ConfigError(f"ok is {ok!r}, expected a 0-d bool tensor, or None")
-        self.finish_reductions()
+        if self._travel.reducer:
+            self._travel.reducer.finish()
         present = self._agreed()
         self._check_copies()
         facts = self._facts = Facts(self._keep, ok=ok)
@@ -323,7 +324,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             on_its_way, started[number] = started[number], None
             arrived = None if on_its_way is None else on_its_way.wait()
             del on_its_way  # and what it was sent from
-            started[number] = next_of(running[number], arrived)
+            with suppress(StopIteration):
+                started[number] = running[number].send(arrived)  # type: ignore[arg-type]
             del arrived
 
     def _agreed(self) -> tuple[bool, ...]:
@@ -332,15 +334,16 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         if problem is None and self._checks.states_changed(self._world.members):
             self._world.forget()
         self._steps += 1
-        reducer, entries = self._travel.reducer, self._world.entries
-        present = torch.zeros(len(entries) + 2, dtype=torch.int32)
-        for m in self.works:
-            here = reducer.present[m.p] if reducer else m.p.grad is not None
-            present[m.index] = here + m.misplaced
+        reducer, world, agreement = self._travel.reducer, self._world, self._world.agreement
+        marks = [0] * len(world.entries)
+        for m in world.members:
+            grad = m.p.grad
+            marks[m.index] = int(reducer.present[m.p] if reducer else grad is not None)
+            marks[m.index] += isinstance(grad, DTensor) and m.misplaced
         late = self._travel.device.type != "cpu" and self._facts.worst()[0] > 0
-        present[-2], present[-1] = late, problem is not None
-        if self.agreement is not None:
-            self.agreement.largest(present)
+        present = torch.tensor([*marks, late, problem is not None], dtype=torch.int32)
+        if agreement is not None:
+            agreement.largest(present)
         *somewhere, failed, refused = present.tolist()
         if refused:
             raise problem or ConfigError("another rank cannot step, so no rank does: see its error")
@@ -354,9 +357,9 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
     def _raise_together(self, facts: Facts) -> None:
         """Raises the worst failure of a step on all ranks."""
         kind, index = facts.worst()
-        worst = kind << 32 | index
-        if self.agreement is not None:
-            worst = int(self.agreement.largest(torch.tensor([worst])))
+        worst, agreement = kind << 32 | index, self._world.agreement
+        if agreement is not None:
+            worst = int(agreement.largest(torch.tensor([worst])))
         if worst:
             kind, index = worst >> 32, worst & 0xFFFFFFFF
             own = facts.error if facts.failure == (kind, index) else None
@@ -364,7 +367,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
 
     def _check_copies(self) -> None:
         """At the first two steps and now and then: what differs between ranks would go on doing so in silence."""
-        if self.agreement is None:
+        if self._world.agreement is None:
             return
         if (self._steps <= 2 or self._steps % RATES_CHECKED == 0) and (unlike := self._unlike()) is not None:
             raise ConfigError(
@@ -440,11 +443,3 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         if by not in ("role", "parameter"):
             raise ConfigError(f"stats(by={by!r}), expected 'role' or 'parameter'")
         return self._facts.stats(by, self._world.entries, self.agreement)
-
-
-def next_of(steps: Steps, arrived: torch.Tensor | None) -> Started | None:
-    """Resumes a bucket with what arrived; the collective that it starts next, None at its end."""
-    try:
-        return steps.send(arrived)  # type: ignore[arg-type]
-    except StopIteration:
-        return None

@@ -23,6 +23,8 @@ class Tall(Batch):
     def __init__(self, bucket: Bucket, members: Sequence[Member], travel: Travel):
         super().__init__(bucket, members, travel)
         self._join(self.first.elementwise)
+        e = self.entry
+        self.triangle, self.slots = e.triangle, e.layout.world if e.bounded else 0
 
     def run(self, facts: Facts) -> Steps:
         """The matrix's step."""
@@ -35,15 +37,12 @@ class Tall(Batch):
         if self.team.group is None:
             X, numbers = self._root(S, columns, largest, facts)
         else:
-            at, traffic, world = self.team.order.index(owner), self.travel.traffic, e.layout.world
-            rows = [
-                largest.view(1) if place == self.place else S.new_zeros(1)
-                for place in range(world if e.bounded else 0)
-            ]
+            at, traffic = self.team.order.index(owner), self.travel.traffic
+            rows = [largest.view(1) if place == self.place else S.new_zeros(1) for place in range(self.slots)]
             sums = yield traffic.reduce(torch.cat([pack_triangle(S), columns, *rows]), at, self.team.group)
-            message = S.new_empty((n * n if e.bounded else e.triangle) + ROOT_NUMBERS)
+            message = S.new_empty((n * n if e.bounded else self.triangle) + ROOT_NUMBERS)
             if self.place == owner:
-                packed, columns, slots = sums.split([e.triangle, len(columns), len(rows)])
+                packed, columns, slots = sums.split([self.triangle, len(columns), len(rows)])
                 largest = slots.amax() if e.bounded else largest
                 X, numbers = self._root(unpack_triangle(packed, n), columns, largest, facts)
                 message = torch.cat([X.reshape(-1) if e.bounded else pack_triangle(X), numbers])

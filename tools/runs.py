@@ -115,21 +115,18 @@ def load_run(path: Path | str, *, step: int | None = None) -> Run:
 
 
 def known_tokens(checkpoint: Checkpoint) -> Kept:
-    """The run's tokenizer: the one in its directory, or in an older run that of its data."""
+    """The run's tokenizer, from its directory.
+
+    Nothing that the run's configuration names is opened for it: the directory may be a stranger's. Raises
+    ``CheckpointError`` for a run of version 0.1, which kept none.
+    """
     known = kept(checkpoint.run_dir)
-    if known is not None:
-        return known
-    config = parse_run(["--config", str(checkpoint.run_dir / "config.yaml")])[0]
-    trainer = config.trainer
-    data = open_data(
-        config.data,
-        sequence_length=trainer.sequence_length,
-        global_batch=trainer.global_batch,
-        micro_batch=trainer.micro_batch,
-        seed=trainer.seed,
-        report=quiet,
-    )
-    return Kept(data.tokenizer, data.end_of_text, data.folder)
+    if known is None:
+        raise CheckpointError(
+            f"{checkpoint.run_dir} keeps no tokenizer, expected its folder tokenizer/, which runs write since version 0.2: "
+            "start the run once more, for no step further"
+        )
+    return known
 
 
 def build(checkpoint: Checkpoint, known: Kept, device: str = "cpu") -> LanguageModel:

@@ -165,9 +165,9 @@ class Checks:
                 )
             if rule_of(group).pauses(group) != self._pauses[number]:
                 return ConfigError(
-                    f"parameter group {number} has scale {group['scale']!r} and floor {group['floor']}, which need other sums "
-                    "over ranks than at construction, expected scale 'nuclear_shared', and a floor above 0, from the start or "
-                    "never: build a new optimizer"
+                    f"parameter group {number} has scale {group['scale']!r} and floor {group['floor']}, which need other "
+                    "sums over ranks than before, expected scale 'nuclear_shared', or a floor above 0, at construction "
+                    "or never: build a new optimizer"
                 )
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 if p.grad is not None and p.grad.layout != torch.strided:

@@ -145,7 +145,7 @@ def test_a_weight_of_zeros_cannot_keep_its_norm_and_a_pause_cannot_come_later():
         PolarGrad([p], control="hyperball", scale="none").step()
     optimizer = PolarGrad([p], scale="muon")
     optimizer.param_groups[0]["floor"] = 0.1
-    with pytest.raises(ConfigError, match="from the start or never"):
+    with pytest.raises(ConfigError, match="at construction or never"):
         optimizer.step()
 
 

@@ -39,7 +39,8 @@ def small(name: str, shards: Path, run_dir: Path) -> RunConfig:
     """A race with the model, the batch and the run made small, and what counts steps with them; nothing else."""
     changes = {
         "data.paths": json.dumps([str(shards)]), "data.cache": str(shards.parent / "cache"), "model.width": 32,
-        "model.layers": 2, "model.heads": 2, "model.vocab_size": VOCABULARY, "model.end_of_text": 0, "data.tokenizer.end_of_text": 0,
+        "model.layers": 2, "model.heads": 2, "model.vocab_size": VOCABULARY, "model.end_of_text": 0,
+        "data.tokenizer.end_of_text": 0,
         "trainer.run_dir": str(run_dir), "trainer.steps": 20, "trainer.global_batch": 8, "trainer.micro_batch": 4,
         "trainer.sequence_length": LENGTH, "trainer.precision": "fp32", "trainer.compile": "false", "trainer.device": "cpu",
         "trainer.logging.every": 1, "trainer.logging.progress": "off", "trainer.checkpoint.every": 0,

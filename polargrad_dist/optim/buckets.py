@@ -17,12 +17,13 @@ from polargrad_dist.distributed.plan import NUMBERS
 from polargrad_dist.distributed.schedule import Bucket, Portion
 from polargrad_dist.distributed.transport import Started
 from polargrad_dist.errors import ConfigError
+from polargrad_dist.optim.control import controlled, share_nuclear
 from polargrad_dist.optim.facts import Facts
 from polargrad_dist.optim.matrix import Direction
 from polargrad_dist.optim.member import Member, Travel, joined, slices
 from polargrad_dist.optim.parts import decay_and_step, join_bf16, split_bf16
 
-Steps = Generator[Started, Tensor, None]
+Steps = Generator[Started | None, Tensor, None]
 
 
 class Batch:
@@ -39,6 +40,9 @@ class Batch:
         self.states: dict[str, Tensor] = {}
         self.loose: list[tuple[list[Tensor], Tensor]] = []
         self.shares = bucket.shares
+        # Which matrix row i of the numbers is of; which row each (item, slice, row, column) takes, None for item by item.
+        self.arrival: list[tuple[int, int]] = [(0, 0)]
+        self.index: Tensor | None = None
         if self.shares:
             self._find_copies()
 
@@ -77,13 +81,22 @@ class Batch:
 
         ``scale`` and ``ok`` are broadcast against D (items, slices, rows, columns).
         """
-        states = {key: held[part.items, :, part.rows] for key, held in self.states.items()}
-        low = states.pop("low_bits", None)
-        step = self.rule.apply(states, D, scale, self.group)
+        return self.moved(part, self.rule.apply(self.states_of(part), D, scale, self.group), ok)
+
+    def states_of(self, part: Portion) -> dict[str, Tensor]:
+        return {k: v[part.items, :, part.rows] for k, v in self.states.items() if k != "low_bits"}
+
+    def spread(self, numbers: Tensor) -> Tensor:
+        """Numbers of each matrix in the order of `arrival`, to be broadcast against (items, slices, rows, columns)."""
+        return numbers.view(-1, 1, 1, 1, *numbers.shape[1:]) if self.index is None else numbers[self.index]
+
+    def moved(self, part: Portion, step: Tensor, ok: Tensor, shrink: Tensor | None = None) -> Tensor | None:
+        """Adds a portion's step to its weights where ``ok``, then multiplies them; returns what copies are to be given."""
+        low = self.states["low_bits"][part.items, :, part.rows] if "low_bits" in self.states else None
         weights = [m.weight()[self.slab, part.rows] for m in self.members[part.items]]
-        decay, cautious = self.group["lr"] * self.group["weight_decay"], self.group["cautious"]
+        decay, cautious = self.group["lr"] * self.group["weight_decay"], self.group["control"] == "cautious"
         sure = self.travel.ok is None and ok.device.type == "cpu" and bool(ok.all())
-        if sure and not self.shares and weights[0].element_size() >= 4:
+        if sure and not self.shares and weights[0].element_size() >= 4 and shrink is None:
             decay_and_step(weights, list(step.to(weights[0].dtype).unbind(0)), decay, cautious)
             return None
         old = torch.stack(weights) if len(weights) > 1 else weights[0].unsqueeze(0)
@@ -93,6 +106,8 @@ class Batch:
         x = join_bf16(old, low) if low is not None else old.to(self.first.state_dtype, copy=not fresh)
         before = None if sure else x.clone()
         decay_and_step([x], [step.to(x.dtype)], decay, cautious)
+        if shrink is not None:
+            x.mul_(shrink)
         if before is not None:
             x = torch.where(ok if self.travel.ok is None else ok & self.travel.ok.to(ok.device), x, before)
         return self._written(weights, old, x, low)
@@ -203,9 +218,9 @@ class Owned(Batch):
         return box if self.slab == slice(None) else ((self.slab.start, self.slab.stop), *box[1:])
 
     def _index(self, here: Cut3) -> None:
-        """Which of the arriving numbers belongs to each (item, slice, row, column): None where that is item by item."""
+        """Fills in `arrival` and `index`."""
         arrival = [ij for own in self.owned for ij in own] if self.entry.travels else self.mine
-        self.index: Tensor | None = None
+        self.arrival = arrival
         if arrival == [(i, 0) for i in range(len(self.members))]:
             return
         several = len(self.split.matrices) > self.split.stack
@@ -236,9 +251,11 @@ class Owned(Batch):
             direction = self._as_shards(D, shape)
             numbers = numbers if self.mine else numbers.new_ones(1, NUMBERS)  # of no elements here
             del A, D
-        numbers = numbers.view(-1, 1, 1, 1, NUMBERS) if self.index is None else numbers[self.index]
-        numbers = numbers.to(self.first.device)
+        numbers = self.spread(numbers).to(self.first.device)
         direction = direction.to(self.first.device)
+        if self.entry.pauses:
+            yield from controlled(self, direction, numbers[..., 0], numbers[..., 1] > 0, facts)
+            return self.settle(kept)
         for part in self.bucket.portions:
             own = numbers[part.items, :, part.rows if numbers.shape[2] > 1 else slice(None)]
             message = self.advance(part, direction[part.items, :, part.rows], own[..., 0], own[..., 1] > 0)
@@ -292,6 +309,8 @@ class Owned(Batch):
                 keep.view(-1, *[1] * (value.ndim - 1)), answer.state[key].to(value.dtype), value[rows]
             )
         facts.learnt(owners, answer, ok, A)
+        if self.group["scale"] == "nuclear_shared":
+            share_nuclear(self, answer.nuclear_norm, answer.scale, ok, facts)
         return answer.D, torch.stack([answer.scale.double(), ok.double()], 1)
 
     def _to_owners(self, A: Tensor) -> Started:

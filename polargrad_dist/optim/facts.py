@@ -16,6 +16,7 @@ from polargrad_dist.distributed.plan import Entry
 from polargrad_dist.distributed.transport import Agreement
 from polargrad_dist.optim.matrix import Direction
 from polargrad_dist.optim.member import Member
+from polargrad_dist.optim.sums import Sums
 from polargrad_dist.polar import InverseSqrt
 
 NAN = float("nan")
@@ -32,6 +33,7 @@ class Facts:
 
     keep: frozenset[int] = frozenset()
     ok: Tensor | None = None
+    sums: Sums | None = None
     kept: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=lambda: defaultdict(list))
     kept_gram: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,10 +18,10 @@ from torch.distributed.tensor import DTensor
 
 from polargrad_dist.distributed.plan import Entry, Plan
 from polargrad_dist.distributed.teams import local
-from polargrad_dist.distributed.transport import Agreement, Started, Traffic
+from polargrad_dist.distributed.transport import Agreement, Traffic
 from polargrad_dist.errors import ConfigError
-from polargrad_dist.optim.buckets import Batch
 from polargrad_dist.optim.checks import Checks, check_keys, check_parameter, check_travel, check_values
+from polargrad_dist.optim.control import refuse_zero
 from polargrad_dist.optim.facts import Facts
 from polargrad_dist.optim.failures import failure_of
 from polargrad_dist.optim.groups import DEFAULTS, completed, routed
@@ -30,6 +30,7 @@ from polargrad_dist.optim.member import Member, Travel
 from polargrad_dist.optim.planning import split_of
 from polargrad_dist.optim.routing import route
 from polargrad_dist.optim.rules import OptimizerConfig, Rule
+from polargrad_dist.optim.running import run
 from polargrad_dist.optim.state import NamedState
 from polargrad_dist.optim.world import World
 
@@ -308,25 +309,21 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         facts = self._facts = Facts(self._keep, ok=ok)
         self._keep = frozenset()
         self._travel.ok = ok
-        batches, order = self._world.schedule(present)
+        facts.sums = self._world.sums()
+        batches, orders = self._world.schedule(present)
         with torch.autocast(self._travel.device.type, enabled=False):
-            self._run(batches, order, facts)
+            run(batches, orders, facts, self._add_up)
         if self._travel.device.type == "cpu":
             self._raise_together(facts)
         return loss
 
-    @staticmethod
-    def _run(batches: list[Batch], order: list[int], facts: Facts) -> None:
-        """Resumes the buckets in their order, each with what its last collective brought."""
-        running = [batch.run(facts) for batch in batches]
-        started: list[Started | None] = [None] * len(running)
-        for number in order:
-            on_its_way, started[number] = started[number], None
-            arrived = None if on_its_way is None else on_its_way.wait()
-            del on_its_way  # and what it was sent from
-            with suppress(StopIteration):
-                started[number] = running[number].send(arrived)  # type: ignore[arg-type]
-            del arrived
+    def _add_up(self) -> None:
+        """Adds what each rank put into the step's sums, in one order on all of them, so that all get the same bits."""
+        group, sums = self._world.group, self._facts.sums
+        if sums is not None and group is not None and group.size() > 1:
+            sums.values = self.traffic.all_gather(sums.values, group).wait().sum(0)
+        if sums is not None and self._steps == 1:
+            refuse_zero(self.works, self._facts)
 
     def _agreed(self) -> tuple[bool, ...]:
         """Which parameters have a gradient on some rank; raises together what keeps a rank from stepping."""

@@ -11,6 +11,7 @@ from polargrad_dist.distributed.plan import ROOT_NUMBERS
 from polargrad_dist.distributed.schedule import Bucket
 from polargrad_dist.distributed.transport import pack_triangle, unpack_triangle
 from polargrad_dist.optim.buckets import Batch, Steps
+from polargrad_dist.optim.control import controlled, share_nuclear
 from polargrad_dist.optim.facts import Facts
 from polargrad_dist.optim.member import Member, Travel
 from polargrad_dist.optim.parts import join_bf16, split_bf16
@@ -51,6 +52,10 @@ class Tall(Batch):
             X = root.view(n, n) if e.bounded else unpack_triangle(root, n)
         precise = self.group["lower"] < 1e-4  # strict: directions that an fp32 product would lose
         numbers = numbers.to(self.first.device)
+        if e.pauses:
+            D = apply_rows(A.to(device), X, precise=precise).to(self.first.device)
+            yield from controlled(self, D[None, None], numbers[0], numbers[3] > 0, facts)
+            return self.settle(kept)
         for part in self.bucket.portions:
             with facts.clock(e.role, device):
                 D = apply_rows(A[part.rows].to(device), X, precise=precise).to(self.first.device)
@@ -71,6 +76,8 @@ class Tall(Batch):
             return torch.zeros_like(S), S.new_zeros(ROOT_NUMBERS)
         ok = root.nuclear_norm.isfinite()
         facts.learnt_root(self.first, root, ok, given)
+        if self.group["scale"] == "nuclear_shared":
+            share_nuclear(self, root.nuclear_norm, scale, ok, facts)
         return root.X, torch.stack([scale, root.sigma_max, root.sigma_min, ok.double()])
 
 

@@ -162,7 +162,7 @@ class NamedState:
             if old == "residual":  # as it was called, as int16, until version 0.1
                 theirs = theirs.view(torch.uint8).view(*theirs.shape, 2)
             parts.append((local(value), _part(m, key, theirs, value)))
-        groups = {tuple(g["param_names"]): LAYOUT | g for g in state_dict["param_groups"]}
+        groups = {tuple(g["param_names"]): LAYOUT | _renamed(g) for g in state_dict["param_groups"]}
         if len(groups) > len(self.param_groups):
             raise CheckpointError(
                 f"the saved optimizer has {len(groups)} parameter groups, expected {len(self.param_groups)}: build this one "
@@ -196,6 +196,14 @@ class NamedState:
         for m in self._world.members:
             for key, value in m.state.items():
                 yield m, key, value
+
+
+def _renamed(group: dict[str, Any]) -> dict[str, Any]:
+    """A saved group with the keys of today: until version 0.2 ``control`` was ``cautious``, true or false."""
+    if "cautious" not in group:
+        return group
+    rest = {key: value for key, value in group.items() if key != "cautious"}
+    return rest | {"control": "cautious" if group["cautious"] else "decay"}
 
 
 def _part(m: Member, key: str, saved: Tensor, mine: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from polargrad_dist.distributed.plan import Entry, Plan, in_order, index_of
+from polargrad_dist.distributed.plan import Entry, Plan, in_order, index_of, sum_rows
 from polargrad_dist.distributed.reducer import Reduced, ShardReducer
 from polargrad_dist.distributed.schedule import Bucket, in_buckets
 from polargrad_dist.distributed.schedule import in_order as resumed
@@ -21,6 +21,7 @@ from polargrad_dist.optim.buckets import Batch, Owned
 from polargrad_dist.optim.member import Member, Travel
 from polargrad_dist.optim.planning import entry
 from polargrad_dist.optim.shards import Elementwise, Tall
+from polargrad_dist.optim.sums import Sums
 
 KINDS: dict[str, type[Batch]] = {"owner": Owned, "tall": Tall, "elementwise": Elementwise}
 Given = tuple[int, dict[str, Any], str, torch.nn.Parameter]  # number of the group, the group, name, parameter
@@ -41,7 +42,7 @@ class World:
         self.meshes = False
         self._counted: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._groups = Groups()
-        self._schedules: dict[tuple[bool, ...], tuple[list[Batch], list[int]]] = {}
+        self._schedules: dict[tuple[bool, ...], tuple[list[Batch], list[list[int]]]] = {}
 
     @property
     def rank(self) -> int:
@@ -203,8 +204,14 @@ class World:
         reduced = [Reduced(m.p, m.entry, m.team.place, copies) for m in self.members]
         self.travel.reducer = ShardReducer(reduced, group, self.travel.traffic, self.travel.limit)
 
-    def schedule(self, present: tuple[bool, ...]) -> tuple[list[Batch], list[int]]:
-        """This rank's buckets of the parameters that have a gradient somewhere, and the order in which they are resumed."""
+    def sums(self) -> Sums | None:
+        """Room for what steps wait for, where some do."""
+        rows = sum_rows(self.entries)
+        return Sums(rows, self._counted, self.travel.device) if rows else None
+
+    def schedule(self, present: tuple[bool, ...]) -> tuple[list[Batch], list[list[int]]]:
+        """This rank's buckets of the parameters that have a gradient somewhere, and the orders in which they are resumed: up
+        to the sums over ranks, and after."""
         if present not in self._schedules:
             if len(self._schedules) >= 8:
                 self._schedules.pop(next(iter(self._schedules)))
@@ -216,8 +223,9 @@ class World:
                     members = [here[item.entry] for item in bucket.items]
                     batches[number] = self._batch(bucket, members)
             where = {number: i for i, number in enumerate(batches)}
-            order = [where[number] for number in resumed([b.stages for b in buckets]) if number in where]
-            self._schedules[present] = list(batches.values()), order
+            stages = zip(*[b.stages for b in buckets], strict=True) if buckets else [(), ()]
+            orders = [[where[n] for n in resumed(counts) if n in where] for counts in stages]
+            self._schedules[present] = list(batches.values()), orders
         return self._schedules[present]
 
     def _batch(self, bucket: Bucket, members: Iterable[Member]) -> Batch:

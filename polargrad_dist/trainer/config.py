@@ -9,6 +9,7 @@ from typing import Literal
 
 from polargrad_dist.diagnostics import DiagnosticsConfig
 from polargrad_dist.errors import ConfigError
+from polargrad_dist.optim.around import AverageConfig, LookaheadConfig, check_around
 from polargrad_dist.optim.schedules import ScheduleConfig
 from polargrad_dist.trainer.checkpoint import CheckpointConfig, checkpoints_in
 
@@ -40,6 +41,7 @@ class EvaluationConfig:
 
     Args:
         every: steps between validations; 0 for only at the end.
+        late_every: steps between validations in the last tenth of the run; 0 for as before it.
         at_end: also validate after the last step.
         hellaswag: JSON lines of HellaSwag's form (ctx or ctx_a and ctx_b, endings, label), which the model has to complete;
             null for none.
@@ -48,10 +50,16 @@ class EvaluationConfig:
     """
 
     every: int = 250
+    late_every: int = 0
     at_end: bool = True
     hellaswag: str | None = None
     hellaswag_every: int = 1000
     hellaswag_items: int | None = None
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether the validation loss is measured after ``step`` of ``steps``."""
+        every = (self.late_every if 10 * step >= 9 * steps else 0) or self.every
+        return bool(every and step % every == 0) or (step == steps and self.at_end)
 
 
 @dataclass
@@ -151,6 +159,8 @@ class TrainerConfig:
         device: "auto" takes a GPU where there is one.
         allow_changes: run although the run directory holds another configuration.
         schedule: learning-rate and momentum schedule.
+        lookahead: EMA-Nesterov around the optimizer.
+        average: an average of the last weights, for validation and export.
         strategy: ddp, fsdp or hsdp.
         evaluation: validation.
         samples: text that the model writes while it trains.
@@ -173,6 +183,8 @@ class TrainerConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     allow_changes: bool = False
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    lookahead: LookaheadConfig = field(default_factory=LookaheadConfig)
+    average: AverageConfig = field(default_factory=AverageConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
@@ -205,6 +217,7 @@ class TrainerConfig:
             ("logging.every", self.logging.every, 1),
             ("logging.stats_every", self.logging.stats_every, 0),
             ("evaluation.every", self.evaluation.every, 0),
+            ("evaluation.late_every", self.evaluation.late_every, 0),
             ("evaluation.hellaswag_every", self.evaluation.hellaswag_every, 0),
             ("evaluation.hellaswag_items", self.evaluation.hellaswag_items or 1, 1),
             ("logging.profile", self.logging.profile, 0),
@@ -251,6 +264,7 @@ class TrainerConfig:
             )
         self.diagnostics.check()
         self.schedule.check(self.steps)
+        check_around(self.lookahead, self.average)
 
     def for_world(self, world: int) -> TrainerConfig:
         """The same run on ``world`` ranks: the same global batch, in the largest micro-batches up to the configured ones.

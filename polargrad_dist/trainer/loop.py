@@ -21,7 +21,7 @@ from polargrad_dist.diagnostics import Diagnostics
 from polargrad_dist.errors import CheckpointError, ConfigError, PolarError, TrainingError
 from polargrad_dist.optim import OptimizerConfig, PolarGrad
 from polargrad_dist.optim.routing import clean_name, unwrap
-from polargrad_dist.optim.schedules import lr_factor, momentum_at
+from polargrad_dist.optim.schedules import Rates
 from polargrad_dist.trainer import rundir
 from polargrad_dist.trainer.checkpoint import CheckpointStore, folder_name, restore_rng_state, rng_state
 from polargrad_dist.trainer.config import TrainerConfig
@@ -36,6 +36,7 @@ from polargrad_dist.trainer.profiling import PREFIX, Profile
 from polargrad_dist.trainer.signals import PREEMPTED, LeaveRequest
 from polargrad_dist.trainer.strategies import place
 from polargrad_dist.trainer.world import World, seed_everything
+from polargrad_dist.trainer.wrapped import Wrapped
 
 log = logging.getLogger("polargrad_dist.trainer")
 
@@ -86,8 +87,8 @@ class Trainer:
         self.optimizer = PolarGrad.from_config(self.placed.model, optimizer)
         self.diagnostics = Diagnostics(self.optimizer, config.diagnostics)
         self._parameters = sum(p.numel() for p in model.parameters())
-        self.base_lr = [group["lr"] for group in self.optimizer.param_groups]
-        self.base_beta = [group["beta"] for group in self.optimizer.param_groups]
+        self.rates = Rates(self.optimizer.param_groups, config.schedule, config.steps)
+        self.wrapped = Wrapped(model, config)
         self.progress = Progress()
         self.phases = Phases(world.device)
         self.peak = peak_flops(world.device) if config.precision != "fp32" else None  # the peaks are bf16's
@@ -150,7 +151,8 @@ class Trainer:
         saved = stop = False
         try:
             if progress.owing:
-                stop = self._measure(metrics, leave)
+                with self.wrapped.used(progress.step):
+                    stop = self._measure(metrics, leave)
             while progress.step < config.steps and not stop:
                 self.world.at(f"step {progress.step + 1}")
                 with record_function(f"{PREFIX}whole"):
@@ -197,11 +199,7 @@ class Trainer:
         Returns the step's figures and whether some rank was asked to leave.
         """
         config, progress = self.config, self.progress
-        factor = lr_factor(config.schedule, progress.step, config.steps)
-        for group, lr, beta in zip(self.optimizer.param_groups, self.base_lr, self.base_beta, strict=True):
-            group["lr"] = lr * factor
-            if group["role"] == "hidden":
-                group["beta"] = momentum_at(config.schedule, progress.step, beta)
+        self.wrapped.before(progress.step, self.rates.set(progress.step))
         self.optimizer.zero_grad()
         mean = self._backward(batches)
         with self.phases("optimizer"):
@@ -223,9 +221,11 @@ class Trainer:
                     self.optimizer.step()
                 except PolarError as error:
                     raise TrainingError(f"step {progress.step + 1}: {error}; {self._way_back()}") from error
+            self.wrapped.after(progress.step + 1)
             progress.skipped_in_a_row = 0
             progress.recent = [*progress.recent, loss][-config.safety.spike_window :]
         else:
+            self.wrapped.undo(progress.step + 1)
             self._skip(reason, float(mean))
         record = {
             "step": progress.step + 1,
@@ -329,22 +329,21 @@ class Trainer:
 
     _reported = 0
     _due = False
+    # Writes the run's HTML report, for the sinks that take one when it ends.
     report: Callable[[Path], Path] | None = None
-    """Writes the run's HTML report, for the sinks that take one when it ends."""
     _unproved = ""
 
     def _validate_and_save(self, metrics: Metrics, leave: LeaveRequest, stop: bool) -> bool:
         """What is due after a step; returns whether to leave. Who is asked to leave saves first and validates never."""
         config, step = self.config, self.progress.step
         last = step == config.steps
-        every = config.evaluation.every
-        self.progress.validation_owed = self.data.validation is not None and (
-            bool(every and step % every == 0) or (last and config.evaluation.at_end)
-        )
+        due = config.evaluation.due(step, config.steps)
+        self.progress.validation_owed = due and self.data.validation is not None
         self.progress.look_owed = self.evaluator.due(step)
         due = self.progress.validation_owed
         if self.progress.owing and not stop:
-            stop = self._measure(metrics, leave)
+            with self.wrapped.used(step):
+                stop = self._measure(metrics, leave)
         loss = self.validated["validation_loss"] if due and not self.progress.validation_owed else None
         self._due |= stop or last or bool(config.checkpoint.every and step % config.checkpoint.every == 0)
         self._unproved = self._doubt(loss, final=last)
@@ -404,6 +403,7 @@ class Trainer:
             for name, tensor in named
             if clean_name(name) in persistent
         }
+        tensors |= self.wrapped.tensors()
         return tensors | {f"optim/{name}": tensor for name, tensor in self.optimizer.named_state().items()}
 
     def save(self, validation_loss: float | None = None) -> None:

@@ -1,0 +1,429 @@
+"""PolarGrad as the client optimizer of DeepSpeed, ZeRO stages 0 to 3: ``deepspeed.initialize(optimizer=ZeroPolarGrad(model))``.
+
+ZeRO clips, accumulates, shards and shares; the optimizer finds at its first step which stretch of which parameter lies in
+this rank's fp32 vectors, and steps them as `FragmentPolarGrad`. Known to work with DeepSpeed `TESTED`: it reads
+``_hp_mapping`` (stages 1, 2), ``_z3_optimizer``, ``grad_position`` and ``fp32_partitioned_groups_flat`` (stage 3).
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from polargrad_dist.distributed.plan import Plan
+from polargrad_dist.errors import CheckpointError, ConfigError
+from polargrad_dist.integrations.fragments import Fragment, FragmentPolarGrad, fragments_of
+from polargrad_dist.optim.checks import check_travel, check_values
+from polargrad_dist.optim.facts import Facts
+from polargrad_dist.optim.groups import DEFAULTS, completed, routed
+from polargrad_dist.optim.member import Member
+from polargrad_dist.optim.optimizer import PolarGrad
+from polargrad_dist.optim.routing import route
+from polargrad_dist.optim.rules import OptimizerConfig, Rule
+
+TESTED = ("0.19",)
+ONE_BIT = ("onebitadam", "onebitlamb", "zerooneadam")
+WAY_OUT = "use ZeRO stages 0 to 3 without it, or this trainer's own strategies 'fsdp' and 'hsdp'"
+# Classes of DeepSpeed that say that a parameter is not what it seems.
+FOREIGN = {
+    "PipelineModule": "pipeline parallelism",
+    "MoE": "mixture of experts (deepspeed.moe)",
+    "AutoEPMoELayer": "mixture of experts (AutoEP)",
+    "TensorParallel_Layer": "tensor parallelism (AutoTP)",
+}
+
+
+class ZeroPolarGrad(torch.optim.Optimizer):
+    """`PolarGrad` for ``deepspeed.initialize(model=model, optimizer=ZeroPolarGrad(model, hidden={"lr": 0.02}), config=…)``.
+
+    Args:
+        params: the model, also one that was built under ``deepspeed.zero.Init``; or parameter groups as `route` gives them.
+        hidden, embed, head, value_embed, scalar: of a model, what a role's rule has otherwise, see `PolarGrad`.
+        comm_dtype, bucket_mb: see `PolarGrad`.
+        **rule: every other field of `Rule` for groups that do not set it.
+
+    Construct it before ``deepspeed.initialize``, with ``"zero_allow_untested_optimizer": true`` in DeepSpeed's
+    configuration; ``gradient_clipping`` there comes before the oracle, and defaults to 1.0. State lies in vectors like
+    ZeRO's own (``momentum``, ``exp_avg``, ``exp_avg_sq``), so that ``save_checkpoint`` and ``load_checkpoint`` keep it.
+    Under stages 1 to 3 a parameter without a gradient counts as one with a gradient of zeros.
+
+    Raises ``ConfigError`` for a version of DeepSpeed that was not tested and, at its first step on all ranks, for what of
+    DeepSpeed does not fit: NVMe offload, mixtures of experts, pipelines, tensor parallelism, hpZ and MiCS, partial offload.
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Sequence[dict[str, Any]],
+        *,
+        hidden: Mapping[str, Any] | Rule | None = None,
+        embed: Mapping[str, Any] | Rule | None = None,
+        head: Mapping[str, Any] | Rule | None = None,
+        value_embed: Mapping[str, Any] | Rule | None = None,
+        scalar: Mapping[str, Any] | Rule | None = None,
+        comm_dtype: torch.dtype | str | None = None,
+        bucket_mb: float = 32.0,
+        **rule: Any,
+    ):
+        check_version()
+        check_travel(comm_dtype, bucket_mb)
+        roles = {"hidden": hidden, "embed": embed, "head": head, "value_embed": value_embed, "scalar": scalar}
+        given = {role: changes for role, changes in roles.items() if changes is not None}
+        self._model = params if isinstance(params, nn.Module) else None
+        if isinstance(params, nn.Module):
+            with whole_shapes(params) as originals:
+                params = [
+                    group | {"params": [originals.get(p, p) for p in group["params"]]}
+                    for group in routed(params, "all_reduced", given, rule)
+                ]
+            rule = {}
+        elif given:
+            raise ConfigError(
+                f"{min(given)} is a role's rule, which belongs to a model, but parameter groups were given: set it there"
+            )
+        groups: list[dict[str, Any]] = []
+        for number, group in enumerate(params):
+            where, count = f"parameter group {number}", sum(len(other["params"]) for other in groups)
+            groups.append(completed(group, DEFAULTS | rule, where, count))
+            check_values(groups[-1], where)
+        self._named = [list(zip(g["param_names"], g["params"], strict=True)) for g in groups]
+        # Here, and not in the groups: whoever shards later takes the parameters out of them.
+        self._shapes = {p: tuple(getattr(p, "ds_shape", p.shape)) for named in self._named for _, p in named}
+        self._travel = {"comm_dtype": comm_dtype, "bucket_mb": bucket_mb}
+        self._inner: PolarGrad | None = None
+        self._home: Any = None
+        self._saving = False
+        super().__init__([g | {"params": n} for g, n in zip(groups, self._named, strict=True)], DEFAULTS | rule)
+        self._groups = list(self.param_groups)
+
+    @classmethod
+    def from_config(cls, model: nn.Module, config: OptimizerConfig) -> ZeroPolarGrad:
+        """Routes a model by its roles and builds the optimizer that the configuration describes."""
+        if config.gradients != "all_reduced":
+            raise ConfigError(
+                f"optimizer.gradients is {config.gradients!r} under DeepSpeed, which reduces gradients itself, expected "
+                "'all_reduced'"
+            )
+        with whole_shapes(model) as originals:
+            groups = [
+                g | {"params": [originals.get(p, p) for p in g["params"]]} for g in route(model, config)
+            ]
+        made = cls(groups, comm_dtype=config.comm_dtype, bucket_mb=config.bucket_mb)
+        made._model = model
+        return made
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if hasattr(self, "_groups"):
+            raise ConfigError("ZeRO takes no further parameter groups after construction: give all of them at once")
+        names = param_group.pop("param_names", None)
+        super().add_param_group(param_group)
+        if names is not None:
+            self.param_groups[-1]["param_names"] = list(names)
+
+    # Stepping
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Steps what lies in the vectors that DeepSpeed has put into the groups; DeepSpeed calls it, once per group.
+
+        Raises on all ranks together when a rule failed on one, or gave something that is not finite.
+        """
+        if closure is not None:
+            raise ConfigError("a closure was given, expected none: DeepSpeed computes gradients before the step")
+        inner = self.bound()
+        if isinstance(inner, FragmentPolarGrad):
+            inner.take(self._groups)
+            inner.step_vectors(p for group in self.param_groups for p in group["params"])
+        else:
+            self._share_rates(inner)
+            inner.step()
+
+    def _share_rates(self, inner: PolarGrad) -> None:
+        for mine, theirs in zip(inner.param_groups, self._groups, strict=True):
+            mine.update({k: v for k, v in theirs.items() if k in mine and k not in ("params", "param_names")})
+
+    def bound(self) -> PolarGrad:
+        """The optimizer that does the work, once DeepSpeed has sharded the model; the first call is a collective."""
+        home = self._find_home()
+        if self._inner is None or home != self._home:
+            self._inner, self._home = self._bind(home[0]), home
+        return self._inner
+
+    def _find_home(self) -> tuple[Any, ...]:
+        """The stage (0, 1 for both 1 and 2, or 3), and what tells one set of vectors from another."""
+        first = self._named[0][0][1]
+        if (zero3 := getattr(first, "_z3_optimizer", None)) is not None:
+            return 3, id(zero3)
+        if any(getattr(p, "_hp_mapping", None) is not None for named in self._named for _, p in named):
+            return 1, *[id(group["params"][0]) for group in self._groups]
+        if [id(p) for g in self._groups for p in g["params"]] == [id(p) for n in self._named for _, p in n]:
+            return (0,)
+        raise ConfigError(
+            "DeepSpeed put other parameters in place of the model's without ZeRO, as in stage 0 with bf16 or fp16 enabled: "
+            "set zero_optimization.stage to 1, or leave bf16 and fp16 out (torch_autocast computes in bf16 too)"
+        )
+
+    def _bind(self, stage: int) -> PolarGrad:
+        params = [p for named in self._named for _, p in named]
+        refuse_unknown(self._model, stage, params, self._groups)
+        if stage == 0:
+            groups = [g | {"params": n} for g, n in zip(self._groups, self._named, strict=True)]
+            return PolarGrad([{k: v for k, v in g.items() if k != "param_names"} for g in groups], **self._travel)
+        found = [self._located(p, stage) for p in params]
+        stretches = [(start, count) for start, count, _, _ in found]
+        everywhere: list[Any] = [stretches]
+        if dist.get_world_size() > 1:
+            everywhere = [None] * dist.get_world_size()
+            dist.all_gather_object(everywhere, stretches)
+        at, made = 0, []
+        device = next((flat.device for _, _, flat, _ in found if flat is not None), torch.device("cpu"))
+        for group, named in zip(self._groups, self._named, strict=True):
+            fragments: list[Fragment] = []
+            for name, p in named:
+                bounds = tuple((rank[at][0], rank[at][0] + rank[at][1]) for rank in everywhere)
+                shape, (_, _, flat, place) = self._shapes[p], found[at]
+                whole = Fragment(name, shape, bounds, dist.get_rank(), flat, place)
+                self._check_complete(whole)
+                fragments += fragments_of(group, name, shape, whole)
+                at += 1
+            made.append((group, fragments))
+        return FragmentPolarGrad(made, self.state, _device_kind(), device, **self._travel)  # type: ignore[arg-type]
+
+    def _located(self, p: nn.Parameter, stage: int) -> tuple[int, int, Tensor | None, int]:
+        """Of a parameter the first of its elements here, how many are, the vector that holds them, and where."""
+        if stage == 3:
+            zero: Any = p._z3_optimizer  # type: ignore[attr-defined]
+            number, at, count = zero.grad_position[zero.get_param_id(p)]
+            total, start = p.ds_numel, dist.get_rank() * count  # type: ignore[attr-defined]
+            start = min(start, total)
+            return start, min(count, total - start), zero.fp32_partitioned_groups_flat[number], at
+        mapping: Any = p._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return 0, 0, None, 0
+        here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+        flat = self._groups[mapping.param_group_index]["params"][0]
+        stored = p.detach().flatten()[here.start : here.start + here.numel]
+        held = flat.detach().narrow(0, there.start, there.numel).to(stored.device, stored.dtype)
+        if not torch.equal(stored, held):
+            raise ConfigError(
+                "ZeRO's fp32 weights are not those of the model: leave zero_optimization.round_robin_gradients out, and "
+                "after changing weights by hand call engine.optimizer.refresh_fp32_params()"
+            )
+        return here.start, here.numel, flat, there.start
+
+    @staticmethod
+    def _check_complete(whole: Fragment) -> None:
+        total = 1
+        for size in whole.shape:
+            total *= size
+        if sum(last - first for first, last in whole.bounds) != total:
+            raise ConfigError(
+                f"the ranks hold {sum(last - first for first, last in whole.bounds)} elements of {whole.name}, expected "
+                f"{total}: {WAY_OUT}"
+            )
+
+    # What it knows
+
+    def plan(self) -> Plan:
+        """See `PolarGrad.plan`; of what lies in the vectors once DeepSpeed has sharded the model. Every rank calls it."""
+        return self.bound().plan()
+
+    def stats(self, by: str = "role") -> dict[str, dict[str, float]]:
+        """See `PolarGrad.stats`. Of a step that DeepSpeed takes group by group, what the last group's learnt."""
+        return self.bound().stats(by)
+
+    @property
+    def facts(self) -> Facts:
+        """What the last step learnt on this rank."""
+        return self.bound().facts
+
+    @property
+    def works(self) -> list[Member]:
+        """Every fragment of this rank with its plan entry, group, ranks and state."""
+        return self.bound().works
+
+    # Saving and loading: DeepSpeed calls these, in stages 1 to 3 on every rank, each with its own vectors
+
+    def checkpoint_event_prologue(self) -> None:
+        """DeepSpeed calls it on every rank before it saves or loads, in stage 0."""
+        self._saving = True
+
+    def checkpoint_event_epilogue(self) -> None:
+        """And this after."""
+        self._saving = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Torch's form: of this rank's vectors; in stage 0, while DeepSpeed saves, whole state, and so a collective."""
+        inner = self.bound()
+        if not isinstance(inner, FragmentPolarGrad):
+            return inner.full_state_dict() if self._saving else inner.state_dict()
+        return super().state_dict() | {"place": self._place(inner)}
+
+    def _place(self, inner: FragmentPolarGrad) -> list[int]:
+        table = repr([(f.name, f.shape, f.bounds) for f in inner.fragments.values()])
+        return [dist.get_world_size(), dist.get_rank(), zlib.crc32(table.encode())]
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Loads what `state_dict` of the same rank gave, in place. On several ranks all must call it.
+
+        Raises ``CheckpointError``, on all of them and before anything is changed, for state of another world size, stage,
+        model or rank.
+        """
+        inner = self.bound()
+        if not isinstance(inner, FragmentPolarGrad):
+            inner.load_state_dict(state_dict)
+            for mine, theirs in zip(self._groups, inner.param_groups, strict=True):
+                mine.update({k: v for k, v in theirs.items() if k not in ("params", "param_names")})
+            return
+        problem, pairs = None, []
+        try:
+            pairs = self._matched(state_dict, inner)
+        except CheckpointError as error:
+            problem = error
+        if inner.agreement is not None and int(inner.agreement.largest(torch.tensor([problem is not None]).int())):
+            problem = problem or CheckpointError("another rank could not load its optimizer state: see its error")
+        if problem is not None:
+            raise problem
+        for mine, theirs in pairs:
+            mine.copy_(theirs)
+        for group, saved in zip(self._groups, state_dict["param_groups"], strict=True):
+            group.update({k: v for k, v in saved.items() if k not in ("params", "param_names")})
+        inner.follow(reload=True)
+
+    def _matched(self, saved: Mapping[str, Any], inner: FragmentPolarGrad) -> list[tuple[Tensor, Tensor]]:
+        place = saved.get("place")
+        if place != self._place(inner):
+            where = f"of rank {place[1]} of {place[0]}" if isinstance(place, list) else "not of ZeroPolarGrad"
+            raise CheckpointError(
+                f"the saved optimizer state is {where}, expected that of rank {dist.get_rank()} of {dist.get_world_size()}, "
+                "ZeRO stage, model and rules the same: load it with load_optimizer_states=False, or on as many ranks"
+            )
+        pairs = []
+        for group, theirs in zip(self._groups, saved["param_groups"], strict=True):
+            try:
+                check_values(group | {k: v for k, v in theirs.items() if k != "params"}, "a saved group")
+            except ConfigError as error:
+                raise CheckpointError(str(error)) from error
+            for flat, number in zip(group["params"], theirs["params"], strict=True):
+                for key, mine in self.state[flat].items():
+                    if key not in saved["state"].get(number, {}):
+                        raise CheckpointError(f"the saved optimizer state has no {key!r}, expected the same rules")
+                    pairs.append((mine, saved["state"][number][key]))
+        return pairs
+
+
+@contextmanager
+def whole_shapes(model: nn.Module) -> Iterator[dict[Tensor, nn.Parameter]]:
+    """While parameters that ZeRO 3 has partitioned are replaced by meta tensors of their whole shapes: which are whose."""
+    stands_for: dict[nn.Parameter, nn.Parameter] = {}
+    homes = [(m, leaf, p) for m in model.modules() for leaf, p in m._parameters.items() if p is not None]
+    cut = [(m, leaf, p) for m, leaf, p in homes if hasattr(p, "ds_shape")]
+    for _, _, p in cut:
+        whole = torch.empty(p.ds_shape, dtype=p.dtype, device="meta")  # type: ignore[attr-defined]
+        stands_for.setdefault(p, nn.Parameter(whole, requires_grad=p.requires_grad))
+    try:
+        for module, leaf, p in cut:
+            module._parameters[leaf] = stands_for[p]
+        yield {whole: p for p, whole in stands_for.items()}
+    finally:
+        for module, leaf, p in cut:
+            module._parameters[leaf] = p
+
+
+def check_version() -> None:
+    """Raises ``ConfigError`` for a DeepSpeed that is missing, or of a minor version that was not tested."""
+    try:
+        found = version("deepspeed")
+    except PackageNotFoundError:
+        raise ConfigError("DeepSpeed is not installed: pip install 'polargrad-dist[deepspeed]'") from None
+    if ".".join(found.split(".")[:2]) not in TESTED:
+        raise ConfigError(
+            f"DeepSpeed is {found}, tested is {' and '.join(TESTED)}: its private names change from version to version, so "
+            f"install 'deepspeed=={TESTED[-1]}.*'"
+        )
+
+
+def refuse_unknown(
+    model: nn.Module | None, stage: int, params: Sequence[Any], groups: Sequence[Mapping[str, Any]]
+) -> None:
+    """Raises ``ConfigError`` for what of DeepSpeed changes which rank holds what, beyond ZeRO stages 0 to 3."""
+    found = [
+        name
+        for module in (model.modules() if model is not None else ())
+        for kind in type(module).__mro__
+        if (name := FOREIGN.get(kind.__name__)) and kind.__module__.startswith("deepspeed")
+    ]
+    if any(group.get("moe") for group in groups) or any(not getattr(p, "allreduce", True) for p in params):
+        found.append("mixture of experts")
+    zero = getattr(params[0], "_z3_optimizer", None) or getattr(params[0], "_zero_optimizer", None)
+    if stage == 3:
+        if type(zero).__name__ != "DeepSpeedZeroOptimizer_Stage3":
+            found.append(type(zero).__name__)
+        if zero.swap_optimizer or zero.params_in_nvme_and_cpu:
+            found.append("NVMe offload")
+        if zero.zero_hpz_partition_size > 1:
+            found.append("hpZ (zero_hpz_partition_size)")
+        if zero.partial_offload != 1.0:
+            found.append("partial offload (offload_optimizer.ratio)")
+    if getattr(zero, "zenflow", False):
+        found.append("ZenFlow")
+    sharers = zero.dp_process_group if stage == 3 else getattr(params[0], "_dp_group", None)
+    if not found and sharers is not None and dist.get_world_size(sharers) != dist.get_world_size():
+        found.append(f"sharding over {dist.get_world_size(sharers)} of {dist.get_world_size()} ranks")
+    if found:
+        raise ConfigError(f"DeepSpeed runs with {found[0]}, which ZeroPolarGrad does not support: {WAY_OUT}")
+
+
+def check_config(config: Mapping[str, Any] | str) -> None:
+    """Raises ``ConfigError`` for a DeepSpeed configuration, as a dict or a JSON file, with what ZeroPolarGrad does not support.
+
+    What it lets pass is looked at again when the optimizer is bound; an ``optimizer`` section, a 1-bit one included, is seen
+    only here, since DeepSpeed ignores it beside a client optimizer.
+    """
+    if isinstance(config, str):
+        config = json.loads(Path(config).read_text(encoding="utf-8"))
+    assert isinstance(config, Mapping)
+    kind = str((config.get("optimizer") or {}).get("type", ""))
+    if kind.lower() in ONE_BIT:
+        raise ConfigError(f"DeepSpeed's optimizer is {kind}, a 1-bit optimizer, expected no section optimizer: remove it")
+    if kind:
+        raise ConfigError(
+            f"DeepSpeed's optimizer is {kind}, which it ignores beside ZeroPolarGrad, expected no section optimizer: remove it"
+        )
+    zero = config.get("zero_optimization") or {}
+    devices = [(zero.get(key) or {}).get("device") for key in ("offload_optimizer", "offload_param")]
+    for there, what in (
+        ("nvme" in devices, "NVMe offload"),
+        (zero.get("zero_hpz_partition_size", 1) > 1, "hpZ (zero_hpz_partition_size)"),
+        (zero.get("mics_shard_size", -1) > 0, "MiCS (mics_shard_size)"),
+        (zero.get("zenflow") is not None, "ZenFlow"),
+        (bool(zero.get("round_robin_gradients")), "round_robin_gradients"),
+        ((config.get("tensor_parallel") or {}).get("autotp_size", 0) > 1, "tensor parallelism (AutoTP)"),
+        ("expert_parallel" in config or "autoep" in config, "mixture of experts (AutoEP)"),
+        ((zero.get("offload_optimizer") or {}).get("ratio", 1.0) != 1.0, "partial offload (offload_optimizer.ratio)"),
+    ):
+        if there:
+            raise ConfigError(f"DeepSpeed is configured with {what}, which ZeroPolarGrad does not support: {WAY_OUT}")
+
+
+def without_inference_kernel() -> None:
+    """On CPUs, keeps DeepSpeed from compiling at its start an all-reduce that only inference uses (71 s of CPU)."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _device_kind() -> str:
+    """The kind of device on which DeepSpeed computes."""
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().device_name()

@@ -1,0 +1,230 @@
+"""PolarGrad on parameters of which each rank holds a stretch of elements, somewhere in a flat vector of its own.
+
+What shards parameters so (DeepSpeed's ZeRO) keeps weights and state in flat vectors, and shares the weights itself. Here a
+stretch is a layout like every other: momentum where the elements lie, whole matrices at their owners, directions back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from polargrad_dist.distributed.layout import Stretches, volume
+from polargrad_dist.distributed.plan import Entry
+from polargrad_dist.distributed.teams import Placing
+from polargrad_dist.errors import ConfigError
+from polargrad_dist.optim.matrix import rule_of
+from polargrad_dist.optim.member import Member, Travel
+from polargrad_dist.optim.optimizer import PolarGrad
+from polargrad_dist.optim.planning import split_of
+from polargrad_dist.optim.world import World
+
+Bounds = tuple[tuple[int, int], ...]
+SPLITS = {"split_sizes": None, "num_heads": None, "flatten": False}  # each fragment is one matrix already
+OWN = ("params", "param_names", *SPLITS)
+
+
+@dataclass(eq=False)
+class Fragment:
+    """A matrix, or a parameter that is none: its shape, each rank's stretch of its elements, and where this rank's lies.
+
+    flat: this rank's vector, None where it has no element; at: the first of its elements there.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    bounds: Bounds
+    rank: int
+    flat: Tensor | None
+    at: int
+
+    @property
+    def elements(self) -> int:
+        """How many are here."""
+        first, last = self.bounds[self.rank]
+        return last - first
+
+    def of(self, flat: Tensor) -> Tensor:
+        """This rank's stretch of a vector like ``flat``; writes through."""
+        return flat.detach().narrow(0, self.at, self.elements)
+
+
+def fragments_of(
+    group: Mapping[str, Any], name: str, shape: tuple[int, ...], whole: Fragment
+) -> Iterator[Fragment]:
+    """The matrices of a parameter, each a stretch of its elements, from the fragment that ``whole`` is of all of it.
+
+    Raises ``ConfigError`` for matrices side by side (splits of a transposed parameter), whose elements are no stretch.
+    """
+    rule = rule_of(group)
+    if not rule.matrices:
+        yield whole
+        return
+    if rule.owner_states(group):
+        raise ConfigError(
+            f"{name} is stepped by the rule {group['algorithm']!r}, which keeps state with whole matrices, and ZeRO's "
+            "checkpoints hold flat vectors only: use another rule, or ZeRO stage 0"
+        )
+    split = split_of(group, name, shape)
+    several = len(split.matrices) > 1
+    if several and split.transposed and len(split.matrices) > split.stack:
+        raise ConfigError(
+            f"{name} of shape {shape} holds {len(split.matrices)} matrices side by side, which ZeRO cuts across, expected "
+            "matrices one below the other: give parameter_hints() {'split_sizes': None} to step it as one, or use ZeRO "
+            "stage 0"
+        )
+    first = 0
+    for i, box in enumerate(split.matrices):
+        last = first + volume(box)
+        bounds = tuple((min(max(a, first), last) - first, min(max(b, first), last) - first) for a, b in whole.bounds)
+        here, until = whole.bounds[whole.rank]
+        at = whole.at + max(0, min(first, until) - here)
+        matrix = f"{name}[{i}]" if several else name
+        yield Fragment(matrix, split.stored_shape(i), bounds, whole.rank, whole.flat, at)
+        first = last
+
+
+class FragmentWorld(World):
+    """A world whose parameters are fragments, computed on devices of ``kind`` wherever their elements lie."""
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        travel: Travel,
+        fragments: Mapping[nn.Parameter, Fragment],
+        states: Mapping[Tensor, dict[str, Tensor]],
+        kind: str,
+    ):
+        super().__init__(group, travel, "all_reduced")
+        self.fragments, self.states, self.kind = fragments, states, kind
+
+    def placing(self, name: str, p: nn.Parameter) -> Placing:
+        ranks = tuple(dist.get_process_group_ranks(self.process_group)) if self.process_group else (self.rank,)
+        return Placing((len(ranks),), (1,), ranks)  # cut, but not along rows
+
+    def entry(self, group: dict[str, Any], number: int, name: str, p: nn.Parameter, found: Placing) -> Entry:
+        fragment = self.fragments[p]
+        whole = torch.empty(fragment.shape, dtype=p.dtype, device="meta")
+        e = super().entry(group, number, name, whole, found)  # type: ignore[arg-type]
+        layout = Stretches((e.numel,), found.sizes, (0,), None, fragment.bounds)
+        split = None if e.split is None else replace(e.split, flattened=True)
+        return replace(e, layout=layout, split=split)
+
+    def computes_on(self, p: nn.Parameter, found: Placing) -> str:
+        return self.kind
+
+    def _make_state(self, new: list[Member]) -> None:
+        for m in new:
+            self.view(m)
+
+    def view(self, m: Member) -> None:
+        """Makes a member's state views into the flat one, and its step count that of the vector."""
+        fragment = self.fragments[m.p]
+        for key in m.rule.states(m.group):
+            if fragment.flat is None:
+                m.state[key] = torch.zeros(0, dtype=m.state_dtype, device=m.device)
+            else:
+                m.state[key] = fragment.of(self.states[fragment.flat][key])
+        if not m.rule.matrices:
+            m.state["step"] = torch.zeros((), device=m.device)
+            if fragment.flat is not None:
+                m.state["step"].copy_(self.states[fragment.flat]["step"])
+
+
+class FragmentPolarGrad(PolarGrad):
+    """Steps fragments: group by group a dict of `Rule`'s fields, and the fragments of its parameters.
+
+    ``states`` holds for each flat vector what its group's rule keeps; missing ones are made, as zeros.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[tuple[Mapping[str, Any], Sequence[Fragment]]],
+        states: dict[Tensor, dict[str, Any]],
+        kind: str,
+        device: torch.device,
+        comm_dtype: Any,
+        bucket_mb: float,
+    ):
+        self.fragments: dict[nn.Parameter, Fragment] = {}
+        self.states, self._kind = states, kind
+        given = []
+        for group, fragments in groups:
+            named = []
+            for fragment in fragments:
+                flat = torch.zeros(0, device=device) if fragment.flat is None else fragment.of(fragment.flat)
+                p = nn.Parameter(flat)
+                self.fragments[p] = fragment
+                named.append((fragment.name, p))
+                if fragment.flat is not None:
+                    make_state(group, fragment.flat, states[fragment.flat])
+            kept = {key: value for key, value in group.items() if key not in OWN}
+            given.append(kept | SPLITS | {"params": named})
+        super().__init__(given, comm_dtype=comm_dtype, bucket_mb=bucket_mb)
+
+    def _new_world(self, process_group: dist.ProcessGroup | None) -> FragmentWorld:
+        if process_group is None and dist.is_initialized() and dist.get_world_size() > 1:
+            process_group = dist.group.WORLD
+        return FragmentWorld(process_group, self._travel, self.fragments, self.states, self._kind)
+
+    def take(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Takes up what may have changed in the groups that these were made of: learning rates and such."""
+        for mine, theirs in zip(self.param_groups, groups, strict=True):
+            mine.update({k: v for k, v in theirs.items() if k in mine and k not in OWN})
+
+    @torch.no_grad()
+    def step_vectors(self, vectors: Iterable[Tensor]) -> None:
+        """Steps the matrices that lie in these vectors, by the vectors' gradients; every rank calls it for the same ones."""
+        live = {id(vector) for vector in vectors}
+        self.follow()
+        for p, fragment in self.fragments.items():
+            flat = fragment.flat
+            p.grad = fragment.of(flat.grad) if flat is not None and id(flat) in live and flat.grad is not None else None
+        try:
+            super().step()
+        finally:
+            for p in self.fragments:
+                p.grad = None
+        self._count(live)
+
+    def follow(self, *, reload: bool = False) -> None:
+        """Looks where weights and state lie now: who loads or offloads puts other memory in their place."""
+        world, moved = self._world, reload
+        assert isinstance(world, FragmentWorld)
+        for m in self.works:
+            fragment = self.fragments[m.p]
+            if fragment.flat is None:
+                continue
+            if (here := fragment.of(fragment.flat)).data_ptr() != m.p.data_ptr():
+                m.p.data, moved = here, True
+            states = self.states[fragment.flat]
+            make_state(m.group, fragment.flat, states)
+            apart = any(fragment.of(states[k]).data_ptr() != m.state[k].data_ptr() for k in m.rule.states(m.group))
+            if apart or reload:
+                world.view(m)
+                moved = True
+        if moved:
+            world.forget()
+
+    def _count(self, live: set[int]) -> None:
+        """Keeps the step count of elementwise rules with the vector, where it is saved."""
+        for m in self.works:
+            flat = self.fragments[m.p].flat
+            if flat is not None and id(flat) in live and "step" in m.state:
+                self.states[flat]["step"].copy_(m.state["step"])
+                live.discard(id(flat))
+
+
+def make_state(group: Mapping[str, Any], flat: Tensor, states: dict[str, Any]) -> None:
+    """What a group's rule keeps for a vector, as zeros where it is not there; elementwise rules count their steps too."""
+    rule = rule_of(group)
+    for key in rule.states(group):
+        if key not in states:
+            states[key] = torch.zeros_like(flat, requires_grad=False)
+    if not rule.matrices and "step" not in states:
+        states["step"] = torch.zeros((), device=flat.device)

@@ -100,7 +100,7 @@ class ZeroPolarGrad(torch.optim.Optimizer):
         self._travel = {"comm_dtype": comm_dtype, "bucket_mb": bucket_mb}
         self._inner: PolarGrad | None = None
         self._home: Any = None
-        self._saving = False
+        self._saving = self._checked = False
         super().__init__([g | {"params": n} for g, n in zip(groups, self._named, strict=True)], DEFAULTS | rule)
         self._groups = list(self.param_groups)
 
@@ -139,6 +139,8 @@ class ZeroPolarGrad(torch.optim.Optimizer):
         if closure is not None:
             raise ConfigError("a closure was given, expected none: DeepSpeed computes gradients before the step")
         inner = self.bound()
+        if not self._checked:
+            self._check_weights(inner)
         if isinstance(inner, FragmentPolarGrad):
             inner.take(self._groups)
             inner.step_vectors(p for group in self.param_groups for p in group["params"])
@@ -154,7 +156,7 @@ class ZeroPolarGrad(torch.optim.Optimizer):
         """The optimizer that does the work, once DeepSpeed has sharded the model; the first call is a collective."""
         home = self._find_home()
         if self._inner is None or home != self._home:
-            self._inner, self._home = self._bind(home[0]), home
+            self._inner, self._home, self._checked = self._bind(home[0]), home, False
         return self._inner
 
     def _find_home(self) -> tuple[Any, ...]:
@@ -210,14 +212,26 @@ class ZeroPolarGrad(torch.optim.Optimizer):
             return 0, 0, None, 0
         here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
         flat = self._groups[mapping.param_group_index]["params"][0]
-        stored = p.detach().flatten()[here.start : here.start + here.numel]
-        held = flat.detach().narrow(0, there.start, there.numel).to(stored.device, stored.dtype)
-        if not torch.equal(stored, held):
+        return here.start, here.numel, flat, there.start
+
+    def _check_weights(self, inner: PolarGrad) -> None:
+        """Raises ``ConfigError`` on all ranks where a stretch does not hold the weights that it should, before any is stepped."""
+        differ = False
+        for p in (p for named in self._named for _, p in named):
+            if getattr(p, "_hp_mapping", None) is not None:  # stage 3 has no second copy
+                start, count, flat, at = self._located(p, 1)
+                assert flat is not None
+                stored = p.detach().flatten()[start : start + count]
+                held = flat.detach().narrow(0, at, count).to(stored.device, stored.dtype)
+                differ |= not torch.equal(stored, held)
+        if inner.agreement is not None:
+            differ = bool(inner.agreement.largest(torch.tensor([differ], dtype=torch.int32)))
+        if differ:
             raise ConfigError(
                 "ZeRO's fp32 weights are not those of the model: leave zero_optimization.round_robin_gradients out, and "
                 "after changing weights by hand call engine.optimizer.refresh_fp32_params()"
             )
-        return here.start, here.numel, flat, there.start
+        self._checked = True
 
     @staticmethod
     def _check_complete(whole: Fragment) -> None:

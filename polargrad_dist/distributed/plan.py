@@ -102,7 +102,9 @@ class Entry:
         everywhere = tuple(range(self.layout.world))
         if self.layout.world > 1 and self.kind == "owner" and not self.in_order:
             homes = whole_at(self.layout, self.split)
-            if isinstance(self.layout, Stretches):  # the elements of all parameters together are cut evenly, not each
+            if isinstance(
+                self.layout, Stretches
+            ):  # the elements of all parameters together are cut evenly, not each
                 return [everywhere if home is None else (home,) for home in homes]
             counts = Counter(homes)
             if None not in counts and max(counts.values()) * self.layout.world <= UNEVEN * len(homes):

@@ -1,4 +1,4 @@
-"""PolarGrad as the client optimizer of DeepSpeed, ZeRO stages 0 to 3: ``deepspeed.initialize(optimizer=ZeroPolarGrad(model))``.
+"""PolarGrad as DeepSpeed's client optimizer, ZeRO stages 0 to 3: ``deepspeed.initialize(optimizer=ZeroPolarGrad(model))``.
 
 ZeRO clips, accumulates, shards and shares; the optimizer finds at its first step which stretch of which parameter lies in
 this rank's fp32 vectors, and steps them as `FragmentPolarGrad`. Known to work with DeepSpeed `TESTED`: it reads
@@ -57,7 +57,7 @@ class ZeroPolarGrad(torch.optim.Optimizer):
     Under stages 1 to 3 a parameter without a gradient counts as one with a gradient of zeros.
 
     Raises ``ConfigError`` for a version of DeepSpeed that was not tested and, at its first step on all ranks, for what of
-    DeepSpeed does not fit: NVMe offload, mixtures of experts, pipelines, tensor parallelism, hpZ and MiCS, partial offload.
+    DeepSpeed does not fit: NVMe offload, mixtures of experts, pipelines, tensor parallelism, hpZ, MiCS, ZenFlow.
     """
 
     def __init__(
@@ -97,11 +97,13 @@ class ZeroPolarGrad(torch.optim.Optimizer):
         self._named = [list(zip(g["param_names"], g["params"], strict=True)) for g in groups]
         # Here, and not in the groups: whoever shards later takes the parameters out of them.
         self._shapes = {p: tuple(getattr(p, "ds_shape", p.shape)) for named in self._named for _, p in named}
-        self._travel = {"comm_dtype": comm_dtype, "bucket_mb": bucket_mb}
+        self._travel: dict[str, Any] = {"comm_dtype": comm_dtype, "bucket_mb": bucket_mb}
         self._inner: PolarGrad | None = None
         self._home: Any = None
         self._saving = self._checked = False
-        super().__init__([g | {"params": n} for g, n in zip(groups, self._named, strict=True)], DEFAULTS | rule)
+        super().__init__(
+            [g | {"params": n} for g, n in zip(groups, self._named, strict=True)], DEFAULTS | rule
+        )
         self._groups = list(self.param_groups)
 
     @classmethod
@@ -122,7 +124,9 @@ class ZeroPolarGrad(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if hasattr(self, "_groups"):
-            raise ConfigError("ZeRO takes no further parameter groups after construction: give all of them at once")
+            raise ConfigError(
+                "ZeRO takes no further parameter groups after construction: give all of them at once"
+            )
         names = param_group.pop("param_names", None)
         super().add_param_group(param_group)
         if names is not None:
@@ -131,13 +135,15 @@ class ZeroPolarGrad(torch.optim.Optimizer):
     # Stepping
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Steps what lies in the vectors that DeepSpeed has put into the groups; DeepSpeed calls it, once per group.
 
         Raises on all ranks together when a rule failed on one, or gave something that is not finite.
         """
         if closure is not None:
-            raise ConfigError("a closure was given, expected none: DeepSpeed computes gradients before the step")
+            raise ConfigError(
+                "a closure was given, expected none: DeepSpeed computes gradients before the step"
+            )
         inner = self.bound()
         if not self._checked:
             self._check_weights(inner)
@@ -178,7 +184,9 @@ class ZeroPolarGrad(torch.optim.Optimizer):
         refuse_unknown(self._model, stage, params, self._groups)
         if stage == 0:
             groups = [g | {"params": n} for g, n in zip(self._groups, self._named, strict=True)]
-            return PolarGrad([{k: v for k, v in g.items() if k != "param_names"} for g in groups], **self._travel)
+            return PolarGrad(
+                [{k: v for k, v in g.items() if k != "param_names"} for g in groups], **self._travel
+            )
         found = [self._located(p, stage) for p in params]
         stretches = [(start, count) for start, count, _, _ in found]
         everywhere: list[Any] = [stretches]
@@ -197,7 +205,7 @@ class ZeroPolarGrad(torch.optim.Optimizer):
                 fragments += fragments_of(group, name, shape, whole)
                 at += 1
             made.append((group, fragments))
-        return FragmentPolarGrad(made, self.state, _device_kind(), device, **self._travel)  # type: ignore[arg-type]
+        return FragmentPolarGrad(made, self.state, _device_kind(), device, **self._travel)
 
     def _located(self, p: nn.Parameter, stage: int) -> tuple[int, int, Tensor | None, int]:
         """Of a parameter the first of its elements here, how many are, the vector that holds them, and where."""
@@ -215,7 +223,7 @@ class ZeroPolarGrad(torch.optim.Optimizer):
         return here.start, here.numel, flat, there.start
 
     def _check_weights(self, inner: PolarGrad) -> None:
-        """Raises ``ConfigError`` on all ranks where a stretch does not hold the weights that it should, before any is stepped."""
+        """Raises ``ConfigError`` on all ranks where a stretch does not hold the weights that it should."""
         differ = False
         for p in (p for named in self._named for _, p in named):
             if getattr(p, "_hp_mapping", None) is not None:  # stage 3 has no second copy
@@ -303,23 +311,33 @@ class ZeroPolarGrad(torch.optim.Optimizer):
             pairs = self._matched(state_dict, inner)
         except CheckpointError as error:
             problem = error
-        if inner.agreement is not None and int(inner.agreement.largest(torch.tensor([problem is not None]).int())):
-            problem = problem or CheckpointError("another rank could not load its optimizer state: see its error")
+        if inner.agreement is not None and int(
+            inner.agreement.largest(torch.tensor([problem is not None]).int())
+        ):
+            problem = problem or CheckpointError(
+                "another rank could not load its optimizer state: see its error"
+            )
         if problem is not None:
             raise problem
-        for mine, theirs in pairs:
-            mine.copy_(theirs)
+        for here, there in pairs:
+            here.copy_(there)
         for group, saved in zip(self._groups, state_dict["param_groups"], strict=True):
             group.update({k: v for k, v in saved.items() if k not in ("params", "param_names")})
         inner.follow(reload=True)
 
     def _matched(self, saved: Mapping[str, Any], inner: FragmentPolarGrad) -> list[tuple[Tensor, Tensor]]:
         place = saved.get("place")
-        if place != self._place(inner):
-            where = f"of rank {place[1]} of {place[0]}" if isinstance(place, list) else "not of ZeroPolarGrad"
+        mine = self._place(inner)
+        if place != mine:
+            if not isinstance(place, list):
+                where = "not that of a ZeroPolarGrad under ZeRO stages 1 to 3"
+            elif place[:2] == mine[:2]:
+                where = "that of another ZeRO stage or other parameters"
+            else:
+                where = f"that of rank {place[1]} of {place[0]}"
             raise CheckpointError(
-                f"the saved optimizer state is {where}, expected that of rank {dist.get_rank()} of {dist.get_world_size()}, "
-                "ZeRO stage, model and rules the same: load it with load_optimizer_states=False, or on as many ranks"
+                f"the saved optimizer state is {where}, expected that of this stage and model on rank {mine[1]} of "
+                f"{mine[0]}: go on with the same ranks and stage, or load weights only with load_optimizer_states=False"
             )
         pairs = []
         for group, theirs in zip(self._groups, saved["param_groups"], strict=True):
@@ -330,7 +348,9 @@ class ZeroPolarGrad(torch.optim.Optimizer):
             for flat, number in zip(group["params"], theirs["params"], strict=True):
                 for key, mine in self.state[flat].items():
                     if key not in saved["state"].get(number, {}):
-                        raise CheckpointError(f"the saved optimizer state has no {key!r}, expected the same rules")
+                        raise CheckpointError(
+                            f"the saved optimizer state has no {key!r}, expected the same rules"
+                        )
                     pairs.append((mine, saved["state"][number][key]))
         return pairs
 
@@ -342,7 +362,7 @@ def whole_shapes(model: nn.Module) -> Iterator[dict[Tensor, nn.Parameter]]:
     homes = [(m, leaf, p) for m in model.modules() for leaf, p in m._parameters.items() if p is not None]
     cut = [(m, leaf, p) for m, leaf, p in homes if hasattr(p, "ds_shape")]
     for _, _, p in cut:
-        whole = torch.empty(p.ds_shape, dtype=p.dtype, device="meta")  # type: ignore[attr-defined]
+        whole = torch.empty(p.ds_shape, dtype=p.dtype, device="meta")
         stands_for.setdefault(p, nn.Parameter(whole, requires_grad=p.requires_grad))
     try:
         for module, leaf, p in cut:
@@ -378,7 +398,7 @@ def refuse_unknown(
     ]
     if any(group.get("moe") for group in groups) or any(not getattr(p, "allreduce", True) for p in params):
         found.append("mixture of experts")
-    zero = getattr(params[0], "_z3_optimizer", None) or getattr(params[0], "_zero_optimizer", None)
+    zero: Any = getattr(params[0], "_z3_optimizer", None) or getattr(params[0], "_zero_optimizer", None)
     if stage == 3:
         if type(zero).__name__ != "DeepSpeedZeroOptimizer_Stage3":
             found.append(type(zero).__name__)
@@ -386,8 +406,6 @@ def refuse_unknown(
             found.append("NVMe offload")
         if zero.zero_hpz_partition_size > 1:
             found.append("hpZ (zero_hpz_partition_size)")
-        if zero.partial_offload != 1.0:
-            found.append("partial offload (offload_optimizer.ratio)")
     if getattr(zero, "zenflow", False):
         found.append("ZenFlow")
     sharers = zero.dp_process_group if stage == 3 else getattr(params[0], "_dp_group", None)
@@ -398,7 +416,7 @@ def refuse_unknown(
 
 
 def check_config(config: Mapping[str, Any] | str) -> None:
-    """Raises ``ConfigError`` for a DeepSpeed configuration, as a dict or a JSON file, with what ZeroPolarGrad does not support.
+    """Raises ``ConfigError`` for what ZeroPolarGrad does not support, in DeepSpeed's configuration as a dict or a JSON file.
 
     What it lets pass is looked at again when the optimizer is bound; an ``optimizer`` section, a 1-bit one included, is seen
     only here, since DeepSpeed ignores it beside a client optimizer.
@@ -408,10 +426,12 @@ def check_config(config: Mapping[str, Any] | str) -> None:
     assert isinstance(config, Mapping)
     kind = str((config.get("optimizer") or {}).get("type", ""))
     if kind.lower() in ONE_BIT:
-        raise ConfigError(f"DeepSpeed's optimizer is {kind}, a 1-bit optimizer, expected no section optimizer: remove it")
+        raise ConfigError(
+            f"DeepSpeed's optimizer is {kind}, a 1-bit optimizer, expected no such section: remove it"
+        )
     if kind:
         raise ConfigError(
-            f"DeepSpeed's optimizer is {kind}, which it ignores beside ZeroPolarGrad, expected no section optimizer: remove it"
+            f"DeepSpeed's optimizer is {kind}, which it ignores beside ZeroPolarGrad, expected no such section: remove it"
         )
     zero = config.get("zero_optimization") or {}
     devices = [(zero.get(key) or {}).get("device") for key in ("offload_optimizer", "offload_param")]
@@ -423,10 +443,15 @@ def check_config(config: Mapping[str, Any] | str) -> None:
         (bool(zero.get("round_robin_gradients")), "round_robin_gradients"),
         ((config.get("tensor_parallel") or {}).get("autotp_size", 0) > 1, "tensor parallelism (AutoTP)"),
         ("expert_parallel" in config or "autoep" in config, "mixture of experts (AutoEP)"),
-        ((zero.get("offload_optimizer") or {}).get("ratio", 1.0) != 1.0, "partial offload (offload_optimizer.ratio)"),
+        (
+            (zero.get("offload_optimizer") or {}).get("ratio", 1.0) != 1.0,
+            "partial offload (offload_optimizer.ratio)",
+        ),
     ):
         if there:
-            raise ConfigError(f"DeepSpeed is configured with {what}, which ZeroPolarGrad does not support: {WAY_OUT}")
+            raise ConfigError(
+                f"DeepSpeed is configured with {what}, which ZeroPolarGrad does not support: {WAY_OUT}"
+            )
 
 
 def without_inference_kernel() -> None:

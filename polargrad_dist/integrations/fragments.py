@@ -81,7 +81,9 @@ def fragments_of(
     first = 0
     for i, box in enumerate(split.matrices):
         last = first + volume(box)
-        bounds = tuple((min(max(a, first), last) - first, min(max(b, first), last) - first) for a, b in whole.bounds)
+        bounds = tuple(
+            (min(max(a, first), last) - first, min(max(b, first), last) - first) for a, b in whole.bounds
+        )
         here, until = whole.bounds[whole.rank]
         at = whole.at + max(0, min(first, until) - here)
         matrix = f"{name}[{i}]" if several else name
@@ -104,7 +106,9 @@ class FragmentWorld(World):
         self.fragments, self.states, self.kind = fragments, states, kind
 
     def placing(self, name: str, p: nn.Parameter) -> Placing:
-        ranks = tuple(dist.get_process_group_ranks(self.process_group)) if self.process_group else (self.rank,)
+        ranks = (
+            tuple(dist.get_process_group_ranks(self.process_group)) if self.process_group else (self.rank,)
+        )
         return Placing((len(ranks),), (1,), ranks)  # cut, but not along rows
 
     def entry(self, group: dict[str, Any], number: int, name: str, p: nn.Parameter, found: Placing) -> Entry:
@@ -184,7 +188,11 @@ class FragmentPolarGrad(PolarGrad):
         self.follow()
         for p, fragment in self.fragments.items():
             flat = fragment.flat
-            p.grad = fragment.of(flat.grad) if flat is not None and id(flat) in live and flat.grad is not None else None
+            p.grad = (
+                fragment.of(flat.grad)
+                if flat is not None and id(flat) in live and flat.grad is not None
+                else None
+            )
         try:
             super().step()
         finally:
@@ -204,7 +212,9 @@ class FragmentPolarGrad(PolarGrad):
                 m.p.data, moved = here, True
             states = self.states[fragment.flat]
             make_state(m.group, fragment.flat, states)
-            apart = any(fragment.of(states[k]).data_ptr() != m.state[k].data_ptr() for k in m.rule.states(m.group))
+            apart = any(
+                fragment.of(states[k]).data_ptr() != m.state[k].data_ptr() for k in m.rule.states(m.group)
+            )
             if apart or reload:
                 world.view(m)
                 moved = True

@@ -335,7 +335,12 @@ class Owned(Batch):
         """Starts sending each rank its pieces of this rank's directions, behind the numbers of these matrices."""
         bits, ranks = numbers.reshape(-1).view(D[0].dtype), len(self.gaps)
         if self.even:
-            parts = self._as_stored(D[0]).unflatten(self.axis_cut, (ranks, -1)).movedim(self.axis_cut, 0).reshape(ranks, -1)
+            parts = (
+                self._as_stored(D[0])
+                .unflatten(self.axis_cut, (ranks, -1))
+                .movedim(self.axis_cut, 0)
+                .reshape(ranks, -1)
+            )
             flat = torch.cat([bits.expand(ranks, -1), parts], 1).view(-1)
         else:
             flat, views, count = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -14,7 +13,7 @@ from polargrad_dist import PolarGrad
 ROWS = 6  # sequences per rank and micro-batch
 CLIP = 0.5
 RULES: dict[str, Any] = {
-    "hidden": {"lr": 0.01, "momentum": "momentum_first", "nesterov": True, "oracle": "auto", "scale": "nuclear", "weight_decay": 0.1},
+    "hidden": {"lr": 0.01, "nesterov": True, "oracle": "auto", "scale": "nuclear", "weight_decay": 0.1},
     "embed": {"lr": 0.02, "momentum": "momentum_first", "oracle": "auto", "scale": "nuclear"},
     "scalar": {"lr": 0.01},
 }  # fmt: skip
@@ -63,9 +62,9 @@ def configuration(stage: int, world: int, accumulation: int = 1, **zero: Any) ->
     }
 
 
-def natively(rank: int, world: int, steps: int, accumulation: int = 1, rules: dict[str, Any] = RULES) -> dict[str, torch.Tensor]:
+def natively(rank: int, world: int, steps: int, accumulation: int = 1) -> dict[str, torch.Tensor]:
     model = DistributedDataParallel(Small())
-    optimizer = PolarGrad(model, **rules)
+    optimizer = PolarGrad(model, **RULES)
     for step in range(steps):
         optimizer.zero_grad()
         for k in range(accumulation):
@@ -93,7 +92,3 @@ def train(engine: Any, steps: range, rank: int, accumulation: int = 1) -> None:
     for step in range(steps.start * accumulation, steps.stop * accumulation):
         engine.backward(engine(*batch(step, rank)))
         engine.step()
-
-
-def barrier() -> None:
-    dist.barrier()

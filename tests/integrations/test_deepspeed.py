@@ -230,7 +230,7 @@ def test_a_failed_step_leaves_the_matrix_as_it_was(odd):
     ],
 )
 def test_configurations_that_do_not_fit_are_refused_by_name(config, says, tmp_path):
-    from polargrad_dist.integrations.deepspeed import check_config
+    from polargrad_dist.integrations.deepspeed_checks import check_config
 
     with pytest.raises(ConfigError, match=says):
         check_config(config)
@@ -241,7 +241,8 @@ def test_configurations_that_do_not_fit_are_refused_by_name(config, says, tmp_pa
 
 
 def test_other_versions_and_other_modules_are_refused(monkeypatch):
-    from polargrad_dist.integrations import deepspeed as ours
+    from polargrad_dist.integrations import deepspeed_checks as ours
+    from polargrad_dist.integrations.deepspeed import ZeroPolarGrad
 
     for name, what in (("PipelineModule", "pipeline parallelism"), ("MoE", "mixture of experts")):
         theirs = type(name, (nn.Linear,), {"__module__": "deepspeed.somewhere"})
@@ -254,7 +255,7 @@ def test_other_versions_and_other_modules_are_refused(monkeypatch):
     ours.refuse_unknown(model, 0, list(model.parameters()), [{}])
     monkeypatch.setattr(ours, "version", lambda _: "0.20.1")
     with pytest.raises(ConfigError, match=r"DeepSpeed is 0\.20\.1, tested is 0\.19"):
-        ours.ZeroPolarGrad(model)
+        ZeroPolarGrad(model)
 
 
 def test_matrices_side_by_side_and_state_of_whole_matrices_are_refused():

@@ -81,15 +81,22 @@ class ZeroPolarGrad(torch.optim.Optimizer):
             where, count = f"parameter group {number}", sum(len(other["params"]) for other in groups)
             groups.append(completed(group, DEFAULTS | rule, where, count))
             check_values(groups[-1], where)
-        self._named = [list(zip(g["param_names"], g["params"], strict=True)) for g in groups]
+        self.named = [list(zip(g["param_names"], g["params"], strict=True)) for g in groups]
+        """Group by group the names and parameters of the model."""
+        self.wholes: dict[nn.Parameter, Fragment] = {}
+        """Under stages 1 to 3, once `bound`: of each parameter this rank's stretch."""
+        self.source: dict[Fragment, tuple[nn.Parameter, int]] = {}
+        """And of each matrix its parameter, and where in that stretch its own begins."""
         # Here, and not in the groups: whoever shards later takes the parameters out of them.
-        self._shapes = {p: tuple(getattr(p, "ds_shape", p.shape)) for named in self._named for _, p in named}
+        self._shapes = {p: tuple(getattr(p, "ds_shape", p.shape)) for named in self.named for _, p in named}
         self._travel: dict[str, Any] = {"comm_dtype": comm_dtype, "bucket_mb": bucket_mb}
         self._inner: PolarGrad | None = None
         self._home: Any = None
         self._saving = self._checked = False
+        self.idle = False
+        """Set, a step does nothing: DeepSpeed then discards its gradients and leaves weights and state as they are."""
         super().__init__(
-            [g | {"params": n} for g, n in zip(groups, self._named, strict=True)], DEFAULTS | rule
+            [g | {"params": n} for g, n in zip(groups, self.named, strict=True)], DEFAULTS | rule
         )
         self._groups = list(self.param_groups)
 
@@ -131,6 +138,8 @@ class ZeroPolarGrad(torch.optim.Optimizer):
             raise ConfigError(
                 "a closure was given, expected none: DeepSpeed computes gradients before the step"
             )
+        if self.idle:
+            return
         inner = self.bound()
         if not self._checked:
             self._check_weights(inner)
@@ -154,12 +163,12 @@ class ZeroPolarGrad(torch.optim.Optimizer):
 
     def _find_home(self) -> tuple[Any, ...]:
         """The stage (0, 1 for both 1 and 2, or 3), and what tells one set of vectors from another."""
-        first = self._named[0][0][1]
+        first = self.named[0][0][1]
         if (zero3 := getattr(first, "_z3_optimizer", None)) is not None:
             return 3, id(zero3)
-        if any(getattr(p, "_hp_mapping", None) is not None for named in self._named for _, p in named):
+        if any(getattr(p, "_hp_mapping", None) is not None for named in self.named for _, p in named):
             return 1, *[id(group["params"][0]) for group in self._groups]
-        if [id(p) for g in self._groups for p in g["params"]] == [id(p) for n in self._named for _, p in n]:
+        if [id(p) for g in self._groups for p in g["params"]] == [id(p) for n in self.named for _, p in n]:
             return (0,)
         raise ConfigError(
             "DeepSpeed put other parameters in place of the model's without ZeRO, as in stage 0 with bf16 or fp16 enabled: "
@@ -167,10 +176,10 @@ class ZeroPolarGrad(torch.optim.Optimizer):
         )
 
     def _bind(self, stage: int) -> PolarGrad:
-        params = [p for named in self._named for _, p in named]
+        params = [p for named in self.named for _, p in named]
         refuse_unknown(self._model, stage, params, self._groups)
         if stage == 0:
-            groups = [g | {"params": n} for g, n in zip(self._groups, self._named, strict=True)]
+            groups = [g | {"params": n} for g, n in zip(self._groups, self.named, strict=True)]
             return PolarGrad(
                 [{k: v for k, v in g.items() if k != "param_names"} for g in groups], **self._travel
             )
@@ -182,14 +191,16 @@ class ZeroPolarGrad(torch.optim.Optimizer):
             dist.all_gather_object(everywhere, stretches)
         at, made = 0, []
         device = next((flat.device for _, _, flat, _ in found if flat is not None), torch.device("cpu"))
-        for group, named in zip(self._groups, self._named, strict=True):
+        for group, named in zip(self._groups, self.named, strict=True):
             fragments: list[Fragment] = []
             for name, p in named:
                 bounds = tuple((rank[at][0], rank[at][0] + rank[at][1]) for rank in everywhere)
                 shape, (_, _, flat, place) = self._shapes[p], found[at]
                 whole = Fragment(name, shape, bounds, dist.get_rank(), flat, place)
                 self._check_complete(whole)
-                fragments += fragments_of(group, name, shape, whole)
+                self.wholes[p], matrices = whole, list(fragments_of(group, name, shape, whole))
+                self.source |= {matrix: (p, matrix.at - whole.at) for matrix in matrices}
+                fragments += matrices
                 at += 1
             made.append((group, fragments))
         return FragmentPolarGrad(made, self.state, _device_kind(), device, **self._travel)
@@ -212,7 +223,7 @@ class ZeroPolarGrad(torch.optim.Optimizer):
     def _check_weights(self, inner: PolarGrad) -> None:
         """Raises ``ConfigError`` on all ranks where a stretch does not hold the weights that it should."""
         differ = False
-        for p in (p for named in self._named for _, p in named):
+        for p in (p for named in self.named for _, p in named):
             if getattr(p, "_hp_mapping", None) is not None:  # stage 3 has no second copy
                 start, count, flat, at = self._located(p, 1)
                 assert flat is not None
@@ -246,7 +257,7 @@ class ZeroPolarGrad(torch.optim.Optimizer):
         return self.bound().plan()
 
     def stats(self, by: str = "role") -> dict[str, dict[str, float]]:
-        """See `PolarGrad.stats`. Of a step that DeepSpeed takes group by group, what the last group's learnt."""
+        """See `PolarGrad.stats`; of all groups, which DeepSpeed steps one after the other."""
         return self.bound().stats(by)
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,13 +16,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from polargrad_dist.distributed.layout import Stretches, volume
-from polargrad_dist.distributed.plan import Entry
+from polargrad_dist.distributed.plan import Entry, Plan
 from polargrad_dist.distributed.teams import Placing
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.matrix import rule_of
 from polargrad_dist.optim.member import Member, Travel
 from polargrad_dist.optim.optimizer import PolarGrad
-from polargrad_dist.optim.planning import split_of
+from polargrad_dist.optim.planning import entry, split_of
 from polargrad_dist.optim.world import World
 
 Bounds = tuple[tuple[int, int], ...]
@@ -91,6 +92,39 @@ def fragments_of(
         first = last
 
 
+def fragment_entry(
+    group: Mapping[str, Any], number: int, fragment: Fragment, dtype: torch.dtype, ranks: tuple[int, ...]
+) -> Entry:
+    """What the plan knows of a fragment on these ranks. A tall matrix goes to an owner too: its rows may be cut."""
+    whole = torch.empty(fragment.shape, dtype=dtype, device="meta")
+    e = entry(group, number, fragment.name, whole, Placing((len(ranks),), (1,), ranks))
+    layout = Stretches((e.numel,), (len(ranks),), (0,), None, fragment.bounds)
+    return replace(e, layout=layout, split=None if e.split is None else replace(e.split, flattened=True))
+
+
+def planned(
+    groups: Sequence[Mapping[str, Any]], stage: int, ranks: int, comm_dtype: torch.dtype | None
+) -> Plan:
+    """The plan of the groups that `route` returned under ZeRO stage 1, 2 or 3, on tensors of any device."""
+    plan = Plan(ranks, "all_reduced", comm_dtype.itemsize if comm_dtype is not None else None)
+    entries = []
+    for number, group in enumerate(groups):
+        named = list(zip(group["param_names"], group["params"], strict=True))
+        start, total = 0, sum(p.numel() for _, p in named)
+        # The vectors of a group are of one length, a multiple of two elements.
+        part = -(-total // (2 * ranks)) * 2
+        for name, p in named:
+            n = p.numel()
+            first, size = (0, -(-n // ranks)) if stage == 3 else (start, part)
+            cuts = [min(max(rank * size - first, 0), n) for rank in range(ranks + 1)]
+            whole = Fragment(name, tuple(p.shape), tuple(pairwise(cuts)), 0, None, 0)
+            for fragment in fragments_of(group, name, whole.shape, whole):
+                entries.append(fragment_entry(group, number, fragment, torch.float32, tuple(range(ranks))))
+            start += n
+    plan.add(entries)
+    return plan
+
+
 class FragmentWorld(World):
     """A world whose parameters are fragments, computed on devices of ``kind`` wherever their elements lie."""
 
@@ -106,18 +140,11 @@ class FragmentWorld(World):
         self.fragments, self.states, self.kind = fragments, states, kind
 
     def placing(self, name: str, p: nn.Parameter) -> Placing:
-        ranks = (
-            tuple(dist.get_process_group_ranks(self.process_group)) if self.process_group else (self.rank,)
-        )
-        return Placing((len(ranks),), (1,), ranks)  # cut, but not along rows
+        group = self.process_group
+        return Placing(ranks=(self.rank,) if group is None else tuple(dist.get_process_group_ranks(group)))
 
     def entry(self, group: dict[str, Any], number: int, name: str, p: nn.Parameter, found: Placing) -> Entry:
-        fragment = self.fragments[p]
-        whole = torch.empty(fragment.shape, dtype=p.dtype, device="meta")
-        e = super().entry(group, number, name, whole, found)  # type: ignore[arg-type]
-        layout = Stretches((e.numel,), found.sizes, (0,), None, fragment.bounds)
-        split = None if e.split is None else replace(e.split, flattened=True)
-        return replace(e, layout=layout, split=split)
+        return fragment_entry(group, number, self.fragments[p], p.dtype, found.ranks)
 
     def computes_on(self, p: nn.Parameter, found: Placing) -> str:
         return self.kind
@@ -157,6 +184,8 @@ class FragmentPolarGrad(PolarGrad):
     ):
         self.fragments: dict[nn.Parameter, Fragment] = {}
         self.states, self._kind = states, kind
+        self._stepped: set[int] = set()
+        self._wanted: frozenset[int] = frozenset()
         given = []
         for group, fragments in groups:
             named = []
@@ -185,6 +214,11 @@ class FragmentPolarGrad(PolarGrad):
     def step_vectors(self, vectors: Iterable[Tensor]) -> None:
         """Steps the matrices that lie in these vectors, by the vectors' gradients; every rank calls it for the same ones."""
         live = {id(vector) for vector in vectors}
+        if live & self._stepped:
+            self._stepped, self._wanted = set(), frozenset()
+        earlier = self._facts if self._stepped else None
+        self._stepped |= live
+        self._keep = self._wanted
         self.follow()
         for p, fragment in self.fragments.items():
             flat = fragment.flat
@@ -199,6 +233,14 @@ class FragmentPolarGrad(PolarGrad):
             for p in self.fragments:
                 p.grad = None
         self._count(live)
+        if earlier is not None:
+            self._facts.absorb(earlier)
+
+    def keep_next(self, members: Iterable[Member]) -> None:
+        """Of the next step over all vectors, however many calls it takes."""
+        super().keep_next(members)
+        self._wanted = self._keep
+        self._stepped.clear()
 
     def follow(self, *, reload: bool = False) -> None:
         """Looks where weights and state lie now: who loads or offloads puts other memory in their place."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from polargrad_dist.distributed.layout import Box, Cut3, Layout, Split, rectangle, volume
+from polargrad_dist.distributed.layout import Box, Cut3, Layout, Split, Stretches, rectangle, volume
 from polargrad_dist.errors import ConfigError
 
 TALL_ROLES = ("embed", "value_embed", "head")
@@ -106,6 +106,10 @@ class Entry:
         everywhere = tuple(range(self.layout.world))
         if self.layout.world > 1 and self.kind == "owner" and not self.in_order:
             homes = whole_at(self.layout, self.split)
+            if isinstance(
+                self.layout, Stretches
+            ):  # the elements of all parameters together are cut evenly, not each
+                return [everywhere if home is None else (home,) for home in homes]
             counts = Counter(homes)
             if None not in counts and max(counts.values()) * self.layout.world <= UNEVEN * len(homes):
                 return [(home,) for home in homes]  # type: ignore[misc]

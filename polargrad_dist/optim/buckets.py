@@ -337,16 +337,25 @@ class Owned(Batch):
         kinds = list(dict.fromkeys(self.shapes)) or [(1, 1)]
         return [like.new_empty(self.shapes.count(shape), *shape) for shape in kinds]
 
+    def _as_stored(self, batch: Tensor) -> Tensor:
+        """Matrices (k, m, n) as stretches of them lie in the parameter."""
+        return batch.flatten(1).unsqueeze(-1) if self.split.flattened else batch
+
     def _gap_views(self, batches: list[Tensor]) -> list[Tensor]:
         """Of this rank's matrices, rank by rank of the group, the pieces that lie there."""
-        matrices = [matrix.unsqueeze(0) for batch in batches for matrix in batch]
+        matrices = [matrix.unsqueeze(0) for batch in batches for matrix in self._as_stored(batch)]
         return [m[slices(cut)] for cuts in self.gaps for m, cut in zip(matrices, cuts, strict=True)]
 
     def _to_shards(self, D: list[Tensor], numbers: Tensor) -> Started:
         """Starts sending each rank its pieces of this rank's directions, behind the numbers of these matrices."""
         bits, ranks = numbers.reshape(-1).view(D[0].dtype), len(self.gaps)
         if self.even:
-            parts = D[0].unflatten(self.axis_cut, (ranks, -1)).movedim(self.axis_cut, 0).reshape(ranks, -1)
+            parts = (
+                self._as_stored(D[0])
+                .unflatten(self.axis_cut, (ranks, -1))
+                .movedim(self.axis_cut, 0)
+                .reshape(ranks, -1)
+            )
             flat = torch.cat([bits.expand(ranks, -1), parts], 1).view(-1)
         else:
             flat, views, count = (

@@ -43,6 +43,16 @@ class Facts:
     _flags: list[tuple[list[int], Tensor]] = field(default_factory=list)
     _events: list[tuple[str, Any, Any]] = field(default_factory=list)
 
+    def absorb(self, earlier: Facts) -> None:
+        """Takes in what an earlier part of the same step learnt."""
+        self.kept.update(earlier.kept)
+        self.kept_gram.update(earlier.kept_gram)
+        for role, seconds in earlier.seconds.items():
+            self.seconds[role] += seconds
+        self._spectra += earlier._spectra
+        self._flags += earlier._flags
+        self._events += earlier._events
+
     @contextmanager
     def clock(self, role: str, device: torch.device) -> Iterator[None]:
         """Adds the time of the device's work inside to a role, without waiting for a GPU."""

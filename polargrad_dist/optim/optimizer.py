@@ -25,9 +25,7 @@ from polargrad_dist.optim.control import refuse_zero
 from polargrad_dist.optim.facts import Facts
 from polargrad_dist.optim.failures import failure_of
 from polargrad_dist.optim.groups import DEFAULTS, completed, routed
-from polargrad_dist.optim.matrix import RULES
 from polargrad_dist.optim.member import Member, Travel
-from polargrad_dist.optim.planning import split_of
 from polargrad_dist.optim.routing import route
 from polargrad_dist.optim.rules import OptimizerConfig, Rule
 from polargrad_dist.optim.running import run
@@ -101,7 +99,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         dtype = check_travel(comm_dtype, bucket_mb)
         self._travel = Travel(self.traffic, dtype, max(1, int(bucket_mb * 2**20)))
         self._gradients, self._norm_group = gradients, norm_group
-        self._world = World(process_group, self._travel, gradients)
+        self._world = self._new_world(process_group)
         self._checks = Checks()
         self._placed: list[int] | None = None
         self._steps = 0
@@ -137,8 +135,6 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         check_values(group, where)
         for name, p in zip(group["param_names"], group["params"], strict=True):
             check_parameter(name, p, self._gradients)
-            if RULES[group["algorithm"]].matrices:
-                split_of(group, name, tuple(p.shape))
         if self._travel.reducer is not None:
             raise ConfigError(
                 "gradients='reduce_scatter' cannot take further parameter groups after construction"
@@ -152,6 +148,9 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
                 self.param_groups.pop()  # what is refused leaves nothing behind
                 raise
         self._checks.add(self.param_groups[-1])
+
+    def _new_world(self, process_group: dist.ProcessGroup | None) -> World:
+        return World(process_group, self._travel, self._gradients)
 
     def _place(self, groups: Iterable[dict[str, Any]]) -> None:
         """Finds the ranks and the owners of these groups' parameters, and makes their state."""
@@ -173,7 +172,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
                 )
             self.state.clear()
             world = self._world
-            self._world = World(world.process_group, self._travel, self._gradients)
+            self._world = self._new_world(world.process_group)
             self._place(self.param_groups)
         for m in self._world.members:
             here = local(m.p)

@@ -51,8 +51,8 @@ class World:
 
     def add(self, given: list[Given], state: Any) -> None:
         """Deals further parameters, and makes their state in ``state``. Owners of earlier ones stay as they are."""
-        found = {id(p): placing(name, p, self.process_group) for _, _, name, p in given}
-        mine = [entry(group, number, name, p, found[id(p)]) for number, group, name, p in given]
+        found = {id(p): self.placing(name, p) for _, _, name, p in given}
+        mine = [self.entry(group, number, name, p, found[id(p)]) for number, group, name, p in given]
         self._meet([found[id(p)] for *_, p in given], [p for *_, p in given])
         meshes = torch.tensor([any(f.mesh is not None for f in found.values())], dtype=torch.int32)
         self.meshes |= bool(self.agreement.largest(meshes) if self.agreement else meshes)
@@ -77,15 +77,26 @@ class World:
         if self.gradients == "reduce_scatter":
             self._reduce()
 
+    def placing(self, name: str, p: torch.nn.Parameter) -> Placing:
+        """On which ranks a parameter lies, and how."""
+        return placing(name, p, self.process_group)
+
+    def entry(
+        self, group: dict[str, Any], number: int, name: str, p: torch.nn.Parameter, found: Placing
+    ) -> Entry:
+        """What the plan knows of a parameter. Raises ``ConfigError`` where its group's rule cannot take it."""
+        return entry(group, number, name, p, found)
+
+    def computes_on(self, p: torch.nn.Parameter, found: Placing) -> str:
+        """The kind of device on which the matrices of a parameter are computed."""
+        return p.device.type if found.mesh is None else found.mesh.device_type
+
     def _meet(self, found: list[Placing], params: list[torch.nn.Parameter]) -> None:
         """Finds the ranks that step together, and the device that computes."""
         for placed in found:
             self._groups.learn(placed, self.process_group)
         ranks = widest(found, self.process_group)
-        kinds = {
-            f.mesh.device_type if f.mesh is not None else p.device.type
-            for f, p in zip(found, params, strict=True)
-        }
+        kinds = {self.computes_on(p, f) for f, p in zip(found, params, strict=True)}
         if self.members:
             kinds.add(self.travel.device.type)
         if len(kinds) > 1:

@@ -20,7 +20,9 @@ class StrategyConfig:
 
     Args:
         name: "ddp": a copy on every rank; "fsdp": FSDP2, sharded by block over all ranks; "hsdp": sharded within groups of
-            ranks and copied between them.
+            ranks and copied between them; "deepspeed": DeepSpeed's ZeRO.
+        zero_stage: under "deepspeed", what is sharded: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too; null for
+            2 there.
         replicas: copies of the model under "hsdp"; the world size must be a multiple of it.
         reshard_after_forward: free gathered parameters between forward and backward (less memory, more traffic).
         cpu_offload: keep sharded parameters, gradients and optimizer state in host memory.
@@ -28,11 +30,16 @@ class StrategyConfig:
             for data to be prepared waits longer, and says so.
     """
 
-    name: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    name: Literal["ddp", "fsdp", "hsdp", "deepspeed"] = "ddp"
+    zero_stage: int | None = None
     replicas: int = 1
     reshard_after_forward: bool = True
     cpu_offload: bool = False
     timeout_minutes: float = 10.0
+
+    @property
+    def zero_stage_or_default(self) -> int:
+        return 2 if self.zero_stage is None else self.zero_stage
 
 
 @dataclass
@@ -258,6 +265,7 @@ class TrainerConfig:
                 f"trainer.strategy.replicas is {replicas} with strategy {self.strategy.name!r}, expected 1: replicas are "
                 "for 'hsdp'"
             )
+        self._check_deepspeed()
         if self.strategy.name == "ddp" and self.strategy.cpu_offload:
             raise ConfigError(
                 "trainer.strategy.cpu_offload is true with strategy 'ddp', expected 'fsdp' or 'hsdp'"
@@ -265,6 +273,38 @@ class TrainerConfig:
         self.diagnostics.check()
         self.schedule.check(self.steps)
         check_around(self.lookahead, self.average)
+
+    def _check_deepspeed(self) -> None:
+        strategy = self.strategy
+        if strategy.name != "deepspeed":
+            if strategy.zero_stage is not None:
+                raise ConfigError(
+                    f"trainer.strategy.zero_stage is {strategy.zero_stage} with strategy {strategy.name!r}, expected null: "
+                    "stages are for 'deepspeed'"
+                )
+            return
+        stage = strategy.zero_stage_or_default
+        if stage not in (0, 1, 2, 3):
+            raise ConfigError(f"trainer.strategy.zero_stage is {stage}, expected 0, 1, 2 or 3")
+        for there, what, way in (
+            (self.precision == "bf16", "precision 'bf16'", "use 'bf16-mixed' or 'fp32'"),
+            (self.compile, "compile", "set it to false, or use strategy 'ddp' or 'fsdp'"),
+            (
+                stage == 3 and self.activation_checkpointing,
+                "activation_checkpointing at ZeRO stage 3",
+                "take a lower stage, or use strategy 'fsdp'",
+            ),
+            (
+                stage == 0 and strategy.cpu_offload,
+                "strategy.cpu_offload at ZeRO stage 0",
+                "take a higher stage",
+            ),
+            (not strategy.reshard_after_forward, "strategy.reshard_after_forward false", "it is for FSDP2"),
+        ):
+            if there:
+                raise ConfigError(
+                    f"trainer has {what} with strategy 'deepspeed', which has not been tried: {way}"
+                )
 
     def for_world(self, world: int) -> TrainerConfig:
         """The same run on ``world`` ranks: the same global batch, in the largest micro-batches up to the configured ones.

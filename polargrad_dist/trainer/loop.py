@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,7 @@ from torch.profiler import record_function
 
 from polargrad_dist.diagnostics import Diagnostics
 from polargrad_dist.errors import CheckpointError, ConfigError, PolarError, TrainingError
-from polargrad_dist.optim import OptimizerConfig, PolarGrad
-from polargrad_dist.optim.routing import clean_name, unwrap
+from polargrad_dist.optim import OptimizerConfig
 from polargrad_dist.optim.schedules import Rates
 from polargrad_dist.trainer import rundir
 from polargrad_dist.trainer.checkpoint import CheckpointStore, folder_name, restore_rng_state, rng_state
@@ -34,7 +34,7 @@ from polargrad_dist.trainer.output import start_log
 from polargrad_dist.trainer.phases import Phases, memory_gib, peak_flops
 from polargrad_dist.trainer.profiling import PREFIX, Profile
 from polargrad_dist.trainer.signals import PREEMPTED, LeaveRequest
-from polargrad_dist.trainer.strategies import place
+from polargrad_dist.trainer.strategies import build
 from polargrad_dist.trainer.world import World, seed_everything
 from polargrad_dist.trainer.wrapped import Wrapped
 
@@ -83,8 +83,7 @@ class Trainer:
         world.together(lambda: start_log(self.run_dir, world.rank))
         self.run_id = self._on_main(lambda: rundir.run_id(self.run_dir))
         self.bare = model
-        self.placed = place(model, config, world, optimizer.gradients == "reduce_scatter")
-        self.optimizer = PolarGrad.from_config(self.placed.model, optimizer)
+        self.placed, self.optimizer = build(model, optimizer, config, world)
         self.diagnostics = Diagnostics(self.optimizer, config.diagnostics)
         self._parameters = sum(p.numel() for p in model.parameters())
         self.rates = Rates(self.optimizer.param_groups, config.schedule, config.steps)
@@ -253,11 +252,8 @@ class Trainer:
                 with self.placed.autocast():
                     done = self.progress.step / self.config.steps
                     loss = self.placed.model(tokens, targets, progress=done) / accumulation
-                if last:
-                    loss.backward()
-                else:
-                    with self.optimizer.no_sync():
-                        loss.backward()
+                with nullcontext() if last else self.optimizer.no_sync():
+                    self.placed.backward(loss)
                 mean += loss.detach()
         return mean
 
@@ -395,14 +391,7 @@ class Trainer:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything that a checkpoint holds, as this rank holds it."""
-        model = unwrap(self.placed.model)
-        named = [*model.named_parameters(), *model.named_buffers()]
-        persistent = set(map(clean_name, model.state_dict()))
-        tensors = {
-            f"model/{clean_name(name)}": tensor.detach()
-            for name, tensor in named
-            if clean_name(name) in persistent
-        }
+        tensors = {f"model/{name}": tensor for name, tensor in self.placed.weights().items()}
         tensors |= self.wrapped.tensors()
         return tensors | {f"optim/{name}": tensor for name, tensor in self.optimizer.named_state().items()}
 
@@ -430,6 +419,7 @@ class Trainer:
             return
         tensors = self.tensors()
         loaded = self.store.load(path, tensors)
+        self.placed.restored(tensors)
         if (where := poisoned(self.world, tensors)) is not None:
             raise CheckpointError(
                 f"{path} holds {where} that is not finite: go on from an older one with trainer.checkpoint.resume=PATH"

@@ -331,7 +331,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         problem = self._check_placed() or self._checks.complaint(self.param_groups)
         if problem is None and self._checks.states_changed(self._world.members):
             self._world.forget()
-        self._steps += 1
+        self._steps, self._consolidated = self._steps + 1, None
         reducer, entries = self._travel.reducer, self._world.entries
         present = torch.zeros(len(entries) + 2, dtype=torch.int32)
         for m in self.works:

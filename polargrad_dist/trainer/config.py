@@ -11,6 +11,7 @@ from polargrad_dist.diagnostics import DiagnosticsConfig
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.schedules import ScheduleConfig
 from polargrad_dist.trainer.checkpoint import CheckpointConfig, checkpoints_in
+from polargrad_dist.trainer.launcher import check_launcher
 
 
 @dataclass
@@ -251,6 +252,7 @@ class TrainerConfig:
             )
         self.diagnostics.check()
         self.schedule.check(self.steps)
+        check_launcher(self, world)
 
     def for_world(self, world: int) -> TrainerConfig:
         """The same run on ``world`` ranks: the same global batch, in the largest micro-batches up to the configured ones.

@@ -1,1 +1,5 @@
-"""PolarGrad under the frameworks of others; a module for each, which imports its framework only when it is used."""
+"""What other trainers need to save and resume `PolarGrad`: one module for each, imported by name.
+
+Lightning needs none: it calls ``optimizer.consolidate_state_dict()`` itself. Nothing is imported here, so that no module
+asks for another's packages.
+"""

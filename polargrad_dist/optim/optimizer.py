@@ -329,7 +329,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         problem = self._check_placed() or self._checks.complaint(self.param_groups)
         if problem is None and self._checks.states_changed(self._world.members):
             self._world.forget()
-        self._steps += 1
+        self._steps, self._consolidated = self._steps + 1, None
         reducer, world, agreement = self._travel.reducer, self._world, self._world.agreement
         marks = [0] * len(world.entries)
         for m in world.members:

@@ -12,6 +12,7 @@ from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.around import AverageConfig, LookaheadConfig, check_around
 from polargrad_dist.optim.schedules import ScheduleConfig
 from polargrad_dist.trainer.checkpoint import CheckpointConfig, checkpoints_in
+from polargrad_dist.trainer.launcher import check_launcher
 
 
 @dataclass
@@ -273,6 +274,7 @@ class TrainerConfig:
         self.diagnostics.check()
         self.schedule.check(self.steps)
         check_around(self.lookahead, self.average)
+        check_launcher(self, world)
 
     def _check_deepspeed(self) -> None:
         strategy = self.strategy

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from polargrad_dist.errors import ConfigError
+from polargrad_dist.trainer.launcher import refuse_lone_process
 from polargrad_dist.trainer.watch import Watch, store_of_launcher
 
 T = TypeVar("T")
@@ -115,6 +116,7 @@ def launched() -> tuple[int, int, int]:
             "MASTER_PORT", str(FIRST_PORT + int(os.environ.get("SLURM_JOB_ID", "0")) % PORTS)
         )
     if "RANK" not in os.environ:
+        refuse_lone_process()
         return 0, 1, 0
     missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:

@@ -26,15 +26,21 @@ def here(rank: int, world: int) -> World:
     return World(rank, world, rank, torch.device("cpu"), dist.new_group(backend="gloo"))
 
 
-def ran(world: World, folder: str, steps: int, strategy: StrategyConfig, **options: Any) -> dict[str, torch.Tensor]:
+def ran(
+    world: World, folder: str, steps: int, strategy: StrategyConfig, **options: Any
+) -> dict[str, torch.Tensor]:
     """Trains, and returns whole weights and state."""
     made = trainer(
-        settings(folder, steps=steps, strategy=strategy, allow_changes=True, diagnostics=DiagnosticsConfig(every=4)),
+        settings(
+            folder, steps=steps, strategy=strategy, allow_changes=True, diagnostics=DiagnosticsConfig(every=4)
+        ),
         world,
         **options,
     )
     made.fit()
-    tensors = {n: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for n, t in made.tensors().items()}
+    tensors = {
+        n: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for n, t in made.tensors().items()
+    }
     if hasattr(made.placed, "run"):
         made.placed.run.engine.destroy()
     return tensors
@@ -55,7 +61,9 @@ def every_stage(rank: int, world: int, folder: str) -> dict[str, Any]:
     poisoned = ran(place, f"{folder}/ddp-poisoned", 8, StrategyConfig(), poison={30})
     for stage in (0, 1, 2, 3):
         out["apart", stage] = apart(ran(place, f"{folder}/{stage}", 12, zero(stage)), native)
-        out["poisoned", stage] = apart(ran(place, f"{folder}/{stage}-poisoned", 8, zero(stage), poison={30}), poisoned)
+        out["poisoned", stage] = apart(
+            ran(place, f"{folder}/{stage}-poisoned", 8, zero(stage), poison={30}), poisoned
+        )
         # The first 8 steps under this stage, the next under another, the last under DDP.
         ran(place, f"{folder}/mixed{stage}", 8, zero(stage))
         ran(place, f"{folder}/mixed{stage}", 10, zero((stage + 1) % 4))
@@ -112,7 +120,9 @@ def test_figures_are_those_of_ddp(trained, stage):
         for role, figures in b.get("polar", {}).items():
             assert math.isclose(a["polar"][role]["nuclear_norm"], figures["nuclear_norm"], rel_tol=1e-4)
         for name, kinds in b.get("diagnostics", {}).items():
-            assert math.isclose(a["diagnostics"][name]["gradient"]["nuclear"], kinds["gradient"]["nuclear"], rel_tol=1e-4)
+            assert math.isclose(
+                a["diagnostics"][name]["gradient"]["nuclear"], kinds["gradient"]["nuclear"], rel_tol=1e-4
+            )
             assert a["diagnostics"][name].keys() == kinds.keys()
     assert any("polar" in row for row in theirs)
     assert any("diagnostics" in row for row in theirs)

@@ -20,10 +20,10 @@ from polargrad_dist.distributed.plan import Entry, Plan
 from polargrad_dist.distributed.teams import local
 from polargrad_dist.distributed.transport import Agreement, Started, Traffic
 from polargrad_dist.errors import ConfigError
-from polargrad_dist.optim.buckets import Batch, Steps
+from polargrad_dist.optim.buckets import Batch, next_of
 from polargrad_dist.optim.checks import Checks, check_keys, check_parameter, check_travel, check_values
 from polargrad_dist.optim.facts import Facts
-from polargrad_dist.optim.failures import failure_of
+from polargrad_dist.optim.failures import raise_together
 from polargrad_dist.optim.groups import DEFAULTS, completed, routed
 from polargrad_dist.optim.matrix import RULES
 from polargrad_dist.optim.member import Member, Travel
@@ -310,8 +310,9 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         batches, order = self._world.schedule(present)
         with torch.autocast(self._travel.device.type, enabled=False):
             self._run(batches, order, facts)
-        if self._travel.device.type == "cpu":
-            self._raise_together(facts)
+        facts.send()
+        if not self.late:
+            self._raise_together()
         return loss
 
     @staticmethod
@@ -337,30 +338,36 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         for m in self.works:
             here = reducer.present[m.p] if reducer else m.p.grad is not None
             present[m.index] = here + m.misplaced
-        late = self._travel.device.type != "cpu" and self._facts.worst()[0] > 0
-        present[-2], present[-1] = late, problem is not None
+        present[-2], present[-1] = self.late and self._facts.worst()[0] > 0, problem is not None
         if self.agreement is not None:
             self.agreement.largest(present)
         *somewhere, failed, refused = present.tolist()
         if refused:
             raise problem or ConfigError("another rank cannot step, so no rank does: see its error")
         if failed:
-            facts, self._facts = self._facts, Facts()
-            self._raise_together(facts)
+            self._raise_together()
         if max(somewhere, default=0) > 1:
             self._redistribute()
         return tuple(map(bool, somewhere))
 
-    def _raise_together(self, facts: Facts) -> None:
-        """Raises the worst failure of a step on all ranks."""
-        kind, index = facts.worst()
-        worst = kind << 32 | index
-        if self.agreement is not None:
-            worst = int(self.agreement.largest(torch.tensor([worst])))
-        if worst:
-            kind, index = worst >> 32, worst & 0xFFFFFFFF
-            own = facts.error if facts.failure == (kind, index) else None
-            raise failure_of(kind, self._world.entries[index], own, self._travel.device) from own
+    def _raise_together(self) -> None:
+        """Raises the worst failure of the last step on all ranks, once."""
+        facts, world = self._facts, self._world
+        try:
+            raise_together(facts, world.agreement, world.entries, self._travel.device)
+        except BaseException:
+            self._facts = Facts()
+            raise
+
+    @property
+    def late(self) -> bool:
+        """Whether a failure of a step is raised at the following one, so that no step waits for the device: on GPUs."""
+        return self._travel.device.type != "cpu"
+
+    def check_last_step(self) -> None:
+        """Raises what the last step failed with, which on a GPU the next one would raise. Waits; all ranks call it."""
+        if self.late:
+            self._raise_together()
 
     def _check_copies(self) -> None:
         """At the first two steps and now and then: what differs between ranks would go on doing so in silence."""
@@ -440,11 +447,3 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         if by not in ("role", "parameter"):
             raise ConfigError(f"stats(by={by!r}), expected 'role' or 'parameter'")
         return self._facts.stats(by, self._world.entries, self.agreement)
-
-
-def next_of(steps: Steps, arrived: torch.Tensor | None) -> Started | None:
-    """Resumes a bucket with what arrived; the collective that it starts next, None at its end."""
-    try:
-        return steps.send(arrived)  # type: ignore[arg-type]
-    except StopIteration:
-        return None

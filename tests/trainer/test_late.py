@@ -16,14 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from polargrad_dist import PolarGrad
 from polargrad_dist.diagnostics import DiagnosticsConfig
 from polargrad_dist.errors import TrainingError
-from polargrad_dist.optim import muon_rule, polarsgdm_rule
+from polargrad_dist.optim import OptimizerConfig, muon_rule, polarsgdm_rule
 from polargrad_dist.optim.matrix import RULES
 from polargrad_dist.polar import root
 from polargrad_dist.trainer import World
 from polargrad_dist.trainer.config import SafetyConfig, StrategyConfig
 from tests.gloo import run_ranks
+from tests.models.tiny import tiny
 from tests.trainer.test_health import poison, saved_steps
-from tests.trainer.toy import rules, settings, trainer
+from tests.trainer.toy import VOCABULARY, rules, settings, trainer
 
 NO_LOOKS = DiagnosticsConfig(every=0)
 
@@ -279,10 +280,16 @@ def test_a_whole_step_reads_nothing_back(tmp_path, late, monkeypatch, name, prec
     if name != "exact":
         optimizer = replace(optimizer, hidden=replace(optimizer.hidden, oracle="newton_schulz"))
     t = trainer(settings(tmp_path, steps=6, diagnostics=NO_LOOKS, precision=precision), optimizer=optimizer)
+    assert watch_third_step(t).seen == HOST
+    assert t.progress.step == 6
+
+
+def watch_third_step(t) -> NoReading:
+    """Trains; copies are compared at the first two steps."""
     take, watched = t.stepper.take, NoReading(HOST)
 
     def watch(batches, leave):
-        if t.progress.step == 2:  # copies are compared at the first two
+        if t.progress.step == 2:
             batch = [next(batches) for _ in range(4)]  # drawn beforehand: the toy makes them of numbers
             with NoWaiting(), watched:
                 take(iter(batch), leave)
@@ -291,8 +298,16 @@ def test_a_whole_step_reads_nothing_back(tmp_path, late, monkeypatch, name, prec
 
     t.stepper.take = watch
     t.fit()
+    return watched
+
+
+@pytest.mark.parametrize("architecture", ["gpt2-small", "gpt2-medium", "qwen2.5", "gpt"])
+def test_a_whole_step_of_the_models_reads_nothing_back(tmp_path, late, monkeypatch, architecture):
+    monkeypatch.setattr(root, "choose_root", lambda *args, **kwargs: "products")
+    config = settings(tmp_path, steps=3, diagnostics=NO_LOOKS)
+    model = tiny(architecture, vocab_size=VOCABULARY, end_of_text=VOCABULARY - 1)
+    watched = watch_third_step(trainer(config, model=model, optimizer=OptimizerConfig()))
     assert watched.seen == HOST
-    assert t.progress.step == 6
 
 
 def test_the_watch_sees_a_read(tmp_path):

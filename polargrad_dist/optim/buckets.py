@@ -26,6 +26,14 @@ from polargrad_dist.optim.parts import decay_and_step, join_bf16, split_bf16
 Steps = Generator[Started | None, Tensor, None]
 
 
+def next_of(steps: Steps, arrived: Tensor | None) -> Started | None:
+    """Resumes a bucket with what arrived; the collective that it starts next, None at its end."""
+    try:
+        return steps.send(arrived)  # type: ignore[arg-type]
+    except StopIteration:
+        return None
+
+
 class Batch:
     """This rank's shards of a bucket's parameters, stacked: (items, slices, rows, columns)."""
 

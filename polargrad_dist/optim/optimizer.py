@@ -23,7 +23,7 @@ from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.checks import Checks, check_keys, check_parameter, check_travel, check_values
 from polargrad_dist.optim.control import refuse_zero
 from polargrad_dist.optim.facts import Facts
-from polargrad_dist.optim.failures import failure_of
+from polargrad_dist.optim.failures import raise_together
 from polargrad_dist.optim.groups import DEFAULTS, completed, routed
 from polargrad_dist.optim.member import Member, Travel
 from polargrad_dist.optim.routing import route
@@ -312,8 +312,9 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         batches, orders = self._world.schedule(present)
         with torch.autocast(self._travel.device.type, enabled=False):
             run(batches, orders, facts, self._add_up)
-        if self._travel.device.type == "cpu":
-            self._raise_together(facts)
+        facts.send()
+        if not self.late:
+            self._raise_together()
         return loss
 
     def _add_up(self) -> None:
@@ -336,7 +337,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             grad = m.p.grad
             marks[m.index] = int(reducer.present[m.p] if reducer else grad is not None)
             marks[m.index] += isinstance(grad, DTensor) and m.misplaced
-        late = self._travel.device.type != "cpu" and self._facts.worst()[0] > 0
+        late = self.late and self._facts.worst()[0] > 0
         present = torch.tensor([*marks, late, problem is not None], dtype=torch.int32)
         if agreement is not None:
             agreement.largest(present)
@@ -344,22 +345,29 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         if refused:
             raise problem or ConfigError("another rank cannot step, so no rank does: see its error")
         if failed:
-            facts, self._facts = self._facts, Facts()
-            self._raise_together(facts)
+            self._raise_together()
         if max(somewhere, default=0) > 1:
             self._redistribute()
         return tuple(map(bool, somewhere))
 
-    def _raise_together(self, facts: Facts) -> None:
-        """Raises the worst failure of a step on all ranks."""
-        kind, index = facts.worst()
-        worst, agreement = kind << 32 | index, self._world.agreement
-        if agreement is not None:
-            worst = int(agreement.largest(torch.tensor([worst])))
-        if worst:
-            kind, index = worst >> 32, worst & 0xFFFFFFFF
-            own = facts.error if facts.failure == (kind, index) else None
-            raise failure_of(kind, self._world.entries[index], own, self._travel.device) from own
+    def _raise_together(self) -> None:
+        """Raises the worst failure of the last step on all ranks, once."""
+        facts, world = self._facts, self._world
+        try:
+            raise_together(facts, world.agreement, world.entries, self._travel.device)
+        except BaseException:
+            self._facts = Facts()
+            raise
+
+    @property
+    def late(self) -> bool:
+        """Whether a failure of a step is raised at the following one, so that no step waits for the device: on GPUs."""
+        return self._travel.device.type != "cpu"
+
+    def check_last_step(self) -> None:
+        """Raises what the last step failed with, which on a GPU the next one would raise. Waits; all ranks call it."""
+        if self.late:
+            self._raise_together()
 
     def _check_copies(self) -> None:
         """At the first two steps and now and then: what differs between ranks would go on doing so in silence."""

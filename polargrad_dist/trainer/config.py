@@ -161,6 +161,8 @@ class TrainerConfig:
         sequence_length: tokens per sequence.
         seed: of the initial weights, the order of the data and dropout.
         precision: "fp32"; "bf16-mixed": fp32 weights, bf16 matrix products; "bf16": bf16 weights, exactly accumulated.
+        tf32: on a GPU, let matrix products of fp32 numbers round their inputs to TF32's 10 bits: several times faster, and
+            felt with precision "fp32" only. Exact polar factors are computed without it either way.
         clip_norm: largest global norm of the gradient, applied before the oracle; null for none.
         compile: compile each block with torch.compile.
         activation_checkpointing: recompute each block's activations in backward.
@@ -185,6 +187,7 @@ class TrainerConfig:
     sequence_length: int = 256
     seed: int = 0
     precision: Literal["fp32", "bf16-mixed", "bf16"] = "fp32"
+    tf32: bool = False
     clip_norm: float | None = 1.0
     compile: bool = False
     activation_checkpointing: bool = False

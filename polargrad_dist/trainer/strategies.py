@@ -29,6 +29,11 @@ class Placed:
     quiet: Callable[[], AbstractContextManager[Any]]
     autocast: Callable[[], AbstractContextManager[Any]]
 
+    def rest(self) -> None:
+        """After forward passes without backward: parameters are again what this rank stores."""
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()
+
     def backward(self, loss: torch.Tensor) -> None:
         """Of a micro-batch's share of the loss."""
         loss.backward()
@@ -68,6 +73,8 @@ def place(model: nn.Module, config: TrainerConfig, world: World, reduces: bool) 
     ``reduces``: the optimizer reduces gradients itself, so that copies are only made equal, not wrapped.
     """
     strategy = config.strategy
+    if world.device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     mixed = config.precision == "bf16-mixed"
     sharded = strategy.name in ("fsdp", "hsdp") and world.size > 1
     if reduces and sharded:
@@ -101,7 +108,11 @@ def place(model: nn.Module, config: TrainerConfig, world: World, reduces: bool) 
             dist.broadcast(tensor.data, 0)
         return Placed(model, nullcontext, autocast)
     wrapped = DistributedDataParallel(
-        model, device_ids=[world.device] if world.device.type == "cuda" else None
+        model,
+        device_ids=[world.device] if world.device.type == "cuda" else None,
+        # Gradients lie in the buckets that are reduced: one copy of them, and no copying.
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,
     )
     return Placed(wrapped, wrapped.no_sync, autocast)
 
@@ -125,7 +136,8 @@ def _shard(model: nn.Module, blocks: list[nn.Module], config: TrainerConfig, wor
     # Tables may be of another type than the rest, which one FSDP unit cannot mix.
     for unit in [*blocks, *getattr(model, "tables", [])]:
         fully_shard(unit, **options)
-    fully_shard(model, **options)
+    # Backward begins with what forward ends with: freed in between, it would be gathered twice.
+    fully_shard(model, **options | {"reshard_after_forward": False})
 
 
 def _call(model: nn.Module, method: str, key: str) -> None:

@@ -106,6 +106,8 @@ class ZeroPlaced(Placed):
 class ZeroRun:
     """A `ZeroPolarGrad` and its engine as the loop's optimizer: `PolarGrad`'s methods, of ZeRO's gradients and weights."""
 
+    late = False  # the engine looks at every step from the host, so a failure is raised in its own
+
     def __init__(self, engine: Any, client: ZeroPolarGrad, world: World):
         self.engine, self.client, self.world = engine, client, world
         self.zero = engine.optimizer
@@ -176,6 +178,10 @@ class ZeroRun:
             raise TrainingError(
                 "DeepSpeed did not make the step, since the gradient norm overflows fp32: lower the learning rates"
             )
+        self.inner.check_last_step()
+
+    def check_last_step(self) -> None:
+        """Nothing is left to raise."""
 
     def _gradients(self) -> dict[Tensor, Tensor]:
         """Of each parameter this rank's stretch of the reduced gradient, flat."""

@@ -26,12 +26,14 @@ from polargrad_dist.trainer import rundir
 from polargrad_dist.trainer.checkpoint import CheckpointStore, folder_name, restore_rng_state, rng_state
 from polargrad_dist.trainer.config import TrainerConfig
 from polargrad_dist.trainer.evaluation import evaluate
+from polargrad_dist.trainer.header import facts_of, header, write_facts
 from polargrad_dist.trainer.health import culprits, poisoned, reason_to_skip
 from polargrad_dist.trainer.interfaces import Batch, Data, Outcome, Progress, identity_of
+from polargrad_dist.trainer.interval import Interval
 from polargrad_dist.trainer.measure import Evaluator
 from polargrad_dist.trainer.metrics import Metrics
 from polargrad_dist.trainer.output import start_log
-from polargrad_dist.trainer.phases import Phases, memory_gib, peak_flops
+from polargrad_dist.trainer.phases import Phases
 from polargrad_dist.trainer.profiling import PREFIX, Profile
 from polargrad_dist.trainer.signals import PREEMPTED, LeaveRequest
 from polargrad_dist.trainer.strategies import place
@@ -85,12 +87,11 @@ class Trainer:
         self.placed = place(model, config, world, optimizer.gradients == "reduce_scatter")
         self.optimizer = PolarGrad.from_config(self.placed.model, optimizer)
         self.diagnostics = Diagnostics(self.optimizer, config.diagnostics)
-        self._parameters = sum(p.numel() for p in model.parameters())
         self.base_lr = [group["lr"] for group in self.optimizer.param_groups]
         self.base_beta = [group["beta"] for group in self.optimizer.param_groups]
         self.progress = Progress()
         self.phases = Phases(world.device)
-        self.peak = peak_flops(world.device) if config.precision != "fp32" else None  # the peaks are bf16's
+        self.interval = Interval(config, world, model, self.optimizer, self.phases)
         self.validated: dict[str, float] = {}
         self.evaluator = Evaluator(config, self.placed, model, self.data, world)
         self.store = CheckpointStore(
@@ -128,24 +129,20 @@ class Trainer:
         self._on_main(lambda: rundir.claim(self.run_dir, self.configuration, self.run_id))
         if keep_tokenizer := getattr(self.data, "keep_tokenizer", None):
             self._on_main(lambda: keep_tokenizer(self.run_dir))
+        self._introduce()
         metrics = Metrics(
             config.logging,
             self.run_dir,
             steps=config.steps,
             first=progress.step,
+            tokens_per_step=config.tokens_per_step,
             run_id=self.run_id,
             configuration=self.configuration,
             active=self.world.is_main,
             report=self.report,
         )
         profile = Profile(config.logging.profile, self.run_dir, self.world.device, self.world.is_main)
-        log.info(
-            "%d ranks, each with %d micro-batches of %d sequences per step",
-            self.world.size,
-            config.accumulation(self.world.size),
-            config.micro_batch,
-        )
-        leave = LeaveRequest(writing=lambda: self.store.writing)
+        leave = LeaveRequest(writing=lambda: self.store.writing, tell=self.world.is_main)
         batches = self.data.train.batches_from(progress.sample)
         saved = stop = False
         try:
@@ -171,6 +168,14 @@ class Trainer:
             finally:
                 leave.close()
         return self._outcome(saved, leave if stop else None)
+
+    def _introduce(self) -> None:
+        """Says what this run is: to the log, and in ``run.json``."""
+        given = (self.config, self.world, self.bare, self.optimizer, self.data, self.configuration)
+        facts = facts_of(*given, self.run_id, self.progress.step)
+        self._on_main(lambda: write_facts(self.run_dir, facts))
+        if self.world.is_main:
+            log.info("\n%s", header(facts))
 
     def _outcome(self, saved: bool, left: LeaveRequest | None) -> Outcome:
         """The exit code, and a line in the log where the run did not end as planned."""
@@ -301,33 +306,14 @@ class Trainer:
     # Around the steps
 
     def _report(self, metrics: Metrics, record: dict[str, Any]) -> None:
-        """Adds rates, shares and facts to the figures of a log step and hands them to the sinks."""
-        logging_config, step = self.config.logging, record["step"]
-        metrics.console.tick(step)
-        if logging_config.stats_every and step % logging_config.stats_every == 0:
+        """Hands the figures of the steps since the last row to the sinks, when a row is due."""
+        metrics.console.tick(record)
+        every = self.config.logging.stats_every
+        if every and record["step"] % every == 0:
             record["polar"] = self.optimizer.stats()
-        if (
-            step % logging_config.every
-            and step != self.config.steps
-            and not {"polar", "diagnostics"} & record.keys()
-        ):
-            return
-        wall, shares = self.phases.report()
-        steps = step - self._reported
-        self._reported = step
-        per_second = steps * self.config.tokens_per_step / wall
-        if self._parameters:  # once per start
-            record["parameters"], self._parameters = self._parameters, 0
-        record["lr"] = {group["role"]: group["lr"] for group in self.optimizer.param_groups}
-        record["tokens_per_second"] = per_second
-        if self.peak is not None and hasattr(self.bare, "flops_per_token"):
-            flops = self.bare.flops_per_token(self.config.sequence_length) * per_second  # type: ignore[operator]
-            record["mfu"] = flops / (self.peak * self.world.size)
-        record["memory_gib"] = memory_gib(self.world.device)
-        record["share"] = shares
-        metrics.write(record)
+        if (row := self.interval.add(record)) is not None:
+            metrics.write(row)
 
-    _reported = 0
     _due = False
     report: Callable[[Path], Path] | None = None
     """Writes the run's HTML report, for the sinks that take one when it ends."""
@@ -344,13 +330,15 @@ class Trainer:
         self.progress.look_owed = self.evaluator.due(step)
         due = self.progress.validation_owed
         if self.progress.owing and not stop:
-            stop = self._measure(metrics, leave)
+            with self.phases("evaluation"):
+                stop = self._measure(metrics, leave)
         loss = self.validated["validation_loss"] if due and not self.progress.validation_owed else None
         self._due |= stop or last or bool(config.checkpoint.every and step % config.checkpoint.every == 0)
         self._unproved = self._doubt(loss, final=last)
         if self._due and not self._unproved:
             self.world.at(f"the save of step {step}")
-            self.save(loss)
+            with self.phases("saving"):
+                self.save(loss)
             self._due = False
         return stop
 
@@ -440,7 +428,7 @@ class Trainer:
             raise CheckpointError(
                 f"{path} is not of this trainer, its progress is malformed ({error})"
             ) from None
-        self._reported = self.progress.step
+        self.interval.resumed(self.progress.skipped)
         if loaded.per_rank is not None:
             restore_rng_state(loaded.per_rank)
         else:

@@ -46,6 +46,10 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+# Parts of a run that are no training: tokens per second leave them out.
+ASIDE = ("evaluation", "saving", "diagnostics")
+
+
 class Phases:
     """Seconds spent in named parts of the steps since the last `report`; on a GPU by events, which nothing waits for."""
 
@@ -77,12 +81,16 @@ class Phases:
             self.seconds[name] += time.perf_counter() - start_time
 
     def report(self) -> tuple[float, dict[str, float]]:
-        """(wall seconds, share of each phase and of "other") since the last report. Waits for a GPU."""
+        """(seconds of training, share of wall time of each phase and of "other") since the last report. Waits for a GPU.
+
+        Training is everything but evaluation, saving and diagnostics.
+        """
         for name, start, end in self._events:
             end.synchronize()
             self.seconds[name] += start.elapsed_time(end) / 1e3
         wall = time.perf_counter() - self._began
         shares = {name: seconds / wall for name, seconds in self.seconds.items()}
         shares["other"] = max(0.0, 1.0 - sum(shares.values()))
+        aside = sum(self.seconds.get(name, 0.0) for name in ASIDE)
         self._reset()
-        return wall, shares
+        return max(wall - aside, 0.0), shares

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from polargrad_dist.trainer import rundir
-from polargrad_dist.trainer.metrics import duration
+from polargrad_dist.trainer.console import duration
 from tools.report_draw import INKS, colour, short
 from tools.report_figures import Section
 from tools.report_runs import UNSET, RunRecords, Summary, differences, printable

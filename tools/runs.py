@@ -17,7 +17,7 @@ from models import LanguageModel, ModelConfig, build_model
 from polargrad_dist.errors import CheckpointError
 from polargrad_dist.trainer.checkpoint.single import Checkpoint, find_checkpoint
 from polargrad_dist.trainer.initial import fill
-from polargrad_dist.trainer.metrics import quiet
+from polargrad_dist.trainer.console import quiet
 from train import RunConfig, parse_run
 
 

@@ -10,7 +10,8 @@ import pytest
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.trainer import RunInfo, register_sink
 from polargrad_dist.trainer.config import LoggingConfig
-from polargrad_dist.trainer.metrics import Metrics, line
+from polargrad_dist.trainer.console import line
+from polargrad_dist.trainer.metrics import Metrics
 from polargrad_dist.trainer.sinks import unregister_sink
 from tests.trainer.toy import settings, trainer
 

@@ -43,7 +43,7 @@ class Data:
         return self.train.fingerprint()
 
     def describe(self) -> dict[str, Any]:
-        """JSON-able, for people: ``train_tokens``, ``validation_tokens``, ``vocab_size``, ``tokenizer``; None if not known."""
+        """JSON-able: ``train_tokens``, ``validation_tokens``, ``vocab_size``, ``tokenizer``; None for what is not known."""
         held_out = self.validation
         return {
             "train_tokens": len(self.train.tokens),

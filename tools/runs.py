@@ -15,9 +15,10 @@ from data.open import Data
 from data.tokenizers import Tokenizer
 from models import LanguageModel, ModelConfig, build_model
 from polargrad_dist.errors import CheckpointError
+from polargrad_dist.trainer import rundir
 from polargrad_dist.trainer.checkpoint.single import Checkpoint, find_checkpoint
-from polargrad_dist.trainer.initial import fill
 from polargrad_dist.trainer.console import quiet
+from polargrad_dist.trainer.initial import fill
 from train import RunConfig, parse_run
 
 
@@ -46,15 +47,7 @@ class Run:
     @cached_property
     def data(self) -> Data:
         """The run's data, prepared where need be."""
-        trainer = self.config.trainer
-        return open_data(
-            self.config.data,
-            sequence_length=trainer.sequence_length,
-            global_batch=trainer.global_batch,
-            micro_batch=trainer.micro_batch,
-            seed=trainer.seed,
-            report=quiet,
-        )
+        return data_of(self.folder)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -119,9 +112,19 @@ def known_tokens(checkpoint: Checkpoint) -> Kept:
     known = kept(checkpoint.run_dir)
     if known is not None:
         return known
-    config = parse_run(["--config", str(checkpoint.run_dir / "config.yaml")])[0]
+    data = data_of(checkpoint.run_dir)
+    return Kept(data.tokenizer, data.end_of_text, data.folder)
+
+
+def data_of(folder: Path) -> Data:
+    """The data of the run in ``folder``, prepared where need be.
+
+    Raises ``ConfigError`` for a folder that is no run directory.
+    """
+    rundir.expect(folder, "config.yaml")
+    config = parse_run(["--config", str(folder / "config.yaml")])[0]
     trainer = config.trainer
-    data = open_data(
+    return open_data(
         config.data,
         sequence_length=trainer.sequence_length,
         global_batch=trainer.global_batch,
@@ -129,7 +132,6 @@ def known_tokens(checkpoint: Checkpoint) -> Kept:
         seed=trainer.seed,
         report=quiet,
     )
-    return Kept(data.tokenizer, data.end_of_text, data.folder)
 
 
 def build(checkpoint: Checkpoint, known: Kept, device: str = "cpu") -> LanguageModel:

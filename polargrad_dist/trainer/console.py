@@ -1,4 +1,4 @@
-"""What a person sees of a running run: a bar with a line per interval on a terminal, lines of at most 120 characters elsewhere."""
+"""What a person sees of a running run: a bar with a line per interval on a terminal, lines alone elsewhere."""
 
 from __future__ import annotations
 

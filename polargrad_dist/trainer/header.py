@@ -87,11 +87,14 @@ def facts_of(
 def header(facts: dict[str, Any]) -> str:
     """The facts on one screen, in lines of at most 120 characters."""
     training, ranks, data = facts["training"], facts["ranks"], facts["data"]
-    steps = f"{training['steps']:,} steps x {training['tokens_per_step']:,} tokens = {_short(training['tokens'])}"
+    steps = (
+        f"{training['steps']:,} steps x {training['tokens_per_step']:,} tokens = {_short(training['tokens'])}"
+    )
     if training["first"]:
         steps += f", resumed at step {training['first']:,}"
     epochs = f", {training['epochs']:.2g} epochs" if "epochs" in training else ""
-    batch = f"{training['global_batch']} sequences of {training['sequence_length']} tokens: {ranks['world']} rank{'s' * (ranks['world'] > 1)} x "
+    world = f"{ranks['world']} rank" + ("s" if ranks["world"] > 1 else "")
+    batch = f"{training['global_batch']} sequences of {training['sequence_length']} tokens: {world} x "
     batch += f"{training['accumulation']} x {training['micro_batch']}"
     rows = [("run", f"{facts['run']['dir']} ({facts['run']['id']})")]
     rows.append(("model", f"{facts['model']['name']}, {facts['model']['parameters']:,} parameters"))
@@ -239,7 +242,7 @@ def device_name(device: torch.device) -> str:
 def machine() -> dict[str, Any]:
     """Cores that this process may use, GiB of memory, threads of torch, and the system."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = {
+    found: dict[str, Any] = {
         "cores": cores,
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.release()}",

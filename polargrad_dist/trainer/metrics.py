@@ -180,9 +180,6 @@ class Wandb:
 
         artefact = wandb.Artifact(f"report-{self._run.id}", type="report")
         artefact.add_file(str(path))
-        figures = path.parent / f"{path.stem}-figures"
-        if figures.is_dir():
-            artefact.add_dir(str(figures), name=figures.name)
         self._run.log_artifact(artefact)
 
     def close(self) -> None:

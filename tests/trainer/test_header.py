@@ -13,7 +13,10 @@ def facts(folder) -> dict:
 def test_a_start_writes_what_the_run_is(tmp_path):
     trainer(settings(tmp_path, steps=3)).fit()
     found = facts(tmp_path)
-    assert found["model"] == {"name": "ToyModel", "parameters": 48 * 16 * 2 + 2 * (32 + 16 * 32 * 2 + 32 + 16)}
+    assert found["model"] == {
+        "name": "ToyModel",
+        "parameters": 48 * 16 * 2 + 2 * (32 + 16 * 32 * 2 + 32 + 16),
+    }
     assert {role: one["parameters"] for role, one in found["roles"].items()} == {
         "hidden": 2 * 2 * 16 * 32,
         "embed": 48 * 16,
@@ -62,7 +65,11 @@ def test_a_header_of_many_ranks_fits_on_a_screen(tmp_path):
         "devices": ["64 x NVIDIA H100 80GB HBM3"],
         "strategy": "hsdp",
     }
-    found["data"] = {"source": "HuggingFaceFW/fineweb/sample-10BT", "train_tokens": 10**10, "vocab_size": 50257}
+    found["data"] = {
+        "source": "HuggingFaceFW/fineweb/sample-10BT",
+        "train_tokens": 10**10,
+        "vocab_size": 50257,
+    }
     found["training"] |= {"epochs": 0.123, "first": 2000}
     lines = header(found).splitlines()
     assert len(lines) <= 24

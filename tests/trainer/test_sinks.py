@@ -90,8 +90,6 @@ def test_wandb_gets_the_configuration_samples_and_the_report(tmp_path, monkeypat
         finish=lambda: None,
     )
     monkeypatch.setattr(wandb, "init", lambda **options: told.began.update(options) or run)
-    (tmp_path / "report-figures").mkdir()
-    (tmp_path / "report-figures" / "loss.png").write_bytes(b"x")
 
     def report(folder):
         (folder / "report.html").write_text("<p>")
@@ -109,7 +107,7 @@ def test_wandb_gets_the_configuration_samples_and_the_report(tmp_path, monkeypat
     assert (step, values["loss"]) == (3, 2.0)
     assert values["samples"].data == [[3, "The ", "end\nof <it>"]]
     (artefact,) = told.artefacts
-    assert set(artefact.manifest.entries) == {"report.html", "report-figures/loss.png"}
+    assert set(artefact.manifest.entries) == {"report.html"}
 
 
 def test_a_report_that_cannot_be_made_costs_nothing_but_a_warning(tmp_path, sink, caplog):

@@ -111,7 +111,7 @@ def header(facts: dict[str, Any]) -> str:
     for name, text in rows:
         lines += wrapped(f"{name:<{width}}  {text}", " " * (width + 2))
     assert all(len(line) <= COLUMNS for line in lines)
-    return "\n".join(lines)
+    return "\n".join(lines).replace("\xa0", " ")
 
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
@@ -169,7 +169,7 @@ def describe_data(data: dict[str, Any]) -> str:
 
 
 def describe_code(facts: dict[str, Any]) -> str:
-    named = [f"{name} {version}" for name, version in facts["versions"].items()]
+    named = [f"{name}\xa0{version}" for name, version in facts["versions"].items()]
     return ", ".join(([f"commit {facts['commit']}"] if facts.get("commit") else []) + named)
 
 

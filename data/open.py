@@ -43,6 +43,16 @@ class Data:
         """JSON-able: tokenizer, shards, sequence length and seed."""
         return self.train.fingerprint()
 
+    def describe(self) -> dict[str, Any]:
+        """JSON-able: ``train_tokens``, ``validation_tokens``, ``vocab_size``, ``tokenizer``; None for what is not known."""
+        held_out = self.validation
+        return {
+            "train_tokens": len(self.train.tokens),
+            "validation_tokens": None if held_out is None else held_out.num_targets,
+            "vocab_size": self.vocab_size,
+            "tokenizer": None if self.tokenizer is None else self.tokenizer.name,
+        }
+
     def load_tokenizer(self) -> Any:
         """The tokenizer, to encode and decode with. Raises DataError where there is none."""
         if self.tokenizer is None:

@@ -61,8 +61,8 @@ def ended(command: list[str], environment: dict[str, str]) -> int:
 
 def summary(processes: int) -> int:
     """Validation in bits per byte beside a bigram model of the same tokens, a sample, the report, and what to do next."""
-    from data import bigram_baseline
     from polargrad_dist.trainer.metrics import record_in
+    from tools.bigram import measure
     from tools.report import write_report
     from tools.runs import load_run
     from train import parse_run
@@ -71,10 +71,10 @@ def summary(processes: int) -> int:
     run = load_run(config.trainer.run_dir)
     records = map(record_in, (run.folder / "metrics.jsonl").read_bytes().splitlines())
     reached = [record for record in records if record and "bits_per_byte" in record]
-    baseline = bigram_baseline(run.data) if reached else None
+    bigram = measure(run.folder, run.data) if reached else None
     sample = run.sample("def ", 120)
     steps = config.trainer.steps
-    if baseline is None:
+    if bigram is None:
         print("\nvalidation: none was asked for")
     else:
         print(
@@ -82,7 +82,7 @@ def summary(processes: int) -> int:
         )
         print(
             "bigram model of the same tokens (interpolated Kneser-Ney): "
-            f"{baseline.bits_per_byte:.3f} bits per byte"
+            f"{bigram['bits_per_byte']:.3f} bits per byte"
         )
     print(f"\nsample:\n{sample}\n")
     print(f"report: {write_report([run.folder], run.folder / 'report.html')}")

@@ -21,7 +21,7 @@ from data.open import ValidationMaker
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.trainer.choices import read_questions, score
 from polargrad_dist.trainer.cli import run as run_main
-from polargrad_dist.trainer.metrics import quiet
+from polargrad_dist.trainer.console import quiet
 from tools import harness
 from tools.runs import Run, load_run
 

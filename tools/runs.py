@@ -15,9 +15,10 @@ from data.open import Data
 from data.tokenizers import Tokenizer
 from models import LanguageModel, ModelConfig, build_model
 from polargrad_dist.errors import CheckpointError
+from polargrad_dist.trainer import rundir
 from polargrad_dist.trainer.checkpoint.single import Checkpoint, find_checkpoint
+from polargrad_dist.trainer.console import quiet
 from polargrad_dist.trainer.initial import fill
-from polargrad_dist.trainer.metrics import quiet
 from train import RunConfig, parse_run
 
 
@@ -46,15 +47,7 @@ class Run:
     @cached_property
     def data(self) -> Data:
         """The run's data, prepared where need be."""
-        trainer = self.config.trainer
-        return open_data(
-            self.config.data,
-            sequence_length=trainer.sequence_length,
-            global_batch=trainer.global_batch,
-            micro_batch=trainer.micro_batch,
-            seed=trainer.seed,
-            report=quiet,
-        )
+        return data_of(self.folder)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -127,6 +120,24 @@ def known_tokens(checkpoint: Checkpoint) -> Kept:
             "start the run once more, for no step further"
         )
     return known
+
+
+def data_of(folder: Path) -> Data:
+    """The data of the run in ``folder``, prepared where need be.
+
+    Raises ``ConfigError`` for a folder that is no run directory.
+    """
+    rundir.expect(folder, "config.yaml")
+    config = parse_run(["--config", str(folder / "config.yaml")])[0]
+    trainer = config.trainer
+    return open_data(
+        config.data,
+        sequence_length=trainer.sequence_length,
+        global_batch=trainer.global_batch,
+        micro_batch=trainer.micro_batch,
+        seed=trainer.seed,
+        report=quiet,
+    )
 
 
 def build(checkpoint: Checkpoint, known: Kept, device: str = "cpu") -> LanguageModel:

@@ -25,12 +25,13 @@ from polargrad_dist.trainer.checkpoint import CheckpointStore, restore_rng_state
 from polargrad_dist.trainer.config import TrainerConfig
 from polargrad_dist.trainer.evaluation import evaluate
 from polargrad_dist.trainer.guard import Guard
+from polargrad_dist.trainer.header import facts_of, header, write_facts
 from polargrad_dist.trainer.health import poisoned
 from polargrad_dist.trainer.interfaces import Batch, Data, Outcome, Progress, identity_of
+from polargrad_dist.trainer.interval import Interval
 from polargrad_dist.trainer.measure import Evaluator
 from polargrad_dist.trainer.metrics import Metrics
 from polargrad_dist.trainer.output import start_log
-from polargrad_dist.trainer.phases import Period, memory_gib, peak_flops, shares
 from polargrad_dist.trainer.profiling import PREFIX, Profile
 from polargrad_dist.trainer.signals import PREEMPTED, LeaveRequest
 from polargrad_dist.trainer.stepping import Stepper, Told
@@ -85,12 +86,10 @@ class Trainer:
         self.bare = model
         self.placed, self.optimizer = build(model, optimizer, config, world)
         self.diagnostics = Diagnostics(self.optimizer, config.diagnostics)
-        self._parameters = sum(p.numel() for p in model.parameters())
         self.wrapped = Wrapped(model, config)
         self.progress = Progress()
-        self.peak = peak_flops(world.device) if config.precision != "fp32" else None  # the peaks are bf16's
+        self.interval = Interval(config, world, model, self.optimizer)
         self.validated: dict[str, float] = {}
-        self._periods: list[Period] = []
         self.evaluator = Evaluator(config, self.placed, model, self.data, world)
         self.store = CheckpointStore(
             self.run_dir / "checkpoints",
@@ -139,24 +138,20 @@ class Trainer:
         self._on_main(lambda: rundir.claim(self.run_dir, self.configuration, self.run_id))
         if keep_tokenizer := getattr(self.data, "keep_tokenizer", None):
             self._on_main(lambda: keep_tokenizer(self.run_dir))
+        self._introduce()
         metrics = self.metrics = Metrics(
             config.logging,
             self.run_dir,
             steps=config.steps,
             first=progress.step,
+            tokens_per_step=config.tokens_per_step,
             run_id=self.run_id,
             configuration=self.configuration,
             active=self.world.is_main,
             report=self.report,
         )
         profile = Profile(config.logging.profile, self.run_dir, self.world.device, self.world.is_main)
-        log.info(
-            "%d ranks, each with %d micro-batches of %d sequences per step",
-            self.world.size,
-            config.accumulation(self.world.size),
-            config.micro_batch,
-        )
-        leave = LeaveRequest(writing=lambda: self.store.writing)
+        leave = LeaveRequest(writing=lambda: self.store.writing, tell=self.world.is_main)
         batches = self.data.train.batches_from(progress.sample)
         saved = False
         try:
@@ -183,6 +178,14 @@ class Trainer:
                 leave.close()
         return self._outcome(saved, leave if self._stop else None)
 
+    def _introduce(self) -> None:
+        """Says what this run is: to the log, and in ``run.json``."""
+        given = (self.config, self.world, self.bare, self.optimizer, self.data, self.configuration)
+        facts = facts_of(*given, self.run_id, self.progress.step)
+        self._on_main(lambda: write_facts(self.run_dir, facts))
+        if self.world.is_main:
+            log.info("\n%s", header(facts))
+
     def _outcome(self, saved: bool, left: LeaveRequest | None) -> Outcome:
         """The exit code, and a line in the log where the run did not end as planned."""
         config, step, kept = self.config, self.progress.step, self.store.last_saved
@@ -208,31 +211,13 @@ class Trainer:
     # Around the steps
 
     def _heard(self, told: Told) -> None:
-        """Takes what a step has told: whether to leave, and its figures, with rates and shares on a log step."""
+        """Takes what a step has told: whether to leave, and its figures, for the sinks where a row is due."""
         self._stop |= told.asked
-        self._periods.append(told.period)
-        record, logging_config, step = told.record, self.config.logging, told.record["step"]
-        self.metrics.console.tick(step)
-        if self._spectra_due(step):
-            record["polar"] = self.optimizer.stats()
-        if (
-            step % logging_config.every
-            and step != self.config.steps
-            and not {"polar", "diagnostics"} & record.keys()
-        ):
-            return
-        wall, record["share"] = shares(self._periods)
-        per_second = len(self._periods) * self.config.tokens_per_step / wall
-        self._periods.clear()
-        if self._parameters:  # once per start
-            record["parameters"], self._parameters = self._parameters, 0
-        record["lr"] = {group["role"]: group["lr"] for group in self.optimizer.param_groups}
-        record["tokens_per_second"] = per_second
-        if self.peak is not None and hasattr(self.bare, "flops_per_token"):
-            flops = self.bare.flops_per_token(self.config.sequence_length) * per_second  # type: ignore[operator]
-            record["mfu"] = flops / (self.peak * self.world.size)
-        record["memory_gib"] = memory_gib(self.world.device)
-        self.metrics.write(record)
+        self.metrics.console.tick(told.record)
+        if self._spectra_due(told.record["step"]):
+            told.record["polar"] = self.optimizer.stats()
+        if (row := self.interval.add(told.record, told.period)) is not None:
+            self.metrics.write(row)
 
     _stop = False
     _due = False
@@ -259,14 +244,15 @@ class Trainer:
             self.stepper.finish()
             self._due |= self._stop
         if self.progress.owing and not self._stop:
-            with self.wrapped.used(step):
+            with self.stepper.phases("evaluation"), self.wrapped.used(step):
                 self._measure(leave)
         loss = self.validated["validation_loss"] if due and not self.progress.validation_owed else None
         self._due |= self._stop
         self._unproved = self._doubt(loss, final=last)
         if self._due and not self._unproved:
             self.world.at(f"the save of step {step}")
-            self.save(loss)
+            with self.stepper.phases("saving"):
+                self.save(loss)
             self._due = False
 
     def _measure(self, leave: LeaveRequest) -> None:
@@ -351,6 +337,7 @@ class Trainer:
             raise CheckpointError(
                 f"{path} is not of this trainer, its progress is malformed ({error})"
             ) from None
+        self.interval.resumed(self.progress.skipped)
         if loaded.per_rank is not None:
             restore_rng_state(loaded.per_rank)
         else:

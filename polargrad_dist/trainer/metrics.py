@@ -1,4 +1,4 @@
-"""Figures of a run: one line per log step for people, ``metrics.jsonl`` for machines, TensorBoard and wandb when asked.
+"""Figures of a run: ``metrics.jsonl`` always, the console for people, TensorBoard and wandb when asked.
 
 A sink that fails costs no step: TensorBoard and wandb are named once and dropped, the console falls silent, and rows of
 ``metrics.jsonl`` wait until there is room for them.
@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from typing import Any
 
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.trainer.config import LoggingConfig
+from polargrad_dist.trainer.console import Console
 from polargrad_dist.trainer.rundir import leaves
 from polargrad_dist.trainer.sinks import RunInfo, Sink, registered
 
@@ -38,6 +38,12 @@ def record_in(line: bytes) -> dict[str, Any] | None:
     return record if type(step) is int and 0 <= step < 2**53 else None
 
 
+def seconds_of(record: dict[str, Any]) -> float:
+    """What a record says the run had taken, 0 where it says nothing."""
+    value = record.get("elapsed")
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else 0.0
+
+
 class JsonLines:
     """``metrics.jsonl``: one object per line, written at once, cut back to the checkpoint on resume.
 
@@ -47,12 +53,13 @@ class JsonLines:
 
     def __init__(self, path: Path, keep_up_to: int):
         """Keeps the records of the steps up to ``keep_up_to``: what a killed run logged after its checkpoint goes, and with
-        it every damaged line."""
+        it every damaged line. ``elapsed`` is then the time that the run had taken by its last kept record."""
         self.path, self._keep_up_to = path, keep_up_to
         self._file: int | None = None
         self._whole = 0  # bytes of the file up to the end of its last whole row
         self._waiting: deque[bytes] = deque()
         self._told = False
+        self.elapsed = 0.0
         self._flush()
 
     def write(self, record: dict[str, Any]) -> None:
@@ -102,6 +109,7 @@ class JsonLines:
                     record = record_in(row)
                     if record is not None and record["step"] <= self._keep_up_to:
                         new.write(row.rstrip() + b"\n")
+                        self.elapsed = max(self.elapsed, seconds_of(record))
             os.replace(temporary, self.path)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         self._whole = os.fstat(self._file).st_size
@@ -172,9 +180,6 @@ class Wandb:
 
         artefact = wandb.Artifact(f"report-{self._run.id}", type="report")
         artefact.add_file(str(path))
-        figures = path.parent / f"{path.stem}-figures"
-        if figures.is_dir():
-            artefact.add_dir(str(figures), name=figures.name)
         self._run.log_artifact(artefact)
 
     def close(self) -> None:
@@ -207,98 +212,6 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class Console:
-    """A progress bar on a terminal, one dense line per log step elsewhere; silent once nobody can read it."""
-
-    def __init__(self, mode: str, steps: int, first: int):
-        self.steps, self.first, self.began = steps, first, time.monotonic()
-        self._bar: Any = None
-        self.mode = mode
-        self._unless_gone(self._start)
-
-    def tick(self, done: int) -> None:
-        """Moves the bar to ``done`` steps."""
-        if self._bar is not None:
-            self._unless_gone(lambda: self._bar.update(done - self._bar.n))
-
-    def show(self, record: dict[str, Any]) -> None:
-        text = line(record, self.steps)
-        self._unless_gone(lambda: self._show(record, text))
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._unless_gone(self._bar.close)
-
-    def _start(self) -> None:
-        if self.mode == "auto":
-            self.mode = "bar" if sys.stderr.isatty() else "lines"
-        if self.mode == "bar":
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=self.steps, initial=self.first, unit="step", dynamic_ncols=True, smoothing=0.05
-            )
-
-    def _show(self, record: dict[str, Any], text: str) -> None:
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {record['loss']:.4f}" if "loss" in record else "")
-            if {"validation_loss", "hellaswag", "samples"} & record.keys():
-                self._bar.write(text)
-        elif self.mode == "lines":
-            done = record["step"] - self.first
-            left = (self.steps - record["step"]) * (time.monotonic() - self.began) / max(1, done)
-            print(f"{text}  eta {duration(left)}", file=sys.stderr, flush=True)
-
-    def _unless_gone(self, act: Callable[[], Any]) -> None:
-        """A closed pipe, a hung-up terminal, a full disk behind a redirection: the figures are in metrics.jsonl."""
-        try:
-            act()
-        except (OSError, ValueError, AttributeError):  # also of a stream that is closed or None
-            self.mode, self._bar = "off", None
-
-
-def line(record: dict[str, Any], steps: int) -> str:
-    """One record for a person's eye."""
-    parts = [f"step {record['step']:>{len(str(steps))}}/{steps}"]
-    for name, form in (
-        ("loss", ".4f"),
-        ("validation_loss", ".4f"),
-        ("bits_per_byte", ".4f"),
-        ("grad_norm", ".3g"),
-    ):
-        if name in record:
-            parts.append(f"{name} {record[name]:{form}}")
-    if "lr" in record:
-        parts.append("lr " + " ".join(f"{role}:{value:.2e}" for role, value in record["lr"].items()))
-    if "tokens_per_second" in record:
-        parts.append(f"{record['tokens_per_second']:,.0f} tok/s")
-    if "mfu" in record:
-        parts.append(f"mfu {record['mfu']:.1%}")
-    if "memory_gib" in record:
-        parts.append(f"{record['memory_gib']:.2f} GiB")
-    if "share" in record:
-        parts.append(" ".join(f"{name}:{value:.0%}" for name, value in record["share"].items()))
-    if record.get("skipped"):
-        parts.append(f"skipped {record['skipped']}")
-    for name, found in record.get("validation", {}).items():
-        parts.append(f"{name} {found['loss']:.4f}")
-    if "hellaswag" in record:
-        parts.append("hellaswag {acc_norm:.3f} ({acc:.3f} not normalized)".format_map(record["hellaswag"]))
-    parts += [f"\n  {sample['prompt']!r} -> {sample['text']!r}" for sample in record.get("samples", ())]
-    return "  ".join(parts)
-
-
-def quiet(message: str) -> None:
-    """A report that goes nowhere."""
-
-
-def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    minutes, second = divmod(int(seconds), 60)
-    hour, minute = divmod(minutes, 60)
-    return f"{hour}:{minute:02}:{second:02}"
-
-
 class Metrics:
     """All sinks of a run; on ranks other than 0 it swallows everything."""
 
@@ -312,15 +225,21 @@ class Metrics:
         run_id: str,
         configuration: dict[str, Any],
         active: bool,
+        tokens_per_step: int = 0,
         report: Callable[[Path], Path] | None = None,
     ):
-        """report: writes the run's HTML report from its directory, for the sinks that take one when the run ends."""
+        """tokens_per_step: of all ranks; 0 where steps have no tokens.
+
+        report: writes the run's HTML report from its directory, for the sinks that take one when the run ends.
+        """
         self.sinks: list[Sink] = []
+        self._tokens_per_step, self._began = tokens_per_step, time.monotonic()
+        self._rows: JsonLines | None = None
         self._run_dir, self._report = run_dir, report
         self.console = Console(config.progress if active else "off", steps, first)
         if not active:
             return
-        self._add("metrics.jsonl", lambda: JsonLines(run_dir / "metrics.jsonl", first))
+        self._add("metrics.jsonl", lambda: self._json_lines(run_dir / "metrics.jsonl", first))
         if config.tensorboard:
             self._add("TensorBoard", lambda: TensorBoard(run_dir / "tensorboard", first, configuration))
         if config.wandb != "disabled":
@@ -337,8 +256,23 @@ class Metrics:
         except Exception as error:
             log.warning("%s could not be started (%s); training goes on without it", name, error)
 
+    def _json_lines(self, path: Path, first: int) -> JsonLines:
+        self._rows = JsonLines(path, first)
+        return self._rows
+
     def write(self, record: dict[str, Any]) -> None:
-        """Hands a record, which has a ``step``, to every sink."""
+        """Hands a record, which has a ``step``, to every sink, with its ``time``, ``elapsed`` seconds and ``tokens``."""
+        if not self.sinks and self.console.mode == "off":
+            return
+        before = 0.0 if self._rows is None else self._rows.elapsed
+        when: dict[str, Any] = {
+            "step": record["step"],
+            "time": round(time.time(), 3),
+            "elapsed": round(before + time.monotonic() - self._began, 3),
+        }
+        if self._tokens_per_step:
+            when["tokens"] = record["step"] * self._tokens_per_step
+        record = when | record
         for sink in list(self.sinks):
             try:
                 sink.write(record)

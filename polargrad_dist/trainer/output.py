@@ -17,6 +17,17 @@ _NEVER = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR}
 
 
 class ToTerminal(logging.StreamHandler):
+    def emit(self, record: logging.LogRecord) -> None:
+        """A line of its own, above the progress bar where there is one."""
+        if (bars := sys.modules.get("tqdm")) is None:
+            super().emit(record)
+            return
+        try:
+            with bars.tqdm.external_write_mode(file=sys.stderr):
+                super().emit(record)
+        except (OSError, ValueError, AttributeError):
+            self.handleError(record)
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """A terminal that is gone, or a pipe that nobody reads, takes its lines with it."""
 

@@ -47,6 +47,10 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+# Parts of a run that are no training: tokens per second leave them out.
+ASIDE = ("evaluation", "saving", "diagnostics")
+
+
 @dataclass
 class Period:
     """Wall seconds between two moments, and the seconds spent in named parts of them; on a GPU as pairs of events."""
@@ -96,7 +100,10 @@ class Phases:
 
 
 def shares(periods: Iterable[Period]) -> tuple[float, dict[str, float]]:
-    """(wall seconds, share of each phase and of "other") of periods. Waits for a GPU to have come to their end."""
+    """(seconds of training, share of each phase and of "other" in all seconds) of periods. Waits for a GPU to be through.
+
+    Training is everything but evaluation, saving and diagnostics.
+    """
     wall, seconds = 0.0, defaultdict[str, float](float)
     for period in periods:
         wall += period.wall
@@ -106,4 +113,5 @@ def shares(periods: Iterable[Period]) -> tuple[float, dict[str, float]]:
             end.synchronize()
             seconds[name] += start.elapsed_time(end) / 1e3
     found = {name: spent / wall for name, spent in seconds.items()}
-    return wall, found | {"other": max(0.0, 1.0 - sum(found.values()))}
+    aside = sum(seconds[name] for name in ASIDE)
+    return max(wall - aside, 0.0), found | {"other": max(0.0, 1.0 - sum(found.values()))}

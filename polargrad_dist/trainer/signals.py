@@ -6,6 +6,7 @@ from the terminal and handed on: signals within a second are one.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -20,12 +21,13 @@ _PARENT = os.getppid()
 class LeaveRequest:
     """Whether this process was asked to leave. Handlers act in the process that installed them, not in its children.
 
-    writing: whether a checkpoint is on its way to the disk, which a second signal must not tear.
+    writing: whether a checkpoint is on its way to the disk, which a second signal must not tear. tell: say on stderr what a
+    signal has started.
     """
 
-    def __init__(self, writing: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, writing: Callable[[], bool] = lambda: False, tell: bool = False) -> None:
         self.signal: signal.Signals | None = None
-        self._writing = writing
+        self._writing, self._tell = writing, tell
         self._first = 0.0
         self._pid = os.getpid()
         # Only torchrun's workers are lost without their parent: a shell that started a run alone may end before it.
@@ -55,8 +57,19 @@ class LeaveRequest:
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._first = signal.Signals(number), now
+            self._say(
+                f"{self.signal.name}: saving and leaving after this step; the same command goes on from there. "
+                "Again to leave at once, unsaved."
+            )
         elif now - self._first > 1.0 and not self._writing():
+            self._say("left at once: the newest checkpoint is whole")
             os._exit(128 + number)  # no clean-up: what is on disk is whole, and nothing may hold this up
+
+    def _say(self, text: str) -> None:
+        """Straight to the file: a buffered stream may be in the middle of a line that this signal interrupted."""
+        if self._tell:
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{text}\n".encode())
 
     def close(self) -> None:
         """Puts the earlier handlers back."""

@@ -8,7 +8,7 @@ import pytest
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.schedules import Rates, RoleSchedule, ScheduleConfig, lr_factor, momentum_at
 from polargrad_dist.trainer.config import LoggingConfig
-from polargrad_dist.trainer.metrics import JsonLines, Metrics, line, require
+from polargrad_dist.trainer.metrics import JsonLines, Metrics, require
 from polargrad_dist.trainer.signals import LeaveRequest
 
 
@@ -97,9 +97,38 @@ def test_a_missing_package_names_the_extra_to_install():
         require("no_such_package", "trainer.logging.wandb is 'online'", "wandb")
 
 
-def test_the_console_line_holds_what_is_known():
-    text = line(RECORD | {"grad_norm": 0.5, "tokens_per_second": 1234.5, "share": {"data": 0.01}}, 10)
-    assert text == "step  1/10  loss 2.5000  grad_norm 0.5  lr hidden:1.00e-01  1,234 tok/s  data:1%"
+def test_a_row_says_when_it_was_written_and_how_far_the_run_was(tmp_path):
+    import time
+
+    before = time.time()
+    sinks = Metrics(
+        LoggingConfig(progress="off"),
+        tmp_path,
+        steps=10,
+        first=0,
+        run_id="a",
+        configuration={},
+        active=True,
+        tokens_per_step=512,
+    )
+    sinks.write({"step": 3, "loss": 1.0})
+    sinks.close()
+    (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert before - 0.01 <= row["time"] <= time.time() + 0.01
+    assert 0 <= row["elapsed"] < 5
+    assert row["tokens"] == 3 * 512
+
+
+def test_elapsed_time_goes_on_where_the_kept_rows_end_and_leaves_out_what_lies_between(tmp_path):
+    rows = [{"step": 1, "elapsed": 10.0}, {"step": 2, "elapsed": 20.5}, {"step": 3, "elapsed": 99.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = LoggingConfig(progress="off")
+    sinks = Metrics(config, tmp_path, steps=10, first=2, run_id="a", configuration={}, active=True)
+    sinks.write({"step": 3})
+    sinks.close()
+    elapsed = [json.loads(row)["elapsed"] for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert elapsed[:2] == [10.0, 20.5]
+    assert 20.5 <= elapsed[2] < 25
 
 
 def test_schedules_are_what_they_are_called():

@@ -10,7 +10,8 @@ import pytest
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.trainer import RunInfo, register_sink
 from polargrad_dist.trainer.config import LoggingConfig
-from polargrad_dist.trainer.metrics import Metrics, line
+from polargrad_dist.trainer.console import line
+from polargrad_dist.trainer.metrics import Metrics
 from polargrad_dist.trainer.sinks import unregister_sink
 from tests.trainer.toy import settings, trainer
 
@@ -89,8 +90,6 @@ def test_wandb_gets_the_configuration_samples_and_the_report(tmp_path, monkeypat
         finish=lambda: None,
     )
     monkeypatch.setattr(wandb, "init", lambda **options: told.began.update(options) or run)
-    (tmp_path / "report-figures").mkdir()
-    (tmp_path / "report-figures" / "loss.png").write_bytes(b"x")
 
     def report(folder):
         (folder / "report.html").write_text("<p>")
@@ -108,7 +107,7 @@ def test_wandb_gets_the_configuration_samples_and_the_report(tmp_path, monkeypat
     assert (step, values["loss"]) == (3, 2.0)
     assert values["samples"].data == [[3, "The ", "end\nof <it>"]]
     (artefact,) = told.artefacts
-    assert set(artefact.manifest.entries) == {"report.html", "report-figures/loss.png"}
+    assert set(artefact.manifest.entries) == {"report.html"}
 
 
 def test_a_report_that_cannot_be_made_costs_nothing_but_a_warning(tmp_path, sink, caplog):

@@ -1,7 +1,7 @@
-"""What a run directory says about its run: the configuration and the series of ``metrics.jsonl``, read as they are.
+"""What a run directory says about its run: its configuration, its facts and the series of ``metrics.jsonl``, as they are.
 
-Only ``config.yaml`` and ``metrics.jsonl`` are opened, so a report works on a machine that has neither the data nor the
-memory of the run, and on a run that is still being written.
+Only ``config.yaml``, ``run.json`` and ``metrics.jsonl`` are opened, so a report works on a machine that has neither the data
+nor the memory of the run, and on a run that is still being written.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.trainer import rundir
+from polargrad_dist.trainer.header import read_facts
 from polargrad_dist.trainer.metrics import record_in
 
 Array = NDArray[np.float64]
@@ -61,6 +62,8 @@ class Summary:
     tokens_per_second: float | None
     skipped: int | None
     seconds: float | None
+    mfu: float | None
+    bigram_bits_per_byte: float | None
 
 
 @dataclass
@@ -70,6 +73,8 @@ class RunRecords:
     folder: Path
     label: str
     config: dict[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What ``run.json`` holds; empty for a run without one."""
     series: dict[tuple[str, ...], Series] = field(default_factory=dict)
     step: int = 0
     records: int = 0
@@ -89,10 +94,16 @@ class RunRecords:
 
     def setting(self, dotted: str) -> Any:
         """A configuration value, None where it is not there."""
-        value: Any = self.config
-        for key in dotted.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        return value
+        return within(self.config, dotted)
+
+    def fact(self, dotted: str) -> Any:
+        """A value of ``run.json``, None where it is not there."""
+        return within(self.facts, dotted)
+
+    @property
+    def bigram(self) -> float | None:
+        """The loss of a bigram model on the run's validation data in nats per token, where it was measured."""
+        return finite(self.fact("bigram.loss"))
 
     @property
     def tokens_per_step(self) -> int | None:
@@ -120,21 +131,48 @@ class RunRecords:
             if isinstance(sample, dict):
                 self.samples.append((step, str(sample.get("prompt", "")), str(sample.get("text", ""))))
         for path, value in numbers(record, ()):
-            if path != ("step",):
+            if path not in (("step",), ("time",)):
                 self.series.setdefault(path, Series()).add(step, value)
 
+    def clock(self) -> tuple[Array, Array]:
+        """(steps, seconds of the run so far). Of older runs, which do not say, what the recorded rates imply; else empty."""
+        steps, seconds = self.curve("elapsed")
+        if steps.size:
+            return steps, seconds
+        steps, rates = self.curve("tokens_per_second")
+        tokens = self.tokens_per_step
+        if tokens is None or not steps.size or not (rates > 0).all():
+            return np.empty(0), np.empty(0)
+        return steps, np.cumsum(np.diff(steps, prepend=0.0) * tokens / rates)
+
+    def time_by_part(self) -> dict[str, float]:
+        """Seconds of the whole run in each part, the longest first; empty where no shares were recorded."""
+        at, seconds = self.clock()
+        found: dict[str, float] = {}
+        for part in self.names("share"):
+            steps, shares = self.curve("share", part)
+            if at.size:
+                ends = np.interp(steps, at, seconds)
+                all_ends = self._row_ends()
+                before = np.searchsorted(all_ends, steps) - 1
+                starts = np.where(before >= 0, np.interp(all_ends[np.maximum(before, 0)], at, seconds), 0.0)
+                found[part] = float((shares * (ends - starts)).sum())
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    def _row_ends(self) -> Array:
+        return np.unique(np.concatenate([self.curve("share", part)[0] for part in self.names("share")]))
+
     def summary(self) -> Summary:
-        """The run in one row. Its seconds are those that the recorded rates imply: tokens of an interval over its rate."""
+        """The run in one row."""
         loss_steps, losses = self.curve("validation_loss")
         _, bits = self.curve("bits_per_byte")
-        rate_steps, rates = self.curve("tokens_per_second")
+        _, rates = self.curve("tokens_per_second")
         _, skipped = self.curve("skipped")
         _, parameters = self.curve("parameters")
+        _, seconds = self.clock()
+        _, mfu = self.curve("mfu")
         best = int(losses.argmin()) if losses.size else None
         tokens, planned = self.tokens_per_step, self.setting("trainer.steps")
-        seconds = None
-        if tokens is not None and rates.size and (rates > 0).all():
-            seconds = float((np.diff(rate_steps, prepend=0.0) * tokens / rates).sum())
         return Summary(
             label=self.label,
             model=describe_model(self.setting("model")),
@@ -148,8 +186,22 @@ class RunRecords:
             tokens=None if tokens is None else float(self.step * tokens),
             tokens_per_second=float(np.median(rates)) if rates.size else None,
             skipped=int(skipped[-1]) if skipped.size else None,
-            seconds=seconds,
+            seconds=last(seconds),
+            mfu=float(np.median(mfu)) if mfu.size else None,
+            bigram_bits_per_byte=finite(self.fact("bigram.bits_per_byte")),
         )
+
+
+def within(tree: Any, dotted: str) -> Any:
+    for key in dotted.split("."):
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
+
+
+def finite(value: Any) -> float | None:
+    """A number that an axis can hold, else None."""
+    good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
+    return float(value) if good else None
 
 
 def last(values: Array) -> float | None:
@@ -197,7 +249,7 @@ def read_run(folder: Path, label: str) -> RunRecords:
         config = rundir.read(folder / "config.yaml")
     except ValueError as error:  # bytes that are no text
         raise ConfigError(f"{folder / 'config.yaml'} cannot be read as a configuration ({error})") from error
-    run = RunRecords(folder, label, json.loads(json.dumps(config, default=str)))
+    run = RunRecords(folder, label, json.loads(json.dumps(config, default=str)), read_facts(folder))
     try:
         with (folder / "metrics.jsonl").open("rb") as lines:
             for line in lines:

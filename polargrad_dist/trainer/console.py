@@ -1,0 +1,157 @@
+"""What a person sees of a running run: a bar with a line per interval on a terminal, lines alone elsewhere."""
+
+from __future__ import annotations
+
+import math
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from typing import Any
+
+COLUMNS = 120
+MEMORY = 0.95
+"""Weight of the past in the smoothed loss of the bar, per step; less at the start, where the loss falls fast."""
+
+
+class Console:
+    """A progress bar on a terminal, one dense line per row elsewhere; silent once nobody can read it."""
+
+    def __init__(self, mode: str, steps: int, first: int):
+        """mode: as ``trainer.logging.progress``. first: the step that the run goes on from."""
+        self.steps, self.first, self.began = steps, first, time.monotonic()
+        self._bar: Any = None
+        self._smooth: float | None = None
+        self._seen = 0
+        self._figures: dict[str, float] = {}
+        self.mode = mode
+        self._unless_gone(self._start)
+
+    def tick(self, record: dict[str, Any]) -> None:
+        """Moves the bar on by a step, whose ``loss`` and ``grad_norm`` it shows."""
+        if self._bar is not None:
+            self._unless_gone(lambda: self._move(record))
+
+    def show(self, row: dict[str, Any]) -> None:
+        """A row of the metrics, in a line that stays."""
+        self._unless_gone(lambda: self._show(row))
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._unless_gone(self._bar.close)
+
+    def _start(self) -> None:
+        if self.mode == "auto":
+            self.mode = "bar" if sys.stderr.isatty() else "lines"
+        if self.mode == "bar":
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=self.steps,
+                initial=self.first,
+                dynamic_ncols=True,
+                smoothing=0.05,
+                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} eta {remaining}{postfix}",
+            )
+
+    def _move(self, record: dict[str, Any]) -> None:
+        loss = record.get("loss", math.nan)
+        if math.isfinite(loss):
+            keep = min(MEMORY, self._seen / (self._seen + 4))
+            self._smooth = keep * (self._smooth or 0.0) + (1 - keep) * loss
+            self._seen += 1
+        self._figures |= {name: record[name] for name in ("loss", "grad_norm") if name in record}
+        self._bar.set_postfix_str(self._postfix(), refresh=False)
+        self._bar.update(record["step"] - self._bar.n)
+
+    def _postfix(self) -> str:
+        known, parts = self._figures, []
+        if "loss" in known:
+            parts.append(f"loss {known['loss']:.3f}")
+        if self._smooth is not None:
+            parts.append(f"smooth {self._smooth:.3f}")
+        if "grad_norm" in known:
+            parts.append(f"norm {known['grad_norm']:.2g}")
+        if "tokens_per_second" in known:
+            parts.append(f"{known['tokens_per_second']:,.0f} tok/s")
+        if "mfu" in known:
+            parts.append(f"mfu {known['mfu']:.0%}")
+        return "  ".join(parts)
+
+    def _show(self, row: dict[str, Any]) -> None:
+        if self._bar is not None:
+            self._figures |= {name: row[name] for name in ("tokens_per_second", "mfu") if name in row}
+            self._bar.write(line(row, self.steps), file=sys.stderr)
+        elif self.mode == "lines":
+            done = row["step"] - self.first
+            left = (self.steps - row["step"]) * (time.monotonic() - self.began) / max(1, done)
+            print(line(row, self.steps, left), file=sys.stderr, flush=True)
+
+    def _unless_gone(self, act: Callable[[], Any]) -> None:
+        """A closed pipe, a hung-up terminal, a full disk behind a redirection: the figures are in metrics.jsonl."""
+        try:
+            act()
+        except (OSError, ValueError, AttributeError):  # also of a stream that is closed or None
+            self.mode, self._bar = "off", None
+
+
+def line(row: dict[str, Any], steps: int, left: float | None = None) -> str:
+    """A row for a person's eye, in lines of at most 120 characters; ``left``: seconds to the end of the run, where known.
+
+    Samples have lines of their own.
+    """
+    parts = [f"step {row['step']:>{len(str(steps))}}/{steps}"]
+    parts += [f"{words} {form(row[name])}" for name, (words, form) in _FIGURES.items() if name in row]
+    if "lr" in row:
+        role = "hidden" if "hidden" in row["lr"] else next(iter(row["lr"]))
+        parts.append(f"lr {row['lr'][role]:.2e}")
+    if "tokens_per_second" in row:
+        parts.append(f"{row['tokens_per_second']:,.0f} tok/s")
+    if "mfu" in row:
+        parts.append(f"mfu {row['mfu']:.1%}")
+    if "memory_gib" in row:
+        parts.append(f"{row['memory_gib']:.2f} GiB")
+    if row.get("skipped"):
+        parts.append(f"skipped {row['skipped']}")
+    for name, found in row.get("validation", {}).items():
+        parts.append(f"{name} {found['loss']:.4f}")
+    if "hellaswag" in row:
+        parts.append("hellaswag {acc_norm:.3f} ({acc:.3f} not normalized)".format_map(row["hellaswag"]))
+    if set(row) <= {"step", "time", "elapsed", "tokens", "samples"}:
+        parts.append("samples")
+    if left is not None and "loss" in row:
+        parts.append(f"eta {duration(left)}")
+    lines = wrapped("  ".join(part.replace(" ", "\xa0") for part in parts), "    ")
+    for sample in row.get("samples", ()):
+        lines += wrapped(f"  {sample['prompt']!r} -> {sample['text']!r}", "    ")
+    return "\n".join(lines).replace("\xa0", " ")
+
+
+def number(form: str) -> Callable[[Any], str]:
+    """How a figure is written; one that is not known as "?"."""
+    return lambda value: "?" if value is None else format(value, form)
+
+
+_FIGURES = {
+    "loss": ("loss", number(".4f")),
+    "validation_loss": ("validation loss", number(".4f")),
+    "bits_per_byte": ("bits per byte", number(".4f")),
+    "grad_norm": ("norm", number(".3g")),
+}
+
+
+def wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(
+        text, COLUMNS, subsequent_indent=indent, replace_whitespace=False, drop_whitespace=False
+    ) or [text]
+
+
+def quiet(message: str) -> None:
+    """A report that goes nowhere."""
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, second = divmod(int(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}"

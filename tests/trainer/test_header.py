@@ -1,0 +1,80 @@
+"""What a run says of itself when it starts, on the console and in run.json."""
+
+import json
+
+from polargrad_dist.trainer.header import header, note, read_facts, write_facts
+from tests.trainer.toy import settings, trainer
+
+
+def facts(folder) -> dict:
+    return json.loads((folder / "run.json").read_text())
+
+
+def test_a_start_writes_what_the_run_is(tmp_path):
+    trainer(settings(tmp_path, steps=3)).fit()
+    found = facts(tmp_path)
+    assert found["model"] == {
+        "name": "ToyModel",
+        "parameters": 48 * 16 * 2 + 2 * (32 + 16 * 32 * 2 + 32 + 16),
+    }
+    assert {role: one["parameters"] for role, one in found["roles"].items()} == {
+        "hidden": 2 * 2 * 16 * 32,
+        "embed": 48 * 16,
+        "head": 48 * 16,
+        "scalar": 2 * (32 + 32 + 16),
+    }
+    assert (
+        found["roles"]["hidden"]["rule"]
+        == "polar, lr 0.02, momentum_first 0.95 nesterov, scale muon, oracle svd"
+    )
+    training = found["training"]
+    assert (training["tokens_per_step"], training["tokens"], training["accumulation"]) == (192, 576, 4)
+    assert found["ranks"]["world"] == 1
+    assert set(found["versions"]) >= {"python", "torch", "numpy"}
+    assert [start["step"] for start in found["starts"]] == [0]
+    logged = (tmp_path / "log.txt").read_text()
+    assert "model     ToyModel, 3,744 parameters" in logged
+    shown = [line for line in logged.splitlines() if not line[:2].isdigit()]
+    assert max(map(len, shown)) <= 120
+
+
+def test_a_resume_is_another_start_of_the_same_run_and_keeps_its_notes(tmp_path):
+    trainer(settings(tmp_path, steps=4)).fit()
+    note(tmp_path, bigram={"loss": 3.5})
+    trainer(settings(tmp_path, steps=6)).fit()
+    found = facts(tmp_path)
+    assert [start["step"] for start in found["starts"]] == [0, 4]
+    assert found["bigram"] == {"loss": 3.5}
+    assert found["training"]["steps"] == 6
+    assert "resumed at step 4" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_damaged_file_is_written_anew(tmp_path):
+    (tmp_path / "run.json").write_text('{"starts": [1, {"step"')
+    assert read_facts(tmp_path) == {}
+    trainer(settings(tmp_path / "other", steps=1)).fit()
+    write_facts(tmp_path, read_facts(tmp_path / "other"))
+    assert len(facts(tmp_path)["starts"]) == 1
+
+
+def test_a_header_of_many_ranks_fits_on_a_screen(tmp_path):
+    trainer(settings(tmp_path, steps=1)).fit()
+    found = facts(tmp_path)
+    found["ranks"] |= {
+        "world": 64,
+        "hosts": [f"gpu-node-{i:03}.cluster.example" for i in range(8)],
+        "devices": ["64 x NVIDIA H100 80GB HBM3"],
+        "strategy": "hsdp",
+    }
+    found["data"] = {
+        "source": "HuggingFaceFW/fineweb/sample-10BT",
+        "train_tokens": 10**10,
+        "vocab_size": 50257,
+    }
+    found["training"] |= {"epochs": 0.123, "first": 2000}
+    lines = header(found).splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 120
+    shown = " ".join(" ".join(lines).split())
+    for text in ("64 x NVIDIA H100 80GB HBM3", "8 hosts", "10,000,000,000 training tokens", "0.12 epochs"):
+        assert text in shown

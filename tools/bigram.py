@@ -1,0 +1,26 @@
+"""The loss of a bigram model on a run's own data, kept in its ``run.json``: what a language model has to beat first."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from data import bigram_baseline
+from polargrad_dist.trainer import header
+from tools.runs import data_of
+
+
+def measure(folder: Path, data: Any = None) -> dict[str, float | None]:
+    """``loss`` in nats per token and ``bits_per_byte`` of interpolated Kneser-Ney on the run's tokens; measured once a run.
+
+    data: the run's, opened; None opens them, and prepares them where need be. Raises ``DataError`` for a run without
+    validation data.
+    """
+    known = header.read_facts(folder).get("bigram")
+    if isinstance(known, dict) and {"loss", "bits_per_byte"} <= known.keys():
+        return known
+    found = bigram_baseline(data_of(folder) if data is None else data)
+    figures = {"loss": found.bits_per_token * math.log(2), "bits_per_byte": found.bits_per_byte}
+    header.note(folder, bigram=figures)
+    return figures

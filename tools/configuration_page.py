@@ -23,8 +23,8 @@ HEAD = """# Every configuration key
 Each can stand in a YAML file under its section, or on the command line: `--trainer.schedule.kind wsd`. Generated from the
 code by `python -m tools.configuration_page`; `python train.py --help` says the same.
 """
-RULES = """Roles are `hidden`, `embed`, `value_embed`, `head` and `scalar`; `head` and `value_embed` take the rule of `embed` where
-they are null. Defaults are those of `hidden` / `embed` / `scalar` where they differ.
+RULES = """Roles are `hidden`, `embed`, `value_embed`, `head` and `scalar`; `head` and `value_embed` take the rule of `embed`
+where they are null. Defaults are those of `hidden` / `embed` / `scalar` where they differ.
 """
 
 

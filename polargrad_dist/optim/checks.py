@@ -151,6 +151,12 @@ class Checks:
                     check_values(group, f"parameter group {number}")
                 except ConfigError as error:
                     return error
+                if rule_of(group).pauses(group) != self._pauses[number]:
+                    return ConfigError(
+                        f"parameter group {number} has scale {group['scale']!r} and floor {group['floor']}, which need other "
+                        "sums over ranks than before, expected scale 'nuclear_shared', or a floor above 0, at construction "
+                        "or never: build a new optimizer"
+                    )
                 self._seen[number] = now
             if missing := [key for key in FIXED if key not in group]:
                 return ConfigError(
@@ -162,12 +168,6 @@ class Checks:
                 return ConfigError(
                     f"{key!r} of parameter group {number} became {new!r}, expected {old!r} as at construction: owners "
                     "and state were laid out for it, so build a new optimizer"
-                )
-            if rule_of(group).pauses(group) != self._pauses[number]:
-                return ConfigError(
-                    f"parameter group {number} has scale {group['scale']!r} and floor {group['floor']}, which need other "
-                    "sums over ranks than before, expected scale 'nuclear_shared', or a floor above 0, at construction "
-                    "or never: build a new optimizer"
                 )
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 if p.grad is not None and p.grad.layout != torch.strided:

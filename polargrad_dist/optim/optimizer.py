@@ -320,9 +320,11 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
     def _add_up(self) -> None:
         """Adds what each rank put into the step's sums, in one order on all of them, so that all get the same bits."""
         group, sums = self._world.group, self._facts.sums
-        if sums is not None and group is not None and group.size() > 1:
+        if sums is None:
+            return
+        if group is not None and group.size() > 1:
             sums.values = self.traffic.all_gather(sums.values, group).wait().sum(0)
-        if sums is not None and self._steps == 1:
+        if self._steps == 1:
             refuse_zero(self.works, self._facts)
 
     def _agreed(self) -> tuple[bool, ...]:

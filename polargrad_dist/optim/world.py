@@ -42,6 +42,7 @@ class World:
         self.meshes = False
         self._counted: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._groups = Groups()
+        self._sum_rows: dict[tuple[Any, int], int] = {}
         self._schedules: dict[tuple[bool, ...], tuple[list[Batch], list[list[int]]]] = {}
 
     @property
@@ -60,6 +61,7 @@ class World:
         self.plan.add(merged)
         first = len(self.entries)
         self.entries += merged
+        self._sum_rows = sum_rows(self.entries)
         numbers = {e.key: first + i for i, e in enumerate(merged)}
         # Experts on several meshes of their own are copies of each other: their norm counts once.
         for e in merged:
@@ -217,7 +219,7 @@ class World:
 
     def sums(self) -> Sums | None:
         """Room for what steps wait for, where some do."""
-        rows = sum_rows(self.entries)
+        rows = self._sum_rows
         return Sums(rows, self._counted, self.travel.device) if rows else None
 
     def schedule(self, present: tuple[bool, ...]) -> tuple[list[Batch], list[list[int]]]:

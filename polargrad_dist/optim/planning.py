@@ -30,7 +30,11 @@ def entry(group: Mapping[str, Any], number: int, name: str, p: torch.Tensor, fou
             laid_out(shape, *where, (0,)),
             (root_cost(split.cols, group["oracle"], group["steps"]),),
         )
-        flags = {"bounded": rule.bounded(group), "pauses": rule.pauses(group)}
+        flags = {
+            "bounded": rule.bounded(group),
+            "centred": group["center_rows"],
+            "pauses": rule.pauses(group),
+        }
         return Entry(*common, "tall", p.dtype, states, layout, found.ranks, split, costs, **flags)
     layout = laid_out(shape, *where, cuttable(shape, group["flatten"]))
     by_size = {size: rule.cost(size, group) for size in set(sizes)}

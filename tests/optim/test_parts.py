@@ -39,6 +39,7 @@ PARTS = {
 # By the Gram matrix of rows that stay where they are.
 TALL = {
     "hyperball, tall": {"control": "hyperball", "scale": "none", "oracle": "auto"},
+    "center_rows, tall": {"center_rows": True, "oracle": "auto", "beta": 0.5},
     "nuclear_shared, tall": {"scale": "nuclear_shared", "oracle": "auto", "floor": 0.05},
 }
 EVERY = PARTS | TALL

@@ -34,6 +34,7 @@ class Entry:
     ``kind`` is ``owner`` (whole matrices, each at one place), ``tall`` (its rows stay, their n x n problem goes to one place)
     or ``elementwise``. ``ranks`` gives the global rank of each place of its layout, ``owners`` the place of each matrix;
     ``bounded`` tells that a norm travels beside a tall matrix's Gram matrix, and a root that is not symmetric back;
+    ``kept`` counts the elements of state that each matrix's owner keeps;
     ``centred`` says that a tall matrix's mean row is taken out, ``pauses`` that steps wait for sums over ranks
     (`sum_rows`), ``travels`` whether some matrix does not lie whole in its owner's optimizer shard.
     """
@@ -56,6 +57,7 @@ class Entry:
     centred: bool = False
     pauses: bool = False
     wide: bool = False
+    kept: tuple[int, ...] = ()
     owners: list[int] = field(default_factory=list)
     travels: bool = False
 
@@ -248,6 +250,8 @@ class Plan:
                 shard = volume(e.layout.shards[place])
                 parameters += volume(e.layout.stored[place]) * e.itemsize
                 states += shard * (e.states * e.state_dtype.itemsize + 2 * (e.dtype == torch.bfloat16))
+                kept = sum(size for size, owner in zip(e.kept, e.owners, strict=False) if owner == place)
+                states += kept * e.state_dtype.itemsize
             rows.append({"parameters": parameters, "gradients": parameters, "optimizer": states})
         return rows
 

@@ -106,6 +106,14 @@ def test_every_part_gives_the_weights_of_one_process_on_a_mesh_of_four():
         assert all(distance(one["parameters"], r[number]["parameters"]) < 1e-9 for r in results), name
 
 
+def test_the_plan_counts_what_owners_keep():
+    _, optimizer = build("single", BAG, BASE | PARTS["all"])
+    state = optimizer.named_state()
+    counted = sum(t.nbytes for name, t in state.items() if not name.endswith(".step") and "bias" not in name)
+    bias = 2 * 7 * 8
+    assert optimizer.plan().memory()[0]["optimizer"] == counted + bias
+
+
 def _in_bf16(rank: int, world: int) -> list[dict]:
     bag = BAG | {"dtype": torch.bfloat16}
     return [

@@ -70,7 +70,7 @@ paper: setup
 paper-lm: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.language paper
 
-# AdamW, Muon and PolarGrad on equal terms: sweeps, then three seeds at several lengths.
+# Eight optimizers on equal terms at two widths and two lengths: hours; the same command goes on where it was interrupted.
 race: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.language race
 

@@ -55,7 +55,10 @@ class Bucket:
         """How often its coroutine is resumed before the sums over all ranks are known, and after."""
         travels = self.like.kind == "tall" or (self.like.kind == "owner" and self.like.travels)
         alone = self.like.layout.world == 1
-        before, after = 0 if alone else 2 * travels, 0 if alone else self.shares * len(self.portions)
+        before, after = (
+            0 if alone else 2 * travels + self.like.centred,
+            0 if alone else self.shares * len(self.portions),
+        )
         return (1 + before, 1 + after) if self.like.pauses else (1 + before + after, 0)
 
 

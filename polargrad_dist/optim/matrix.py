@@ -88,7 +88,7 @@ class Polar:
         """Whether `root` serves: the direction is the matrix times a root of its Gram matrix, which shards can apply."""
         if type(self) is not Polar or len(split.matrices) != 1 or split.rows < split.cols:
             return False
-        if group["center_rows"] or self.owner_states(group):
+        if (group["center_rows"] and split.transposed) or self.owner_states(group):
             return False
         truncated = self.bounded(group) and dtype != torch.float64
         if not (group["oracle"] in ("auto", "gram") or truncated) or split.stacked:

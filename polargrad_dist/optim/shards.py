@@ -31,8 +31,13 @@ class Tall(Batch):
         """The matrix's step."""
         kept, e, device = self.kept(), self.entry, self.travel.device
         n, owner = e.shape[1], e.owners[0]
+        A = self.rule.momentum(self.states, self.gradients(), self.group)[0, 0]
+        if e.centred:
+            total = A.sum(0, dtype=torch.float64).to(device)
+            if self.team.group is not None:
+                total = yield self.travel.traffic.all_reduce(total, self.team.group)
+            A = A - (total / e.shape[0]).to(A)
         with facts.clock(e.role, device):
-            A = self.rule.momentum(self.states, self.gradients(), self.group)[0, 0]
             S = gram_matrix(A.to(device))
             columns, largest = norm_parts(A.to(device)) if e.bounded else (S[:0, 0], S.new_zeros(()))
         if self.team.group is None:

@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-EXTRAS := train,wandb,tensorboard,accelerate,lightning,plots,lm-eval,dev
+EXTRAS := train,wandb,tensorboard,accelerate,lightning,deepspeed,plots,lm-eval,dev
 
 .PHONY: train test test-slow test-all test-transformers4 lint format bench bench-gpu chaos soak paper paper-lm race setup clean
 

@@ -110,7 +110,8 @@ def refuse_flat(name: str, p: torch.Tensor) -> None:
         )
     if hasattr(p, "ds_id"):
         raise ConfigError(
-            f"{name} is partitioned by DeepSpeed ZeRO 3, its matrix is gone: use ZeRO stage 0, or FSDP2's fully_shard"
+            f"{name} is partitioned by DeepSpeed ZeRO 3, its matrix is gone: use ZeroPolarGrad of "
+            "polargrad_dist.integrations.deepspeed, or FSDP2's fully_shard"
         )
 
 

@@ -170,3 +170,39 @@ def test_other_optimizers_are_refused_by_name():
         consolidate_before_save(SimpleNamespace())
     with pytest.raises(ConfigError, match="found a AdamW, expected a PolarGrad"):
         ConsolidateBeforeSave().on_train_begin(None, None, None, optimizer=adamw)
+
+
+@pytest.mark.parametrize(
+    ("control", "strategy", "only_model", "calls"),
+    [
+        ({"should_save": True}, "steps", False, 1),
+        ({"should_save": True}, "steps", True, 0),
+        ({"should_save": False}, "steps", False, 0),
+        ({"should_save": False, "should_evaluate": True}, "best", False, 1),
+        ({"should_save": False, "should_evaluate": True}, "steps", False, 0),
+    ],
+)
+@pytest.mark.parametrize("event", ["on_step_end", "on_epoch_end"])
+def test_the_callback_puts_the_state_together_where_a_save_may_follow(
+    monkeypatch, control, strategy, only_model, calls, event
+):
+    from polargrad_dist.integrations import transformers
+
+    called = []
+    optimizer = SimpleNamespace(consolidate_state_dict=lambda: called.append(1))
+    monkeypatch.setattr(transformers, "AcceleratorState", SimpleNamespace)
+    arguments = SimpleNamespace(save_strategy=strategy, save_only_model=only_model)
+    control = SimpleNamespace(**({"should_evaluate": False} | control))
+    getattr(transformers.ConsolidateBeforeSave(), event)(arguments, None, control, optimizer=optimizer)
+    assert len(called) == calls
+
+
+def test_saves_on_a_signal_are_refused_where_several_processes_would_have_to_take_part(monkeypatch):
+    from polargrad_dist.integrations.transformers import ConsolidateBeforeSave
+
+    optimizer = PolarGradM([nn.Parameter(torch.ones(2, 2))], lr=0.1)
+    arguments = SimpleNamespace(enable_jit_checkpoint=True)
+    ConsolidateBeforeSave().on_train_begin(arguments, None, None, optimizer=optimizer)
+    monkeypatch.setattr(PolarGrad, "agreement", "several")
+    with pytest.raises(ConfigError, match="enable_jit_checkpoint is true on several processes"):
+        ConsolidateBeforeSave().on_train_begin(arguments, None, None, optimizer=optimizer)

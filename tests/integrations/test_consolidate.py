@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
@@ -82,6 +83,27 @@ def test_a_consolidated_state_is_whole_on_the_rank_that_saves_until_it_changes(m
     alone.load_state_dict(saved)
     for loaded in run_ranks(_loading, 2, mode, results[0]["saved"]):
         assert _same(loaded, alone.state_dict()["state"])
+
+
+def _saving(rank: int, world: int, mode: str, folder: str) -> dict:
+    """The optimizer handed to torch's checkpoint as it is, as any object with a ``state_dict``."""
+    _, optimizer = _stepped(mode, rank, world)
+    optimizer.consolidate_state_dict()
+    assert _warned(lambda: dcp.save({"optimizer": optimizer}, checkpoint_id=folder)) == []
+    return optimizer.full_state_dict()["state"]
+
+
+def _reading(rank: int, world: int, mode: str, folder: str) -> dict:
+    optimizer = build(mode, BAG, RULE)[1]
+    dcp.load({"optimizer": optimizer}, checkpoint_id=folder)
+    return optimizer.full_state_dict()["state"]
+
+
+def test_torchs_checkpoint_takes_the_optimizer_itself_to_another_number_of_ranks(tmp_path):
+    saved, _ = run_ranks(_saving, 2, "ddp", str(tmp_path))
+    assert _same(_reading(0, 1, "single", str(tmp_path)), saved)
+    for loaded in run_ranks(_reading, 3, "fsdp", str(tmp_path)):
+        assert _same(loaded, saved)
 
 
 def _loading(rank: int, world: int, mode: str, saved: bytes) -> dict:

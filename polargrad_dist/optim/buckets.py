@@ -18,9 +18,11 @@ from polargrad_dist.distributed.schedule import Bucket, Portion
 from polargrad_dist.distributed.transport import Started
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.facts import Facts
+from polargrad_dist.optim.fused import averaged, stepped
 from polargrad_dist.optim.matrix import Direction
 from polargrad_dist.optim.member import Member, Travel, joined, slices
 from polargrad_dist.optim.parts import decay_and_step, join_bf16, split_bf16
+from polargrad_dist.polar.oracle import is_finite
 
 Steps = Generator[Started, Tensor, None]
 
@@ -46,6 +48,7 @@ class Batch:
         self.slab = slice(None) if whole else slice(item.first, item.last)
         self.states: dict[str, Tensor] = {}
         self.loose: list[tuple[list[Tensor], Tensor]] = []
+        self._kept: dict[str, Tensor] = {}
         self.shares = bucket.shares
         if self.shares:
             self._find_copies()
@@ -76,9 +79,21 @@ class Batch:
 
     def gradients(self) -> Tensor:
         """The gradients of the shards in the dtype of the state; not to be changed."""
-        grads = [self.travel.gradient(m)[self.slab] for m in self.members]
-        stack = torch.stack(grads) if len(grads) > 1 else grads[0].unsqueeze(0)
-        return stack.to(self.first.state_dtype)
+        grads = self._own_gradients()
+        stack = (torch.stack(grads) if len(grads) > 1 else grads[0].unsqueeze(0)).to(self.first.state_dtype)
+        return self.travel.shrunk([stack])[0]
+
+    def _own_gradients(self) -> list[Tensor]:
+        return [self.travel.gradient(m)[self.slab] for m in self.members]
+
+    def momentum(self) -> Tensor:
+        """What the rule's direction is given: the momentum of this rank's shards, stacked."""
+        group, travel = self.group, self.travel
+        if self._backend is None or travel.ok is None or not self.rule.has_plain_momentum(group):
+            self._kept = self.kept()
+            return self.rule.momentum(self.states, self.gradients(), group)
+        self._kept = {}
+        return averaged(travel, self.states["momentum"], self._own_gradients(), group)
 
     def advance(self, part: Portion, D: Tensor, scale: Tensor, ok: Tensor) -> Tensor | None:
         """Steps the weights of a portion along its direction, where ``ok``; returns what the copies are to be given.
@@ -87,8 +102,14 @@ class Batch:
         """
         states = {key: held[part.items, :, part.rows] for key, held in self.states.items()}
         low = states.pop("low_bits", None)
-        step = self.rule.apply(states, D, scale, self.group)
         weights = [m.weight()[self.slab, part.rows] for m in self.members[part.items]]
+        if self._backend is not None:
+            plain = self.rule.is_plain(self.group)
+            fine = D if plain else self.rule.apply(states, D, scale, self.group).to(self.first.state_dtype)
+            old = torch.stack(weights) if len(weights) > 1 else weights[0].unsqueeze(0)
+            new = stepped(self.travel, old, low, fine, scale if plain else None, ok, self.group)
+            return self._spread(weights, old, new)
+        step = self.rule.apply(states, D, scale, self.group)
         decay, cautious = self.group["lr"] * self.group["weight_decay"], self.group["cautious"]
         sure = self.travel.ok is None and ok.device.type == "cpu" and bool(ok.all())
         if sure and not self.shares and weights[0].element_size() >= 4:
@@ -102,14 +123,26 @@ class Batch:
         before = None if sure else x.clone()
         decay_and_step([x], [step.to(x.dtype)], decay, cautious)
         if before is not None:
-            x = torch.where(ok if self.travel.ok is None else ok & self.travel.ok.to(ok.device), x, before)
+            x = torch.where(ok, x, before)
         return self._written(weights, old, x, low)
 
+    @property
+    def _backend(self) -> str | None:
+        """What compiles elementwise steps; nothing does where the weights are offloaded."""
+        return self.travel.backend if self.first.device == self.travel.device else None
+
     def _written(self, weights: list[Tensor], old: Tensor, x: Tensor, low: Tensor | None) -> Tensor | None:
-        """Puts new weights x into the parameters, or returns what is to be shared: them, or their difference to ``old``."""
+        """`_spread` of new weights x in the dtype of the state."""
+        if low is not None:
+            x = split_bf16(x, low)
+        elif old.element_size() < 4:
+            x = x.to(old.dtype)
+        return self._spread(weights, old, x)
+
+    def _spread(self, weights: list[Tensor], old: Tensor, new: Tensor) -> Tensor | None:
+        """Puts new weights into the parameters, or returns what is to be shared: them, or their difference to ``old``."""
         if self.shares and self.travel.dtype is not None and old.element_size() >= 4:
-            return (x - old).to(self.travel.dtype)
-        new = split_bf16(x, low) if low is not None else x.to(old.dtype)
+            return (new - old).to(self.travel.dtype)
         if self.shares:
             return new
         torch._foreach_copy_(weights, list(new.unbind(0)))
@@ -162,9 +195,9 @@ class Batch:
             else {k: v.clone() for k, v in self.states.items() if k != "low_bits"}
         )
 
-    def settle(self, kept: dict[str, Tensor]) -> None:
+    def settle(self) -> None:
         """Undoes the states where the step was not to happen, and writes back those that do not lie together."""
-        for key, old in kept.items():
+        for key, old in self._kept.items():
             assert self.travel.ok is not None
             self.states[key].copy_(torch.where(self.travel.ok.to(old.device), self.states[key], old))
         for views, stack in self.loose:
@@ -230,8 +263,7 @@ class Owned(Batch):
 
     def run(self, facts: Facts) -> Steps:
         """The bucket's step."""
-        kept = self.kept()
-        A = self.rule.momentum(self.states, self.gradients(), self.group)
+        A = self.momentum()
         shape, dtype = A.shape, A.dtype
         if self.entry.travels:
             wire = self.travel.dtype or self.entry.dtype
@@ -249,14 +281,15 @@ class Owned(Batch):
             numbers = numbers if self.mine else numbers.new_ones(1, NUMBERS)  # of no elements here
             del A, D
         numbers = numbers.view(-1, 1, 1, 1, NUMBERS) if self.index is None else numbers[self.index]
-        numbers = numbers.to(self.first.device)
+        scales, good = numbers.to(self.first.device).unbind(-1)
+        good = self.travel.sure(good > 0)
         direction = direction.to(self.first.device, dtype, memory_format=torch.contiguous_format)
         for part in self.bucket.portions:
-            own = numbers[part.items, :, part.rows if numbers.shape[2] > 1 else slice(None)]
-            message = self.advance(part, direction[part.items, :, part.rows], own[..., 0], own[..., 1] > 0)
+            own = part.items, slice(None), part.rows if numbers.shape[2] > 1 else slice(None)
+            message = self.advance(part, direction[part.items, :, part.rows], scales[own], good[own])
             if message is not None:
                 self.arrived(part, (yield self.share(part, message)))
-        self.settle(kept)
+        self.settle()
 
     def directed(self, batches: list[Tensor], facts: Facts) -> tuple[list[Tensor], Tensor]:
         """The rule, on this rank's matrices: their directions, and (matrices, NUMBERS) in fp64.
@@ -297,8 +330,8 @@ class Owned(Batch):
                 f"{tuple(answer.scale.shape)} for matrices {tuple(A.shape)}, expected {tuple(A.shape)} and {(len(A),)}"
             )
         ok = answer.D.sum((-2, -1)) if answer.nuclear_norm is None else answer.nuclear_norm
-        ok = ok.isfinite() & answer.scale.isfinite()
-        keep = ok if self.travel.ok is None else ok & self.travel.ok.to(ok.device)
+        ok = is_finite(ok) & is_finite(answer.scale)
+        keep = self.travel.sure(ok)
         for key, value in held.items():
             value[rows] = torch.where(
                 keep.view(-1, *[1] * (value.ndim - 1)), answer.state[key].to(value.dtype), value[rows]

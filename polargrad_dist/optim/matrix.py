@@ -128,8 +128,15 @@ class Polar:
         if group["momentum"] == "polar_first":
             m = state["momentum"]
             direction = m.lerp_(direction.to(m.dtype), 1 - group["beta"])
-            return direction * (scale * -group["lr"]).to(m.dtype)
         return direction * (scale * -group["lr"]).to(direction.dtype)
+
+    def has_plain_momentum(self, group: Group) -> bool:
+        """Whether `momentum` is the moving average of gradients, which a larger kernel may then contain."""
+        return type(self).momentum is Polar.momentum and group["momentum"] == "momentum_first"
+
+    def is_plain(self, group: Group) -> bool:
+        """Whether `apply` is nothing but the product of direction and scale, which a larger kernel may then contain."""
+        return type(self).apply is Polar.apply and group["momentum"] != "polar_first"
 
 
 class AdamW:

@@ -27,6 +27,7 @@ from polargrad_dist.optim.failures import raise_together
 from polargrad_dist.optim.groups import DEFAULTS, completed, routed
 from polargrad_dist.optim.matrix import RULES
 from polargrad_dist.optim.member import Member, Travel
+from polargrad_dist.optim.parts import by_kind, shrinking, sum_of_squares
 from polargrad_dist.optim.planning import split_of
 from polargrad_dist.optim.routing import route
 from polargrad_dist.optim.rules import OptimizerConfig, Rule
@@ -51,7 +52,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         gradients: "all_reduced", or "reduce_scatter": the optimizer reduces gradients itself, the model stays out of DDP.
         comm_dtype: type in which momenta, directions and updates travel, as a dtype or its name; None for that of the
             parameters, which then travel themselves.
-        bucket_mb: MiB of matrices, and of weights, per collective.
+        bucket_mb: MiB of matrices, and of weights, per collective; None for 32, on a GPU 256.
         **rule: every other field of `Rule` for groups that do not set it (momentum defaults to "none"), and:
         split_sizes: rows of the matrices that a fused parameter holds one below the other, each stepped on its own.
         num_heads: likewise, for equal blocks.
@@ -80,7 +81,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         norm_group: dist.ProcessGroup | None = None,
         gradients: str = "all_reduced",
         comm_dtype: torch.dtype | str | None = None,
-        bucket_mb: float = 32.0,
+        bucket_mb: float | None = None,
         **rule: Any,
     ):
         if gradients not in ("all_reduced", "reduce_scatter"):
@@ -98,7 +99,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             )
         self.traffic = Traffic()
         dtype = check_travel(comm_dtype, bucket_mb)
-        self._travel = Travel(self.traffic, dtype, max(1, int(bucket_mb * 2**20)))
+        wish = None if bucket_mb is None else max(1, int(bucket_mb * 2**20))
+        self._travel = Travel(self.traffic, dtype, wish)
         self._gradients, self._norm_group = gradients, norm_group
         self._world = World(process_group, self._travel, gradients)
         self._checks = Checks()
@@ -224,8 +226,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scales all gradients to a global Euclidean norm of at most ``max_norm``; returns the norm before, 0-d fp64.
 
-        The norm is over all parameters and ranks (of ``norm_group``), each element counted once, and has the same bits on
-        every rank. With an infinite ``max_norm`` it only measures.
+        Over all parameters and ranks (of ``norm_group``), each element counted once, with the same bits on every rank. With
+        an infinite ``max_norm`` it only measures.
         """
         if not max_norm >= 0:
             raise ConfigError(f"max_norm is {max_norm}, expected a number >= 0")
@@ -247,19 +249,15 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
                 counted.append(grad if reduced else m.gradient())
         norm = self._norm(counted)
         if max_norm < float("inf"):
-            # A non-finite norm leaves finite gradients alone, so that the culprit can still be found.
-            coefficient = torch.where(norm.isfinite(), torch.clamp(max_norm / (norm + 1e-6), max=1.0), 1.0)
-            for dtype, device in {(g.dtype, g.device) for g in grads}:
-                alike = [g for g in grads if g.dtype == dtype and g.device == device]
-                torch._foreach_mul_(alike, coefficient.to(device, dtype))
+            shrink = shrinking(norm, max_norm)
+            if shrink.device.type != "cpu" or float(shrink) != 1.0:
+                for alike in by_kind(grads):
+                    torch._foreach_mul_(alike, shrink.to(alike[0].device, alike[0].dtype))
         return norm
 
     def _norm(self, counted: list[torch.Tensor]) -> torch.Tensor:
         """The Euclidean norm over all ranks of what each counts, the same bits on each."""
-        parts = [x.float() if x.element_size() < 4 else x for x in counted if x.numel()]
-        square = torch.zeros((), dtype=torch.float64, device=self._travel.device)
-        if parts:
-            square = torch.stack([x.to(square) for x in torch._foreach_norm(parts)]).square().sum()
+        square = sum_of_squares(counted, self._travel.device)
         group = self._norm_group or self._world.group
         if group is not None and group.size() > 1:
             square = self.traffic.all_gather(square, group).wait().sum()
@@ -287,11 +285,18 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
                 m.p.grad = m.p.grad.redistribute(m.p.device_mesh, m.p.placements)  # type: ignore[union-attr, attr-defined]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, ok: torch.Tensor | None = None) -> Any:
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        ok: torch.Tensor | None = None,
+        shrink: torch.Tensor | None = None,
+    ) -> Any:
         """Steps every parameter that has a gradient on some rank; returns the closure's loss.
 
         ``ok``, a 0-d bool on the device and the same on all ranks, says whether the step is to happen without the host
-        having to know: where it is false weights and state stay as they are, bit for bit.
+        having to know: where it is false weights and state stay as they are, bit for bit. ``shrink``, a 0-d tensor there,
+        multiplies all gradients as they are read, as clipping does with a pass of its own.
 
         Each rank must call it. Raises on all of them together when a rule failed on one, or gave something not finite.
         """
@@ -306,7 +311,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         self._check_copies()
         facts = self._facts = Facts(self._keep, ok=ok)
         self._keep = frozenset()
-        self._travel.ok = ok
+        self._travel.begin(ok, shrink)
         batches, order = self._world.schedule(present)
         with torch.autocast(self._travel.device.type, enabled=False):
             self._run(batches, order, facts)

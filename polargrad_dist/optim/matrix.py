@@ -166,6 +166,14 @@ class Polar:
         step = direction.to(wide, memory_format=torch.contiguous_format)
         return step * factor if step is direction else step.mul_(factor)
 
+    def has_plain_momentum(self, group: Group) -> bool:
+        """Whether `momentum` is the moving average of gradients, which a larger kernel may then contain."""
+        return type(self).momentum is Polar.momentum and group["momentum"] == "momentum_first"
+
+    def is_plain(self, group: Group) -> bool:
+        """Whether `apply` is nothing but the product of direction and scale, which a larger kernel may then contain."""
+        return type(self).apply is Polar.apply and group["momentum"] != "polar_first"
+
 
 class AdamW:
     """AdamW of Loshchilov and Hutter (2019) on every element, by torch's fused function."""

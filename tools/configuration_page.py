@@ -1,6 +1,7 @@
 """Every configuration key with its type, default and meaning, from the dataclasses.
 
-`python -m tools.configuration_page > docs/configuration.md` writes the page; `tests/test_docs.py` fails when the page is older than the code.
+`python -m tools.configuration_page > docs/configuration.md` writes the page; `tests/test_docs.py` fails when it is older than
+the code.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from train import RunConfig
 
 HEAD = """# Every configuration key
 
-Each can stand in a YAML file under its section, or on the command line: `--trainer.schedule.kind wsd`. Generated from the code
-by `python -m tools.configuration_page`; `python train.py --help` says the same.
+Each can stand in a YAML file under its section, or on the command line: `--trainer.schedule.kind wsd`. Generated from the
+code by `python -m tools.configuration_page`; `python train.py --help` says the same.
 """
-RULES = """Roles are `hidden`, `embed`, `value_embed`, `head` and `scalar`; `head` and `value_embed` take the rule of `embed` where they are
-null. Defaults are those of `hidden` / `embed` / `scalar` where they differ.
+RULES = """Roles are `hidden`, `embed`, `value_embed`, `head` and `scalar`; `head` and `value_embed` take the rule of `embed`
+where they are null. Defaults are those of `hidden` / `embed` / `scalar` where they differ.
 """
 
 
@@ -101,8 +102,17 @@ def kind_in_words(kind: Any) -> str:
         return f"list of {len(parts)} {kind_in_words(parts[0])}s"
     if origin is dict:
         return f"mapping of {kind_in_words(parts[0])} to {kind_in_words(parts[1])}"
-    words = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null", Any: "anything"}
-    return words.get(kind, "mapping" if is_dataclass(kind) or kind is dict else getattr(kind, "__name__", str(kind)))
+    words = {
+        int: "whole number",
+        float: "number",
+        str: "text",
+        bool: "true or false",
+        type(None): "null",
+        Any: "anything",
+    }
+    return words.get(
+        kind, "mapping" if is_dataclass(kind) or kind is dict else getattr(kind, "__name__", str(kind))
+    )
 
 
 def first_sentence(kind: type) -> str:
@@ -124,7 +134,7 @@ def arguments(kind: type) -> dict[str, str]:
             found[name] += f" {line.strip()}"
         elif line.strip():
             break
-    missing = [f.name for f in fields(kind) if f.name not in found and f.default is not MISSING]  # type: ignore[arg-type]
+    missing = [f.name for f in fields(kind) if f.name not in found and f.default is not MISSING]
     if missing:
         raise KeyError(f"the docstring of {kind.__name__} says nothing of {', '.join(missing)}")
     return {name: meaning[0].upper() + meaning[1:] for name, meaning in found.items()}

@@ -10,14 +10,17 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 from polargrad_dist.arguments import read_arguments, safe_parser
 from polargrad_dist.errors import CheckpointError, ConfigError, DataError, PolarGradError
+from polargrad_dist.optim.rules import ROLES
 from polargrad_dist.trainer.output import flush
 
 T = TypeVar("T")
+RULES = [f"optimizer.{role}" for role in ROLES]
 USER_ERROR = 2
 
 
@@ -41,6 +44,7 @@ def parse(
         help="build nothing: show parameters, routing, owners, memory and traffic on N ranks",
     )
     parser.add_class_arguments(kind)
+    check_yaml(sys.argv[1:] if args is None else args)
     try:
         parsed = read_arguments(parser, args)
     except ArgumentError as error:
@@ -61,6 +65,25 @@ def parse(
             )
     built = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(parsed)  # 4.49 renamed it
     return kind(**{name: built[name] for name in fields}), plain, dry_run
+
+
+def check_yaml(args: list[str]) -> None:
+    """Raises ``ConfigError`` with file and line for a file after ``--config`` that is no YAML."""
+    import yaml
+
+    words = [word for one in args for word in one.split("=", 1)]
+    for option, name in pairwise(words):
+        if option != "--config" or not Path(name).is_file():
+            continue
+        try:
+            yaml.safe_load(Path(name).read_bytes())
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f"{name}, line {mark.line + 1}, column {mark.column + 1}" if mark else name
+            problem = getattr(error, "problem", None) or " ".join(str(error).split())
+            raise ConfigError(
+                f"{where}: {problem}, expected YAML with the sections model, data, optimizer and trainer"
+            ) from None
 
 
 def known_keys(parser: Any) -> list[str]:
@@ -92,7 +115,7 @@ def sentence(message: str, known: list[str]) -> str:
     if stray := re.search(r"unrecognized arguments: (\S+)", text):
         word = stray.group(1)
         if not word.startswith("--"):
-            return f"{word!r} belongs to no key, expected pairs of --key value: see --help for the keys"
+            return f"unexpected argument {word!r}: use --key value; --help lists the keys"
         return _unknown(word[2:].split("=")[0], known)
     key = re.search(r"(?:[Kk]ey|[Oo]ption|group)\s+['\"]?(?:--)?([\w.]+)['\"]?", text)
     if key is None:
@@ -116,6 +139,8 @@ def sentence(message: str, known: list[str]) -> str:
     if expected:
         value = re.search(r".*(?:Got|Given) value: (.*)$", text)  # the last of them is as the user wrote it
         found = value.group(1) if value else "something else"
+        if any("list" in kind or "tuple" in kind for kind in expected) and not found.startswith("["):
+            return f"{key.group(1)} is {found}, expected a list: write [{found}]"
         return f"{key.group(1)} is {found}, expected {' or '.join(map(_in_words, expected))}"
     if key.group(1) not in known and re.search(r"not expected|does not accept|not valid|No action", text):
         return _unknown(key.group(1), known)
@@ -126,6 +151,10 @@ def _unknown(key: str, known: list[str]) -> str:
     begun = [name for name in known if name.startswith(key)]
     if 1 < len(begun) <= 5:
         return f"there is no configuration key {key}: did you mean one of {', '.join(begun)}?"
+    parts = key.split(".")
+    of_roles = [f"{role}.{parts[-1]}" for role in RULES if f"{role}.{parts[-1]}" in known]
+    if of_roles and parts[:-1] in ([], ["optimizer"]):
+        return f"there is no configuration key {key}: each role has its own, one of {', '.join(of_roles)}"
     leaf = {name.split(".")[-1]: name for name in known}
     near = (
         begun[:1]

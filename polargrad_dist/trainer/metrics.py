@@ -115,6 +115,14 @@ class JsonLines:
         self._whole = os.fstat(self._file).st_size
 
 
+def check_packages(config: LoggingConfig) -> None:
+    """Raises ``ConfigError`` for a package that a sink needs and that is not installed."""
+    if config.tensorboard:
+        require("tensorboard", "trainer.logging.tensorboard is true", "tensorboard")
+    if config.wandb != "disabled":
+        require("wandb", f"trainer.logging.wandb is {config.wandb!r}", "wandb")
+
+
 class TensorBoard:
     """Event files in the run directory."""
 

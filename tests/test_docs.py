@@ -24,7 +24,9 @@ def commands() -> list[tuple[str, str]]:
     """(page, command) of every `python …` and `polargrad-checkpoint …` in a block of commands."""
     found = []
     for path in PAGES:
-        for block in re.findall(r"^```\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE):
+        for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE):
+            if kind:
+                continue
             for line in block.splitlines():
                 words = re.match(
                     r"(?:torchrun [\w -]*|python |POLARGRAD\S+ )?((?:-m [\w.]+|train\.py).*)", line.strip()

@@ -79,8 +79,8 @@ def find_checkpoint(path: Path | str, step: int | None = None) -> Checkpoint:
         return Checkpoint(path, path.parent.parent, Manifest.read(path))
     if not (path / "config.yaml").is_file() and (path / "config.json").is_file():
         raise ConfigError(
-            f"{path} is a model in Hugging Face's form (it holds config.json), expected the trainer.run_dir of a run: name the "
-            "run that it was exported from, or load it with transformers"
+            f"{path} is a model in Hugging Face's form (it holds config.json), expected the trainer.run_dir of a run: name "
+            "the run that it was exported from, or load it with transformers"
         )
     if not (path / "config.yaml").is_file():
         raise ConfigError(

@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-EXTRAS := train,wandb,tensorboard,accelerate,plots,lm-eval,docs,dev
+EXTRAS := train,wandb,tensorboard,accelerate,lightning,plots,lm-eval,docs,dev
 
 .PHONY: train test test-slow test-all test-transformers4 lint format docs bench bench-gpu chaos soak paper paper-lm race setup clean
 

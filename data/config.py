@@ -100,6 +100,8 @@ class DataConfig:
         verify: check of the shards at start: `full` reads all bytes (sha256); `auto` too, up to 4 GiB per process, and beyond
             that a random 4 GiB of whole shards; `sizes` reads headers and file sizes only. Foreign shards, which have no
             checksum, are read whole in the background of the first epoch, unless `sizes`; the checksums are kept in cache.
+        order: `shuffled`, by trainer.seed; `sequential`: shards from their first token to their last, batch by batch, as
+            modded-nanoGPT reads its .bin shards.
         prefetch: micro-batches that the loader's background thread keeps ready; 0: no thread.
     """
 
@@ -118,6 +120,7 @@ class DataConfig:
     workers: int = 0
     cache: str = "cache"
     verify: Literal["auto", "full", "sizes"] = "auto"
+    order: Literal["shuffled", "sequential"] = "shuffled"
     prefetch: int = 4
 
     @property

@@ -172,11 +172,18 @@ class Loader:
 
 
 def _pair(rows: np.ndarray) -> Batch:
-    """Tokens and targets of rows (b, T + 1) int64; in pinned memory where there is a GPU, so that copies overlap."""
+    """Tokens and targets of rows (b, T + 1) int64; in pinned memory where this process uses a GPU, so that copies overlap."""
     import torch
 
     pair = (torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy()))
-    return (pair[0].pin_memory(), pair[1].pin_memory()) if torch.cuda.is_available() else pair
+    return (pair[0].pin_memory(), pair[1].pin_memory()) if torch.cuda.is_initialized() else pair
+
+
+def _device() -> int | None:
+    """The GPU that this process uses, None without."""
+    import torch
+
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
 
 class _Ahead:
@@ -187,7 +194,7 @@ class _Ahead:
         self._stop = threading.Event()
         # The thread must not hold this object, or dropping it would leave the thread running.
         self._thread = threading.Thread(
-            target=_fill, args=(made, self._queue, self._stop), daemon=True, name="loader"
+            target=_fill, args=(made, self._queue, self._stop, _device()), daemon=True, name="loader"
         )
         weakref.finalize(self, self._stop.set)
         self._thread.start()
@@ -209,7 +216,16 @@ class _Ahead:
         self._thread.join()
 
 
-def _fill(made: Iterator[Any], into: queue.Queue[Any], stop: threading.Event) -> None:
+def _fill(
+    made: Iterator[Any], into: queue.Queue[Any], stop: threading.Event, device: int | None = None
+) -> None:
+    if (
+        device is not None
+    ):  # a thread begins with the first GPU, where pinning would take memory on every rank's behalf
+        import torch
+
+        torch.cuda.set_device(device)
+
     def put(item: Any) -> None:
         while not stop.is_set():
             try:

@@ -16,6 +16,7 @@ from data.kept import keep
 from data.loader import Loader, Tokens, ValidationSet
 from data.mixture import MixedLoader, shares
 from data.prepare import Report, say
+from data.sequential import SequentialLoader
 from data.shards import Manifest, Shard, open_shard, sampled_sha256, verify_shards
 from data.tokenizers import TokenizerInfo, open_ready
 from polargrad_dist.errors import ConfigError, DataError, PolarGradError
@@ -97,6 +98,12 @@ def open_data(
         if value is not None and value < 0:
             raise ConfigError(f"data.{name} is {value}, expected a whole number >= 0")
 
+    if config.sources and config.order == "sequential":
+        raise ConfigError(
+            "data.order is 'sequential' with data.sources, whose sequences are drawn by weight, expected 'shuffled': set "
+            "it so, or name one source"
+        )
+
     def on_rank_0(doing: str, fn: Callable[[], Any]) -> Any:
         return _together(lambda: meanwhile(doing, lambda: fn() if rank == 0 else None), all_gather)[0]
 
@@ -140,7 +147,8 @@ def open_data(
             "shards": [_identity(shard) for shard in first.train],
             "validation": held_out,
         }
-        train = Loader(_open(first.train), *order, description, background)
+        kind = SequentialLoader if config.order == "sequential" else Loader
+        train = kind(_open(first.train), *order, description, background)
         validation = held.of(first.validation)
     named = {corpus.name: held.of(corpus.validation) for corpus in corpora if corpus.name}
     return Data(

@@ -135,6 +135,7 @@ class TransformersModel(LanguageModel):
             mlp_width=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
             kv_heads=getattr(text, "num_key_value_heads", None) or heads,
             attention="auto",
+            zero_projections=True,
             attention_dropout=0.0,
         )
         self._text = text

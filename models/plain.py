@@ -20,6 +20,7 @@ from models.cache import Cache
 from models.config import Sizes
 from models.gpt2 import HUB_CODE, Turn, gpt_hub_config, norm, rotary, split
 
+STD = {"o": 0.026, "up": 0.031, "down": 0.031}  # where projections do not start at zero
 WIDE = 1 << 30  # a window that no sequence fills
 
 
@@ -85,10 +86,12 @@ class PlainGPT(LanguageModel):
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-                if name == "head" or name.endswith((".o", ".down")):
-                    nn.init.zeros_(module.weight)
-                else:
-                    nn.init.normal_(module.weight, std=math.sqrt(0.33 / module.in_features))
+                std = math.sqrt(0.33 / module.in_features)
+                if not c.zero_projections:
+                    std = STD.get(name.rpartition(".")[2], std)
+                elif name == "head" or name.endswith((".o", ".down")):
+                    std = 0.0
+                nn.init.normal_(module.weight, std=std)
 
     def hub_config(self, progress: float) -> dict[str, Any]:
         return gpt_hub_config(self.config, "plain", WIDE) | {"document_token_id": -1}

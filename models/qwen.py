@@ -71,8 +71,16 @@ class QwenModel(LanguageModel):
         return list(self.qwen.model.layers)
 
     def hidden(self, tokens: torch.Tensor, progress: float, cache: Any = None) -> torch.Tensor:
-        cached = cache is not None
-        return self.qwen.model(input_ids=tokens, past_key_values=cache, use_cache=cached).last_hidden_state
+        # Transformers would look for packed sequences, which reads from the device before every forward pass. Without a
+        # mask SDPA is causal.
+        mask = {"full_attention": None} if cache is None and self._by_sdpa else None
+        return self.qwen.model(
+            input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=cache is not None
+        ).last_hidden_state
+
+    @property
+    def _by_sdpa(self) -> bool:
+        return self.qwen.config._attn_implementation == "sdpa"
 
     def make_cache(self) -> Any:
         from transformers import DynamicCache

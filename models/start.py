@@ -58,6 +58,7 @@ def _of_run(config: ModelConfig, other: dict[str, Any]) -> ModelConfig:
         elif theirs is not None and entry.name not in (
             "attention",
             "attention_dropout",
+            "zero_projections",
             "max_sequence_length",
         ):
             raise ConfigError(

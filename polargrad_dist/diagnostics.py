@@ -10,11 +10,11 @@ import fnmatch
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from polargrad_dist.distributed.layout import Split, volume
+from polargrad_dist.distributed.layout import Split, Stretches, volume
 from polargrad_dist.distributed.transport import Traffic, pack_triangle, unpack_triangle
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim import PolarGrad
@@ -245,7 +245,7 @@ def _by_rows(work: Member) -> bool:
     if work.entry.kind == "tall":
         return True
     split, e = _split(work), work.entry
-    rows = all(cut in (0, None) for cut in e.layout.state_cuts)
+    rows = all(cut in (0, None) for cut in e.layout.state_cuts) and not isinstance(e.layout, Stretches)
     return (
         e.kind == "elementwise"
         and len(e.shape) == 2
@@ -257,7 +257,8 @@ def _by_rows(work: Member) -> bool:
 
 def _split(work: Member) -> Split:
     """The matrices that a parameter holds, which do not depend on the algorithm that steps it."""
-    return work.entry.split or split_of(work.group, work.entry.name, work.entry.shape)
+    split = work.entry.split or split_of(work.group, work.entry.name, work.entry.shape)
+    return replace(split, flattened=False)
 
 
 def _small_gram(x: torch.Tensor) -> torch.Tensor:

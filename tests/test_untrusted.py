@@ -92,7 +92,7 @@ def test_tools_run_nothing_that_a_run_directory_names(ran, tmp_path):
     store = CheckpointStore(run_dir / "checkpoints", configuration=NAMED[0])
     store.save(1, {"model/w": torch.zeros(1)})
     assert store.close()
-    with pytest.raises(ConfigError, match="names code to run"):
+    with pytest.raises(CheckpointError, match="keeps no tokenizer"):
         load_run(run_dir)
     keep(run_dir, None, None)
     with pytest.raises(CheckpointError, match="says nothing of its model that this version understands"):

@@ -1,7 +1,7 @@
 """Every configuration key with its type, default and meaning, from the dataclasses.
 
-`python -m tools.configuration_page > docs/configuration.md` writes the page; `tests/test_docs.py` fails when it is older than
-the code.
+`python -m tools.configuration_page > docs/configuration.md` writes the page; `tests/test_docs.py` fails when the page is
+older than the code.
 """
 
 from __future__ import annotations

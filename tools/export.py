@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,12 @@ def main() -> int:
         "--dtype", choices=tuple(DTYPES), default=None, help="default: the widest among the weights"
     )
     parser.add_argument(
+        "--weights",
+        choices=("validated", "last"),
+        default="validated",
+        help="of a run that averages its last weights: what it validated, or the last ones",
+    )
+    parser.add_argument(
         "--tokenizer",
         choices=("beside", "apart", "none"),
         default="beside",
@@ -53,8 +60,9 @@ def main() -> int:
             raise ConfigError(
                 "--dtype is set with --format dcp, which keeps every tensor as it is: leave it out"
             )
-        export_dcp(checkpoint, out)
+        export_dcp(replace(checkpoint, last=True), out)
     else:
+        checkpoint = replace(checkpoint, last=options.weights == "last")
         export(checkpoint, out, dtype=options.dtype, tokenizer=options.tokenizer)
     print(f"step {checkpoint.step} of {checkpoint.run_dir} is in {out}")
     return 0

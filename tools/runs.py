@@ -108,12 +108,18 @@ def load_run(path: Path | str, *, step: int | None = None) -> Run:
 
 
 def known_tokens(checkpoint: Checkpoint) -> Kept:
-    """The run's tokenizer: the one in its directory, or in an older run that of its data."""
+    """The run's tokenizer, from its directory.
+
+    Nothing that the run's configuration names is opened for it: the directory may be a stranger's. Raises
+    ``CheckpointError`` for a run of version 0.1, which kept none.
+    """
     known = kept(checkpoint.run_dir)
-    if known is not None:
-        return known
-    data = data_of(checkpoint.run_dir)
-    return Kept(data.tokenizer, data.end_of_text, data.folder)
+    if known is None:
+        raise CheckpointError(
+            f"{checkpoint.run_dir} keeps no tokenizer, expected its folder tokenizer/, which runs write since version 0.2: "
+            "start the run once more, for no step further"
+        )
+    return known
 
 
 def data_of(folder: Path) -> Data:

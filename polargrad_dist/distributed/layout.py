@@ -104,6 +104,24 @@ class Layout:
         return self.copies * self.longest[place // self.copies]
 
 
+@dataclass(frozen=True)
+class Stretches(Layout):
+    """A tensor whose elements, in the order of memory, are cut anywhere: ``bounds`` are the first and last of each place.
+
+    ``shape`` is (elements,). DeepSpeed's ZeRO cuts so, in the middle of rows; no place holds copies.
+    """
+
+    bounds: tuple[tuple[int, int], ...] = ()
+
+    @cached_property
+    def stored(self) -> list[Box]:
+        return [(bounds,) for bounds in self.bounds]
+
+    @cached_property
+    def shards(self) -> list[Box]:
+        return self.stored
+
+
 @lru_cache(maxsize=4096)
 def laid_out(
     shape: tuple[int, ...],
@@ -130,7 +148,8 @@ class Split:
     """The matrices of a parameter of ``stack * rows * cols`` elements, each stepped as one.
 
     ``runs`` cuts each of the ``stack`` slices, along its columns where ``transposed``, else along its rows, into equal
-    blocks: (first, blocks, size of a block). A transposed parameter stores the transposes of its matrices.
+    blocks: (first, blocks, size of a block). A transposed parameter stores the transposes of its matrices. Of a ``flattened``
+    one, which is a single matrix, ranks hold `Stretches`: it is cut as one column of all its elements.
     """
 
     stack: int
@@ -139,6 +158,7 @@ class Split:
     runs: tuple[tuple[int, int, int], ...]
     stacked: bool = False
     transposed: bool = False
+    flattened: bool = False
 
     @classmethod
     def of(
@@ -184,6 +204,8 @@ class Split:
     @cached_property
     def matrices(self) -> list[Cut3]:
         """Each matrix as ranges of (slice, row, column), in the order of the parameter's elements."""
+        if self.flattened:
+            return [((0, 1), (0, self.rows * self.cols), (0, 1))]
         blocks = [
             (first + i * size, first + (i + 1) * size)
             for first, count, size in self.runs
@@ -195,15 +217,20 @@ class Split:
 
     def stored_shape(self, matrix: int) -> tuple[int, int]:
         """(rows, columns) of a matrix as the parameter stores it."""
+        if self.flattened:
+            return self.rows, self.cols
         _, (top, bottom), (left, right) = self.matrices[matrix]
         return bottom - top, right - left
 
 
 def rectangle(box: Box, shape: Sequence[int], stacked: bool) -> Cut3:
-    """A box of a tensor's dimensions as ranges of (slice, row, column): 3-D ``stacked``, else the first against the rest."""
+    """A box of a tensor's dimensions as ranges of (slice, row, column): 3-D ``stacked``, else the first against the rest.
+
+    A stretch of elements, whatever the shape, is a range of rows of one column.
+    """
     if stacked:
         return box[0], box[1], box[2]
-    if len(shape) < 2:
+    if len(shape) < 2 or len(box) == 1:
         return (0, 1), box[0] if shape else (0, 1), (0, 1)
     inner = math.prod(shape[2:])
     left, right = box[1]

@@ -12,16 +12,18 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 
-from polargrad_dist.distributed.layout import Box, Cut3, Layout, Split, rectangle, volume
+from polargrad_dist.distributed.layout import Box, Cut3, Layout, Split, Stretches, rectangle, volume
 from polargrad_dist.errors import ConfigError
 
 TALL_ROLES = ("embed", "value_embed", "head")
 SMALL = 1 << 16  # elements up to which an elementwise parameter is worked out by everyone who stores it
 UNEVEN = 1.1  # where whole matrices lie more unevenly than this, they travel to be dealt anew
 NUMBERS = 2  # per matrix, fp64, beside its direction: scale, and whether it may be stepped
+SUMS = 3  # per matrix whose step waits for them, fp64: |W|^2, <W, S>, |S|^2 of weights and steps
 ROOT_NUMBERS = 4  # beside a root: nuclear norm, largest and smallest singular value, whether it may be used
 
 
@@ -32,7 +34,8 @@ class Entry:
     ``kind`` is ``owner`` (whole matrices, each at one place), ``tall`` (its rows stay, their n x n problem goes to one place)
     or ``elementwise``. ``ranks`` gives the global rank of each place of its layout, ``owners`` the place of each matrix;
     ``bounded`` tells that a norm travels beside a tall matrix's Gram matrix, and a root that is not symmetric back;
-    ``travels`` says whether some matrix does not lie whole in its owner's optimizer shard.
+    ``pauses`` says that its steps wait for sums over ranks (`sum_rows`), ``travels`` whether some matrix does not lie whole
+    in its owner's optimizer shard.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Entry:
     costs: tuple[float, ...] = ()
     in_order: bool = False
     bounded: bool = False
+    pauses: bool = False
     wide: bool = False
     owners: list[int] = field(default_factory=list)
     travels: bool = False
@@ -102,6 +106,10 @@ class Entry:
         everywhere = tuple(range(self.layout.world))
         if self.layout.world > 1 and self.kind == "owner" and not self.in_order:
             homes = whole_at(self.layout, self.split)
+            if isinstance(
+                self.layout, Stretches
+            ):  # the elements of all parameters together are cut evenly, not each
+                return [everywhere if home is None else (home,) for home in homes]
             counts = Counter(homes)
             if None not in counts and max(counts.values()) * self.layout.world <= UNEVEN * len(homes):
                 return [(home,) for home in homes]  # type: ignore[misc]
@@ -191,6 +199,18 @@ def in_order(entries: Iterable[Entry]) -> dict[tuple, list[tuple[Entry, int]]]:
     return alike
 
 
+def sum_rows(entries: Iterable[Entry]) -> dict[tuple[Any, int], int]:
+    """Where the sums of each matrix that waits for some lie, by (key, matrix), and behind them those of each role."""
+    waiting = [e for e in entries if e.pauses]
+    rows: dict[tuple[Any, int], int] = {}
+    for e in waiting:
+        for i in range(len(e.costs)):
+            rows[e.key, i] = len(rows)
+    for role in sorted({e.role for e in waiting}):
+        rows[role, 0] = len(rows)
+    return rows
+
+
 @dataclass
 class Plan:
     """Owners, balance, bytes and traffic of a world of ranks: those of ``ranks``, the first ``world`` without."""
@@ -251,6 +271,8 @@ class Plan:
     def traffic_of(self, rank: int) -> dict[str, int]:
         """`traffic` of one rank."""
         out: dict[str, int] = defaultdict(int)
+        if self.world > 1 and (count := len(sum_rows(self.entries))):
+            out["all_gather"] += 8 * SUMS * count * self.world
         for e, place in self._places(rank):
             if e.layout.world == 1:
                 continue

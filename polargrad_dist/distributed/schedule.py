@@ -51,12 +51,12 @@ class Bucket:
         return self.like.layout.copies > 1 and self.like.layout.cut is not None
 
     @property
-    def stages(self) -> int:
-        """How often its coroutine is resumed."""
+    def stages(self) -> tuple[int, int]:
+        """How often its coroutine is resumed before the sums over all ranks are known, and after."""
         travels = self.like.kind == "tall" or (self.like.kind == "owner" and self.like.travels)
-        if self.like.layout.world == 1:
-            return 1
-        return 1 + 2 * travels + self.shares * len(self.portions)
+        alone = self.like.layout.world == 1
+        before, after = 0 if alone else 2 * travels, 0 if alone else self.shares * len(self.portions)
+        return (1 + before, 1 + after) if self.like.pauses else (1 + before + after, 0)
 
 
 def in_buckets(entries: Sequence[Entry], present: Sequence[bool], limit: int) -> list[Bucket]:
@@ -154,7 +154,7 @@ def in_order(stages: Sequence[int]) -> list[int]:
     """The order in which coroutines of so many stages are resumed, `WINDOW` of them on their way: their numbers."""
     order: list[int] = []
     running: deque[tuple[int, int]] = deque()
-    waiting = deque(enumerate(stages))
+    waiting = deque((number, count) for number, count in enumerate(stages) if count)
     while waiting or running:
         while waiting and len(running) < WINDOW:
             number, left = waiting.popleft()

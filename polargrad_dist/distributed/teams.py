@@ -15,6 +15,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from polargrad_dist.distributed.layout import Layout
 from polargrad_dist.distributed.plan import index_of
+from polargrad_dist.distributed.transport import group_of_its_ranks
 from polargrad_dist.errors import ConfigError
 
 
@@ -193,7 +194,7 @@ class Groups:
         if len(key) == 1:
             return None
         if key not in self._known:
-            self._known[key] = dist.new_group(list(key), use_local_synchronization=True)
+            self._known[key] = group_of_its_ranks(list(key))
         return self._known[key]
 
 

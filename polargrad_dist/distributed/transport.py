@@ -91,7 +91,8 @@ class Traffic:
 class Agreement:
     """Small collectives of host data over all ranks of the optimizer, which never wait for a GPU's queue.
 
-    On GPUs they run on a gloo group made here beside the NCCL one, with its timeout, so construction is a collective.
+    On GPUs they need gloo: where the group has it for CPU tensors it serves itself, else a twin of it is made here, with its
+    timeout, so that construction is a collective.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
@@ -127,12 +128,33 @@ class Agreement:
 
 
 def _host_twin(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
+    """The group itself where gloo serves its CPU tensors, as with "cpu:gloo,cuda:nccl"; else one of the same ranks."""
+    try:
+        if group._get_backend(torch.device("cpu")).name() == "gloo":
+            return group
+    except RuntimeError:  # it has no backend for CPU tensors
+        pass
     backend = group._get_backend(device)
     timeout = getattr(getattr(backend, "options", None), "_timeout", None)
     ranks = dist.get_process_group_ranks(group)
-    return dist.new_group(
-        ranks, timeout if isinstance(timeout, timedelta) else None, "gloo", use_local_synchronization=True
-    )
+    return group_of_its_ranks(ranks, timeout if isinstance(timeout, timedelta) else None, "gloo")
+
+
+def group_of_its_ranks(
+    ranks: list[int], timeout: timedelta | None = None, backend: str | None = None
+) -> dist.ProcessGroup:
+    """A new group that its own ranks make, without the others.
+
+    Where init_process_group was given a ``device_id`` NCCL would split it off the default group, which takes all ranks.
+    """
+    default = dist.group.WORLD
+    assert default is not None
+    bound = default.bound_device_id
+    default.bound_device_id = None
+    try:
+        return dist.new_group(ranks, timeout, backend, use_local_synchronization=True)
+    finally:
+        default.bound_device_id = bound
 
 
 def pack_triangle(s: torch.Tensor) -> torch.Tensor:

@@ -17,12 +17,21 @@ from polargrad_dist.distributed.plan import NUMBERS
 from polargrad_dist.distributed.schedule import Bucket, Portion
 from polargrad_dist.distributed.transport import Started
 from polargrad_dist.errors import ConfigError
+from polargrad_dist.optim.control import controlled, share_nuclear
 from polargrad_dist.optim.facts import Facts
 from polargrad_dist.optim.matrix import Direction
 from polargrad_dist.optim.member import Member, Travel, joined, slices
 from polargrad_dist.optim.parts import decay_and_step, join_bf16, split_bf16
 
-Steps = Generator[Started, Tensor, None]
+Steps = Generator[Started | None, Tensor, None]
+
+
+def next_of(steps: Steps, arrived: Tensor | None) -> Started | None:
+    """Resumes a bucket with what arrived; the collective that it starts next, None at its end."""
+    try:
+        return steps.send(arrived)  # type: ignore[arg-type]
+    except StopIteration:
+        return None
 
 
 class Batch:
@@ -39,6 +48,9 @@ class Batch:
         self.states: dict[str, Tensor] = {}
         self.loose: list[tuple[list[Tensor], Tensor]] = []
         self.shares = bucket.shares
+        # Which matrix row i of the numbers is of; which row each (item, slice, row, column) takes, None for item by item.
+        self.arrival: list[tuple[int, int]] = [(0, 0)]
+        self.index: Tensor | None = None
         if self.shares:
             self._find_copies()
 
@@ -77,13 +89,22 @@ class Batch:
 
         ``scale`` and ``ok`` are broadcast against D (items, slices, rows, columns).
         """
-        states = {key: held[part.items, :, part.rows] for key, held in self.states.items()}
-        low = states.pop("low_bits", None)
-        step = self.rule.apply(states, D, scale, self.group)
+        return self.moved(part, self.rule.apply(self.states_of(part), D, scale, self.group), ok)
+
+    def states_of(self, part: Portion) -> dict[str, Tensor]:
+        return {k: v[part.items, :, part.rows] for k, v in self.states.items() if k != "low_bits"}
+
+    def spread(self, numbers: Tensor) -> Tensor:
+        """Numbers of each matrix in the order of `arrival`, to be broadcast against (items, slices, rows, columns)."""
+        return numbers.view(-1, 1, 1, 1, *numbers.shape[1:]) if self.index is None else numbers[self.index]
+
+    def moved(self, part: Portion, step: Tensor, ok: Tensor, shrink: Tensor | None = None) -> Tensor | None:
+        """Adds a portion's step to its weights where ``ok``, then multiplies them; returns what copies are to be given."""
+        low = self.states["low_bits"][part.items, :, part.rows] if "low_bits" in self.states else None
         weights = [m.weight()[self.slab, part.rows] for m in self.members[part.items]]
-        decay, cautious = self.group["lr"] * self.group["weight_decay"], self.group["cautious"]
+        decay, cautious = self.group["lr"] * self.group["weight_decay"], self.group["control"] == "cautious"
         sure = self.travel.ok is None and ok.device.type == "cpu" and bool(ok.all())
-        if sure and not self.shares and weights[0].element_size() >= 4:
+        if sure and not self.shares and weights[0].element_size() >= 4 and shrink is None:
             decay_and_step(weights, list(step.to(weights[0].dtype).unbind(0)), decay, cautious)
             return None
         old = torch.stack(weights) if len(weights) > 1 else weights[0].unsqueeze(0)
@@ -93,6 +114,8 @@ class Batch:
         x = join_bf16(old, low) if low is not None else old.to(self.first.state_dtype, copy=not fresh)
         before = None if sure else x.clone()
         decay_and_step([x], [step.to(x.dtype)], decay, cautious)
+        if shrink is not None:
+            x.mul_(shrink)
         if before is not None:
             x = torch.where(ok if self.travel.ok is None else ok & self.travel.ok.to(ok.device), x, before)
         return self._written(weights, old, x, low)
@@ -148,11 +171,8 @@ class Batch:
 
     def kept(self) -> dict[str, Tensor]:
         """Copies of the states, where the step may turn out not to happen."""
-        return (
-            {}
-            if self.travel.ok is None
-            else {k: v.clone() for k, v in self.states.items() if k != "low_bits"}
-        )
+        sure = self.travel.ok is None
+        return {} if sure else {k: v.clone() for k, v in self.states.items() if k != "low_bits"}
 
     def settle(self, kept: dict[str, Tensor]) -> None:
         """Undoes the states where the step was not to happen, and writes back those that do not lie together."""
@@ -172,6 +192,8 @@ class Owned(Batch):
         e = self.entry
         assert e.split is not None
         self.split = e.split
+        self.wire_dtype = travel.dtype or e.dtype
+        self.momentum_dtype = travel.dtype or e.momentum_dtype
         per_slice = len(e.owners) // self.split.stack
         order = self.team.order if self.team.group is not None else [0]
         owned: dict[int, list[tuple[int, int]]] = {place: [] for place in order}
@@ -204,9 +226,9 @@ class Owned(Batch):
         return box if self.slab == slice(None) else ((self.slab.start, self.slab.stop), *box[1:])
 
     def _index(self, here: Cut3) -> None:
-        """Which of the arriving numbers belongs to each (item, slice, row, column): None where that is item by item."""
+        """Fills in `arrival` and `index`."""
         arrival = [ij for own in self.owned for ij in own] if self.entry.travels else self.mine
-        self.index: Tensor | None = None
+        self.arrival = arrival
         if arrival == [(i, 0) for i in range(len(self.members))]:
             return
         several = len(self.split.matrices) > self.split.stack
@@ -224,15 +246,12 @@ class Owned(Batch):
         """The bucket's step."""
         kept = self.kept()
         A = self.rule.momentum(self.states, self.gradients(), self.group)
-        shape, dtype = A.shape, A.dtype
+        shape = A.shape
         if self.entry.travels:
-            wire = self.travel.dtype or self.entry.dtype
-            started = self._to_owners(
-                A.to(self.travel.device, self.travel.dtype or self.entry.momentum_dtype)
-            )
+            started = self._to_owners(A.to(self.travel.device, self.momentum_dtype))
             del A
             D, numbers = self.directed(self._assembled((yield started)), facts)
-            started = self._to_shards([d.to(wire) for d in D], numbers)
+            started = self._to_shards([d.to(self.wire_dtype) for d in D], numbers)
             del D
             direction, numbers = self._pieces((yield started), shape)
         else:
@@ -240,9 +259,11 @@ class Owned(Batch):
             direction = self._as_shards(D, shape)
             numbers = numbers if self.mine else numbers.new_ones(1, NUMBERS)  # of no elements here
             del A, D
-        numbers = numbers.view(-1, 1, 1, 1, NUMBERS) if self.index is None else numbers[self.index]
-        numbers = numbers.to(self.first.device)
-        direction = direction.to(self.first.device, dtype, memory_format=torch.contiguous_format)
+        numbers = self.spread(numbers).to(self.first.device)
+        direction = direction.to(self.first.device)
+        if self.entry.pauses:
+            yield from controlled(self, direction, numbers[..., 0], numbers[..., 1] > 0, facts)
+            return self.settle(kept)
         for part in self.bucket.portions:
             own = numbers[part.items, :, part.rows if numbers.shape[2] > 1 else slice(None)]
             message = self.advance(part, direction[part.items, :, part.rows], own[..., 0], own[..., 1] > 0)
@@ -296,6 +317,8 @@ class Owned(Batch):
                 keep.view(-1, *[1] * (value.ndim - 1)), answer.state[key].to(value.dtype), value[rows]
             )
         facts.learnt(owners, answer, ok, A)
+        if self.group["scale"] == "nuclear_shared":
+            share_nuclear(self, answer.nuclear_norm, answer.scale, ok, facts)
         return answer.D, torch.stack([answer.scale.double(), ok.double()], 1)
 
     def _to_owners(self, A: Tensor) -> Started:
@@ -322,16 +345,25 @@ class Owned(Batch):
         kinds = list(dict.fromkeys(self.shapes)) or [(1, 1)]
         return [like.new_empty(self.shapes.count(shape), *shape) for shape in kinds]
 
+    def _as_stored(self, batch: Tensor) -> Tensor:
+        """Matrices (k, m, n) as stretches of them lie in the parameter."""
+        return batch.flatten(1).unsqueeze(-1) if self.split.flattened else batch
+
     def _gap_views(self, batches: list[Tensor]) -> list[Tensor]:
         """Of this rank's matrices, rank by rank of the group, the pieces that lie there."""
-        matrices = [matrix.unsqueeze(0) for batch in batches for matrix in batch]
+        matrices = [matrix.unsqueeze(0) for batch in batches for matrix in self._as_stored(batch)]
         return [m[slices(cut)] for cuts in self.gaps for m, cut in zip(matrices, cuts, strict=True)]
 
     def _to_shards(self, D: list[Tensor], numbers: Tensor) -> Started:
         """Starts sending each rank its pieces of this rank's directions, behind the numbers of these matrices."""
         bits, ranks = numbers.reshape(-1).view(D[0].dtype), len(self.gaps)
         if self.even:
-            parts = D[0].unflatten(self.axis_cut, (ranks, -1)).movedim(self.axis_cut, 0).reshape(ranks, -1)
+            parts = (
+                self._as_stored(D[0])
+                .unflatten(self.axis_cut, (ranks, -1))
+                .movedim(self.axis_cut, 0)
+                .reshape(ranks, -1)
+            )
             flat = torch.cat([bits.expand(ranks, -1), parts], 1).view(-1)
         else:
             flat, views, count = (

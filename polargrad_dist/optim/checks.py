@@ -12,11 +12,11 @@ from torch.distributed.tensor import DTensor
 
 from polargrad_dist.distributed.teams import local
 from polargrad_dist.errors import ConfigError
-from polargrad_dist.optim.matrix import RULES
+from polargrad_dist.optim.matrix import RULES, rule_of
 from polargrad_dist.optim.member import Member
 from polargrad_dist.optim.rules import Rule
 
-RULE_KEYS = tuple(Rule.__dataclass_fields__)
+RULE_KEYS = tuple(key for key in Rule.__dataclass_fields__ if key != "options")
 GROUP_KEYS = (
     *RULE_KEYS,
     "split_sizes",
@@ -32,6 +32,10 @@ GROUP_KEYS = (
 FIXED = (
     "algorithm",
     "momentum",
+    "precondition",
+    "normalize",
+    "control",
+    "center_rows",
     "oracle",
     "row_sharded",
     "split_sizes",
@@ -120,12 +124,14 @@ class Checks:
 
     def __init__(self) -> None:
         self._fixed: list[tuple[Any, ...]] = []
+        self._pauses: list[bool] = []
         self._seen: list[tuple[Any, ...]] = []
         self._states: list[tuple[torch.Tensor, int]] = []
 
     def add(self, group: Mapping[str, Any]) -> None:
         """Takes note of a group as it is at construction."""
         self._fixed.append(fixed_part(group))
+        self._pauses.append(rule_of(group).pauses(group))
         self._seen.append(self.numbers(group))
 
     @staticmethod
@@ -145,6 +151,12 @@ class Checks:
                     check_values(group, f"parameter group {number}")
                 except ConfigError as error:
                     return error
+                if rule_of(group).pauses(group) != self._pauses[number]:
+                    return ConfigError(
+                        f"parameter group {number} has scale {group['scale']!r} and floor {group['floor']}, which need other "
+                        "sums over ranks than before, expected scale 'nuclear_shared', or a floor above 0, at construction "
+                        "or never: build a new optimizer"
+                    )
                 self._seen[number] = now
             if missing := [key for key in FIXED if key not in group]:
                 return ConfigError(

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polargrad_dist.distributed.late import Late
 from polargrad_dist.distributed.plan import Entry
 from polargrad_dist.distributed.transport import Agreement
 from polargrad_dist.optim.matrix import Direction
 from polargrad_dist.optim.member import Member
+from polargrad_dist.optim.sums import Sums
 from polargrad_dist.polar import InverseSqrt
 
 NAN = float("nan")
@@ -32,6 +34,7 @@ class Facts:
 
     keep: frozenset[int] = frozenset()
     ok: Tensor | None = None
+    sums: Sums | None = None
     kept: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=lambda: defaultdict(list))
     kept_gram: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -40,6 +43,17 @@ class Facts:
     _spectra: list[tuple[list[int], Tensor]] = field(default_factory=list)
     _flags: list[tuple[list[int], Tensor]] = field(default_factory=list)
     _events: list[tuple[str, Any, Any]] = field(default_factory=list)
+    _arriving: list[tuple[list[int], Late]] | None = None
+
+    def absorb(self, earlier: Facts) -> None:
+        """Takes in what an earlier part of the same step learnt."""
+        self.kept.update(earlier.kept)
+        self.kept_gram.update(earlier.kept_gram)
+        for role, seconds in earlier.seconds.items():
+            self.seconds[role] += seconds
+        self._spectra += earlier._spectra
+        self._flags += earlier._flags
+        self._events += earlier._events
 
     @contextmanager
     def clock(self, role: str, device: torch.device) -> Iterator[None]:
@@ -104,13 +118,32 @@ class Facts:
         if self.failure[0] < kind:
             self.failure, self.error = (kind, member.index), error
 
+    def send(self) -> None:
+        """Sends the flags on their way to the host, one message per device; `worst` reads them."""
+        by_device: dict[torch.device, list[tuple[list[int], Tensor]]] = defaultdict(list)
+        for numbers, ok in self._flags:
+            by_device[ok.device].append((numbers, ok.reshape(-1)))
+        self._arriving = [
+            ([number for numbers, _ in flags for number in numbers], Late(torch.cat([ok for _, ok in flags])))
+            for flags in by_device.values()
+        ]
+
     def worst(self) -> tuple[int, int]:
-        """(kind, parameter) of the worst failure on this rank, (0, 0) without. Reads flags back from the device."""
-        if self.failure[0] == 0 and self._flags:
-            flags = torch.cat([ok.reshape(-1).cpu() for _, ok in self._flags])
-            if not bool(flags.all()):
-                numbers = [number for numbers, _ in self._flags for number in numbers]
-                self.failure = (NOT_FINITE, numbers[int((~flags).nonzero()[0])])
+        """(kind, parameter) of the worst failure on this rank, (0, 0) without.
+
+        Waits for the device's work up to `send`, and no further.
+        """
+        if self.failure[0] == 0:
+            if self._arriving is None:
+                self.send()
+            bad = [
+                number
+                for numbers, flags in self._arriving or []
+                for number, ok in zip(numbers, flags.read(), strict=True)
+                if not ok
+            ]
+            if bad:
+                self.failure = (NOT_FINITE, bad[0])
         return self.failure
 
     def table(self, count: int) -> tuple[Tensor, Tensor]:

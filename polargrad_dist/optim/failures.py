@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from polargrad_dist.distributed.plan import Entry
+from polargrad_dist.distributed.transport import Agreement
 from polargrad_dist.errors import ConfigError, PolarError
-from polargrad_dist.optim.facts import NOT_FINITE, OUT_OF_MEMORY, REFUSED
+from polargrad_dist.optim.facts import NOT_FINITE, OUT_OF_MEMORY, REFUSED, Facts
+
+
+def raise_together(
+    facts: Facts, agreement: Agreement | None, entries: Sequence[Entry], device: torch.device
+) -> None:
+    """Raises the worst failure of a step on all ranks."""
+    kind, index = facts.worst()
+    worst = kind << 32 | index
+    if agreement is not None:
+        worst = int(agreement.largest(torch.tensor([worst])))
+    if worst:
+        kind, index = worst >> 32, worst & 0xFFFFFFFF
+        own = facts.error if facts.failure == (kind, index) else None
+        raise failure_of(kind, entries[index], own, device) from own
 
 
 def failure_of(kind: int, entry: Entry, cause: Exception | None, device: torch.device) -> Exception:

@@ -15,7 +15,8 @@ from polargrad_dist.optim.matrix import RULES
 from polargrad_dist.optim.routing import route
 from polargrad_dist.optim.rules import OptimizerConfig, Rule
 
-DEFAULTS = asdict(Rule(lr=1e-3, momentum="none")) | {
+_RULE = asdict(Rule(lr=1e-3, momentum="none"))
+DEFAULTS = {key: value for key, value in _RULE.items() if key != "options"} | {
     "split_sizes": None, "num_heads": None, "flatten": False, "transposed": False, "role": None,
 }  # fmt: skip
 

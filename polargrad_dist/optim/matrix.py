@@ -15,7 +15,8 @@ from torch.optim.adamw import adamw
 from polargrad_dist.distributed.layout import Split
 from polargrad_dist.distributed.plan import TALL_ROLES
 from polargrad_dist.errors import ConfigError
-from polargrad_dist.optim.parts import MOMENTA, SCALES
+from polargrad_dist.optim import soap
+from polargrad_dist.optim.parts import MOMENTA, SCALES, centred, rows_normalized
 from polargrad_dist.polar import InverseSqrt, cost, gram_qdwh, homogenize, inverse_sqrt, polar
 
 POLYNOMIAL = ("newton_schulz", "polar_express")
@@ -55,23 +56,39 @@ class Polar:
         nesterov = "+nesterov" if group["nesterov"] else ""
         factor = "polar" if group["spectrum"] == "polar" else "homogenized"
         factor = factor if group["algorithm"] == "polar" else group["algorithm"]
-        return f"{factor} {group['scale']} {group['momentum']}{nesterov} {group['oracle']}{steps}"
+        parts = [group["precondition"], "centred" if group["center_rows"] else "none", group["normalize"]]
+        extras = "".join(f"+{part}" for part in parts if part != "none")
+        control = f" {group['control']}" if group["control"] == "hyperball" else ""
+        return f"{factor}{extras} {group['scale']} {group['momentum']}{nesterov} {group['oracle']}{steps}{control}"
 
     def states(self, group: Group) -> tuple[str, ...]:
         """Names of the elementwise states, which begin as zeros of the parameter's shape."""
-        return () if group["momentum"] == "none" else ("momentum",)
+        return () if group["momentum"] == "none" or group["precondition"] == "soap" else ("momentum",)
 
     def owner_states(self, group: Group) -> dict[str, Callable[[int, int], tuple[int, ...]]]:
         """Names of the states kept with whole matrices, and their shape for an m x n matrix as stored; zeros at first."""
-        return {}
+        states: dict[str, Callable[[int, int], tuple[int, ...]]] = {}
+        if group["normalize"] == "rows":
+            across = group["transposed"]
+            states["row_energy"] = lambda m, n: (n if across else m,)
+        if group["precondition"] == "soap":
+            states |= {key: lambda m, n, key=key: soap.shapes(m, n)[key] for key in soap.shapes(1, 1)}  # type: ignore[misc]
+        return states
+
+    def pauses(self, group: Group) -> bool:
+        """Whether steps wait for sums over ranks: nuclear norms of other matrices, norms of weights (`parts.lengths`)."""
+        return group["scale"] == "nuclear_shared" or group["control"] == "hyperball" or group["floor"] > 0
 
     def cost(self, shape: tuple[int, int], group: Group) -> float:
         """Flops of `direction` on one matrix, by which matrices are dealt to ranks."""
-        return cost(shape, group["oracle"], group["steps"])
+        whitening = soap.cost(*shape) if group["precondition"] == "soap" else 0.0
+        return cost(shape, group["oracle"], group["steps"]) + whitening
 
     def tall(self, group: Group, split: Split, dtype: torch.dtype) -> bool:
         """Whether `root` serves: the direction is the matrix times a root of its Gram matrix, which shards can apply."""
         if type(self) is not Polar or len(split.matrices) != 1 or split.rows < split.cols:
+            return False
+        if group["center_rows"] or self.owner_states(group):
             return False
         truncated = self.bounded(group) and dtype != torch.float64
         if not (group["oracle"] in ("auto", "gram") or truncated) or split.stacked:
@@ -85,11 +102,18 @@ class Polar:
 
     def momentum(self, state: dict[str, Tensor], grad: Tensor, group: Group) -> Tensor:
         """What `direction` is given, from a stretch of the gradient; must not change ``grad``."""
+        if group["precondition"] == "soap":  # which keeps the momentum where it has the gradient
+            return grad
         move = MOMENTA.get(group["momentum"])
         return grad if move is None else move(state["momentum"], grad, group["beta"], group["nesterov"])
 
     def direction(self, A: Tensor, state: dict[str, Tensor], group: Group) -> Direction:
         """The polar factor of each matrix of A (k, m, n), or its homogenized factor, and its scale."""
+        if group["precondition"] == "soap":
+            A, whitening = soap.whitened(A, state, group)
+            state = {**state, **whitening}
+        if group["center_rows"]:
+            A = centred(A, group["transposed"])
         A = A.to(oracle_dtype(group, A.dtype))
         if group["spectrum"] == "homogenized":
             D, nuclear, *found = homogenize(A, lower=group["lower"])
@@ -100,6 +124,11 @@ class Polar:
                 A, method=group["oracle"], steps=group["steps"], lower=group["lower"], check=False, info=free
             )
             known = info[2:] if info else (None,) * 3
+        if group["center_rows"]:
+            D = centred(D, group["transposed"])
+        if group["normalize"] == "rows":
+            D, energy = rows_normalized(D, state["row_energy"], group["betas"][1], group["transposed"])
+            state = {**state, "row_energy": energy}
         return Direction(D, self.scale(A.shape[-2:], nuclear, group), state, nuclear, *known)
 
     def root(self, S: Tensor, m: int, group: Group, bound: Tensor | None) -> tuple[InverseSqrt, Tensor]:
@@ -116,7 +145,7 @@ class Polar:
     def scale(self, shape: Sequence[int], nuclear: Tensor, group: Group) -> Tensor:
         """The factor of each direction, in fp64; ``shape`` is (rows, columns) as stored."""
         m, n = reversed(shape) if group["transposed"] else shape
-        factor = SCALES[group["scale"]](m, n, nuclear)
+        factor = SCALES[group["scale"]](m, n, nuclear, group["alpha"])
         return (
             factor.double()
             if isinstance(factor, Tensor)
@@ -124,12 +153,18 @@ class Polar:
         )
 
     def apply(self, state: dict[str, Tensor], direction: Tensor, scale: Tensor, group: Group) -> Tensor:
-        """The step of a stretch of the weights; ``scale`` is broadcast against it. Must not change ``direction``."""
+        """The step of a stretch of the weights; ``scale`` is broadcast against it. Must not change ``direction``.
+
+        ``direction`` is as it travelled, in bf16 say; the step is in at least fp32.
+        """
         if group["momentum"] == "polar_first":
             m = state["momentum"]
             direction = m.lerp_(direction.to(m.dtype), 1 - group["beta"])
             return direction * (scale * -group["lr"]).to(m.dtype)
-        return direction * (scale * -group["lr"]).to(direction.dtype)
+        wide = torch.promote_types(direction.dtype, torch.float32)
+        factor = (scale * -group["lr"]).to(wide)
+        step = direction.to(wide, memory_format=torch.contiguous_format)
+        return step * factor if step is direction else step.mul_(factor)
 
 
 class AdamW:
@@ -140,6 +175,10 @@ class AdamW:
 
     def describe(self, group: Group) -> str:
         return "adamw"
+
+    def pauses(self, group: Group) -> bool:
+        """Never: no element needs another's norm."""
+        return False
 
     def states(self, group: Group) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")

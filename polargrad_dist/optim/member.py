@@ -64,34 +64,30 @@ class Member:
         return tuple((a - at, b - at) for (a, b), (at, _) in zip(shard, stored, strict=True))  # type: ignore[return-value]
 
     @cached_property
-    def _whole(self) -> bool:
-        return self.entry.layout.copies == 1 or self.entry.layout.cut is None
+    def _shard(self) -> tuple[slice, ...] | None:
+        """`window` as an index; None where it is all that is stored."""
+        whole = self.entry.layout.copies == 1 or self.entry.layout.cut is None
+        return None if whole else slices(self.window)
 
-    def canonical(self, x: Tensor) -> Tensor:
-        """A tensor of some of the parameter's elements as (slices, rows, columns)."""
-        if self.stacked:
-            return x
-        return x.flatten(1).unsqueeze(0) if x.ndim > 1 else x.view(1, -1, 1)
+    def canonical(self, x: Tensor, part: tuple[slice, ...] | None = None) -> Tensor:
+        """What is here of ``x`` as (slices, rows, columns), or a part of that; writes through."""
+        x = (x.to_local() if isinstance(x, DTensor) else x).detach()
+        if not self.stacked:
+            x = x.flatten(1).unsqueeze(0) if x.ndim > 1 else x.view(1, -1, 1)
+        return x if part is None else x[part]
 
     def stored(self) -> Tensor:
         """What this rank stores of the weights; writes through."""
-        return self.canonical(local(self.p).detach())
+        return self.canonical(self.p)
 
     def weight(self) -> Tensor:
         """The weights of this rank's optimizer shard; writes through."""
-        return self.shard_of(local(self.p).detach())
-
-    def shard_of(self, x: Tensor) -> Tensor:
-        """The optimizer shard of something that is stored as the parameter is."""
-        x = self.canonical(x)
-        return x if self._whole else x[slices(self.window)]
+        return self.canonical(self.p, self._shard)
 
     def gradient(self) -> Tensor:
         """The gradient of this rank's optimizer shard, zeros where this rank has none."""
         grad = self.p.grad
-        if grad is None:
-            return torch.zeros_like(self.weight())
-        return self.shard_of(grad.to_local() if isinstance(grad, DTensor) else grad)
+        return torch.zeros_like(self.weight()) if grad is None else self.canonical(grad, self._shard)
 
     def held(self, key: str) -> Tensor:
         """This rank's part of an elementwise state; low bits as int16."""

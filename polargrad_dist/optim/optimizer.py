@@ -18,18 +18,17 @@ from torch.distributed.tensor import DTensor
 
 from polargrad_dist.distributed.plan import Entry, Plan
 from polargrad_dist.distributed.teams import local
-from polargrad_dist.distributed.transport import Agreement, Started, Traffic
+from polargrad_dist.distributed.transport import Agreement, Traffic
 from polargrad_dist.errors import ConfigError
-from polargrad_dist.optim.buckets import Batch, Steps
 from polargrad_dist.optim.checks import Checks, check_keys, check_parameter, check_travel, check_values
+from polargrad_dist.optim.control import refuse_zero
 from polargrad_dist.optim.facts import Facts
-from polargrad_dist.optim.failures import failure_of
+from polargrad_dist.optim.failures import raise_together
 from polargrad_dist.optim.groups import DEFAULTS, completed, routed
-from polargrad_dist.optim.matrix import RULES
 from polargrad_dist.optim.member import Member, Travel
-from polargrad_dist.optim.planning import split_of
 from polargrad_dist.optim.routing import route
 from polargrad_dist.optim.rules import OptimizerConfig, Rule
+from polargrad_dist.optim.running import run
 from polargrad_dist.optim.state import NamedState
 from polargrad_dist.optim.world import World
 
@@ -100,7 +99,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         dtype = check_travel(comm_dtype, bucket_mb)
         self._travel = Travel(self.traffic, dtype, max(1, int(bucket_mb * 2**20)))
         self._gradients, self._norm_group = gradients, norm_group
-        self._world = World(process_group, self._travel, gradients)
+        self._world = self._new_world(process_group)
         self._checks = Checks()
         self._placed: list[int] | None = None
         self._steps = 0
@@ -136,8 +135,6 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         check_values(group, where)
         for name, p in zip(group["param_names"], group["params"], strict=True):
             check_parameter(name, p, self._gradients)
-            if RULES[group["algorithm"]].matrices:
-                split_of(group, name, tuple(p.shape))
         if self._travel.reducer is not None:
             raise ConfigError(
                 "gradients='reduce_scatter' cannot take further parameter groups after construction"
@@ -151,6 +148,9 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
                 self.param_groups.pop()  # what is refused leaves nothing behind
                 raise
         self._checks.add(self.param_groups[-1])
+
+    def _new_world(self, process_group: dist.ProcessGroup | None) -> World:
+        return World(process_group, self._travel, self._gradients)
 
     def _place(self, groups: Iterable[dict[str, Any]]) -> None:
         """Finds the ranks and the owners of these groups' parameters, and makes their state."""
@@ -172,7 +172,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
                 )
             self.state.clear()
             world = self._world
-            self._world = World(world.process_group, self._travel, self._gradients)
+            self._world = self._new_world(world.process_group)
             self._place(self.param_groups)
         for m in self._world.members:
             here = local(m.p)
@@ -301,70 +301,79 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
                 loss = closure()
         if ok is not None and not (isinstance(ok, torch.Tensor) and ok.dtype == torch.bool and ok.ndim == 0):
             raise ConfigError(f"ok is {ok!r}, expected a 0-d bool tensor, or None")
-        self.finish_reductions()
+        if self._travel.reducer:
+            self._travel.reducer.finish()
         present = self._agreed()
         self._check_copies()
         facts = self._facts = Facts(self._keep, ok=ok)
         self._keep = frozenset()
         self._travel.ok = ok
-        batches, order = self._world.schedule(present)
+        facts.sums = self._world.sums()
+        batches, orders = self._world.schedule(present)
         with torch.autocast(self._travel.device.type, enabled=False):
-            self._run(batches, order, facts)
-        if self._travel.device.type == "cpu":
-            self._raise_together(facts)
+            run(batches, orders, facts, self._add_up)
+        facts.send()
+        if not self.late:
+            self._raise_together()
         return loss
 
-    @staticmethod
-    def _run(batches: list[Batch], order: list[int], facts: Facts) -> None:
-        """Resumes the buckets in their order, each with what its last collective brought."""
-        running = [batch.run(facts) for batch in batches]
-        started: list[Started | None] = [None] * len(running)
-        for number in order:
-            on_its_way, started[number] = started[number], None
-            arrived = None if on_its_way is None else on_its_way.wait()
-            del on_its_way  # and what it was sent from
-            started[number] = next_of(running[number], arrived)
-            del arrived
+    def _add_up(self) -> None:
+        """Adds what each rank put into the step's sums, in one order on all of them, so that all get the same bits."""
+        group, sums = self._world.group, self._facts.sums
+        if sums is None:
+            return
+        if group is not None and group.size() > 1:
+            sums.values = self.traffic.all_gather(sums.values, group).wait().sum(0)
+        if self._steps == 1:
+            refuse_zero(self.works, self._facts)
 
     def _agreed(self) -> tuple[bool, ...]:
         """Which parameters have a gradient on some rank; raises together what keeps a rank from stepping."""
         problem = self._check_placed() or self._checks.complaint(self.param_groups)
         if problem is None and self._checks.states_changed(self._world.members):
             self._world.forget()
-        self._steps += 1
-        reducer, entries = self._travel.reducer, self._world.entries
-        present = torch.zeros(len(entries) + 2, dtype=torch.int32)
-        for m in self.works:
-            here = reducer.present[m.p] if reducer else m.p.grad is not None
-            present[m.index] = here + m.misplaced
-        late = self._travel.device.type != "cpu" and self._facts.worst()[0] > 0
-        present[-2], present[-1] = late, problem is not None
-        if self.agreement is not None:
-            self.agreement.largest(present)
+        self._steps, self._consolidated = self._steps + 1, None
+        reducer, world, agreement = self._travel.reducer, self._world, self._world.agreement
+        marks = [0] * len(world.entries)
+        for m in world.members:
+            grad = m.p.grad
+            marks[m.index] = int(reducer.present[m.p] if reducer else grad is not None)
+            marks[m.index] += isinstance(grad, DTensor) and m.misplaced
+        late = self.late and self._facts.worst()[0] > 0
+        present = torch.tensor([*marks, late, problem is not None], dtype=torch.int32)
+        if agreement is not None:
+            agreement.largest(present)
         *somewhere, failed, refused = present.tolist()
         if refused:
             raise problem or ConfigError("another rank cannot step, so no rank does: see its error")
         if failed:
-            facts, self._facts = self._facts, Facts()
-            self._raise_together(facts)
+            self._raise_together()
         if max(somewhere, default=0) > 1:
             self._redistribute()
         return tuple(map(bool, somewhere))
 
-    def _raise_together(self, facts: Facts) -> None:
-        """Raises the worst failure of a step on all ranks."""
-        kind, index = facts.worst()
-        worst = kind << 32 | index
-        if self.agreement is not None:
-            worst = int(self.agreement.largest(torch.tensor([worst])))
-        if worst:
-            kind, index = worst >> 32, worst & 0xFFFFFFFF
-            own = facts.error if facts.failure == (kind, index) else None
-            raise failure_of(kind, self._world.entries[index], own, self._travel.device) from own
+    def _raise_together(self) -> None:
+        """Raises the worst failure of the last step on all ranks, once."""
+        facts, world = self._facts, self._world
+        try:
+            raise_together(facts, world.agreement, world.entries, self._travel.device)
+        except BaseException:
+            self._facts = Facts()
+            raise
+
+    @property
+    def late(self) -> bool:
+        """Whether a failure of a step is raised at the following one, so that no step waits for the device: on GPUs."""
+        return self._travel.device.type != "cpu"
+
+    def check_last_step(self) -> None:
+        """Raises what the last step failed with, which on a GPU the next one would raise. Waits; all ranks call it."""
+        if self.late:
+            self._raise_together()
 
     def _check_copies(self) -> None:
         """At the first two steps and now and then: what differs between ranks would go on doing so in silence."""
-        if self.agreement is None:
+        if self._world.agreement is None:
             return
         if (self._steps <= 2 or self._steps % RATES_CHECKED == 0) and (unlike := self._unlike()) is not None:
             raise ConfigError(
@@ -440,11 +449,3 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         if by not in ("role", "parameter"):
             raise ConfigError(f"stats(by={by!r}), expected 'role' or 'parameter'")
         return self._facts.stats(by, self._world.entries, self.agreement)
-
-
-def next_of(steps: Steps, arrived: torch.Tensor | None) -> Started | None:
-    """Resumes a bucket with what arrived; the collective that it starts next, None at its end."""
-    try:
-        return steps.send(arrived)  # type: ignore[arg-type]
-    except StopIteration:
-        return None

@@ -30,14 +30,14 @@ def entry(group: Mapping[str, Any], number: int, name: str, p: torch.Tensor, fou
             laid_out(shape, *where, (0,)),
             (root_cost(split.cols, group["oracle"], group["steps"]),),
         )
-        bounded = rule.bounded(group)
-        return Entry(*common, "tall", p.dtype, states, layout, found.ranks, split, costs, bounded=bounded)
+        flags = {"bounded": rule.bounded(group), "pauses": rule.pauses(group)}
+        return Entry(*common, "tall", p.dtype, states, layout, found.ranks, split, costs, **flags)
     layout = laid_out(shape, *where, cuttable(shape, group["flatten"]))
     by_size = {size: rule.cost(size, group) for size in set(sizes)}
     in_order = bool(rule.owner_states(group))
     costs = tuple(by_size[size] for size in sizes)
-    wide = group["oracle"] not in POLYNOMIAL
-    return Entry(*common, "owner", p.dtype, states, layout, found.ranks, split, costs, in_order, wide=wide)
+    flags = {"pauses": rule.pauses(group), "wide": group["oracle"] not in POLYNOMIAL}
+    return Entry(*common, "owner", p.dtype, states, layout, found.ranks, split, costs, in_order, **flags)
 
 
 def split_of(group: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Split:

@@ -178,6 +178,7 @@ def _order(item: tuple[tuple, dict]) -> tuple:
 def _group(config: OptimizerConfig, key: tuple, parameters: dict[str, torch.Tensor]) -> dict[str, Any]:
     role, *splits, weight_decay_scale = key
     group = asdict(config.rule(role))
+    group |= group.pop("options")
     group |= {"params": list(parameters.values()), "param_names": list(parameters), "role": role}
     group |= dict(zip(_SPLITS, splits, strict=True))
     group["weight_decay"] *= weight_decay_scale

@@ -7,6 +7,7 @@ Sources: PolarGrad family, algorithms C.1-C.4 of Lau, Long, Su (2025); Muon's sc
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -17,7 +18,10 @@ from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.matrix import RULES
 
 Momentum = Literal["none", "momentum_first", "polar_first", "heavy_ball"]
-Scale = Literal["nuclear", "muon", "moonlight", "spectral", "none"]
+Scale = Literal["nuclear", "nuclear_shared", "muon", "moonlight", "spectral", "none"]
+Precondition = Literal["none", "soap"]
+Normalize = Literal["none", "rows"]
+Control = Literal["decay", "cautious", "hyperball"]
 TAKES_STEPS = ("qdwh", "newton_schulz", "polar_express")
 Spectrum = Literal["polar", "homogenized"]
 Oracle = Literal["auto", "gram", "svd", "qdwh", "zolo", "newton", "newton_schulz", "polar_express"]
@@ -33,7 +37,12 @@ class Rule:
         momentum: "none" (C.1), "momentum_first" (C.2, Muon's order), "polar_first" (C.3) or "heavy_ball" (C.4).
         beta: momentum coefficient of the polar algorithm, in [0, 1).
         nesterov: take the polar factor of (1 - beta) G + beta M instead of M, as Muon does.
-        scale: factor of the polar factor: "nuclear" (PolarGrad), "muon", "moonlight", "spectral" or "none".
+        scale: factor of the polar factor: "nuclear" (PolarGrad), "nuclear_shared" (one sum of nuclear norms for all matrices
+            of a role), "muon", "moonlight", "spectral" or "none".
+        alpha: power to which the nuclear norm is taken: 1 is PolarGrad, 0 the direction alone.
+        precondition: "soap": whiten the momentum in the eigenbasis of the gradient's covariance, before the polar factor.
+        center_rows: take the mean row out before the polar factor and after it, for embeddings and heads.
+        normalize: "rows": divide each row of the polar factor by a running root mean square of it, as NorMuon does.
         spectrum: "polar" makes all singular values of the step equal; "homogenized" draws them together as the isotropic
             curvature model's quartic case does, at the same Frobenius norm.
         oracle: how polar factors are computed; "auto" is exact, "newton_schulz" is Muon's.
@@ -42,11 +51,14 @@ class Rule:
             fp64), and for that of the momentum in the others.
         lower: singular values below this fraction of the largest count as zero, in the exact oracles.
         weight_decay: decoupled decay, per unit of learning rate.
-        cautious: decay only the entries that the step also shrinks.
-        betas: AdamW's coefficients of the first and second moment.
-        eps: AdamW's epsilon.
+        control: "decay"; "cautious" decays only the entries that the step also shrinks; "hyperball" keeps each matrix's
+            Frobenius norm and makes the step lr times as long.
+        floor: least ratio of the update's Frobenius norm, before the learning rate, to the weight's; 0 for none.
+        betas: AdamW's coefficients of the first and second moment; the second also of soap's and of the rows' averages.
+        eps: AdamW's epsilon, and soap's.
         row_sharded: compute a tall matrix from the Gram matrices of its row shards; null decides by shape (m >= 8n)
             and role.
+        options: a registered rule's own options, by name.
     """
 
     lr: float = 0.02
@@ -55,20 +67,26 @@ class Rule:
     beta: float = 0.95
     nesterov: bool = False
     scale: Scale = "nuclear"
+    alpha: float = 1.0
+    precondition: Precondition = "none"
+    center_rows: bool = False
+    normalize: Normalize = "none"
     spectrum: Spectrum = "polar"
     oracle: Oracle = "auto"
     steps: int | None = None
     oracle_dtype: Literal["float32", "bfloat16"] | None = None
     lower: float = 1e-4
     weight_decay: float = 0.0
-    cautious: bool = False
+    control: Control = "decay"
+    floor: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     row_sharded: bool | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     def check(self, where: str) -> None:
         """Raises ``ConfigError`` naming ``where`` and the field for a value that makes no sense."""
-        for name in ("lr", "beta", "eps", "lower", "weight_decay", "steps"):
+        for name in ("lr", "beta", "eps", "lower", "weight_decay", "alpha", "floor", "steps"):
             value = getattr(self, name)
             if value is None and name == "steps":
                 continue
@@ -79,7 +97,7 @@ class Rule:
                 raise ConfigError(f"{where}.{name} is {value!r}, expected {what}")
         if not (isinstance(self.betas, list | tuple) and all(isinstance(beta, Real) for beta in self.betas)):
             raise ConfigError(f"{where}.betas is {self.betas!r}, expected two numbers in [0, 1)")
-        for name in ("nesterov", "cautious"):
+        for name in ("nesterov", "center_rows"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{where}.{name} is {getattr(self, name)!r}, expected true or false")
         choices = {
@@ -87,9 +105,18 @@ class Rule:
             "scale": Scale,
             "spectrum": Spectrum,
             "oracle": Oracle,
+            "precondition": Precondition,
+            "normalize": Normalize,
+            "control": Control,
         }
         if self.algorithm not in RULES:
             raise ConfigError(f"{where}.algorithm is {self.algorithm!r}, expected one of: {', '.join(RULES)}")
+        known_options = getattr(RULES[self.algorithm], "options", {})
+        if strange := sorted(set(self.options) - set(known_options)):
+            raise ConfigError(
+                f"{where}.options has {strange[0]!r}, expected an option of the rule {self.algorithm!r}: "
+                f"{', '.join(known_options) or 'it has none'}"
+            )
         for name, literal in choices.items():
             if getattr(self, name) not in literal.__args__:  # type: ignore[attr-defined]
                 known = ", ".join(literal.__args__)  # type: ignore[attr-defined]
@@ -101,33 +128,76 @@ class Rule:
             "eps": (self.eps > 0, "a number > 0"),
             "lower": (0 < self.lower < 1, "a number in (0, 1)"),
             "weight_decay": (0 <= self.weight_decay < math.inf, "a finite number >= 0"),
+            "alpha": (0 <= self.alpha < math.inf, "a finite number >= 0"),
+            "floor": (0 <= self.floor < math.inf, "a finite number >= 0"),
             "steps": (self.steps is None or self.steps >= 1, "null or a whole number >= 1"),
             "oracle_dtype": (self.oracle_dtype in (None, "float32", "bfloat16"), "null, float32 or bfloat16"),
         }
         for name, (good, expected) in ranges.items():
             if not good:
                 raise ConfigError(f"{where}.{name} is {getattr(self, name)}, expected {expected}")
-        if self.steps is not None and self.algorithm != "adamw" and self.oracle not in TAKES_STEPS:
-            raise ConfigError(
-                f"{where}.steps is {self.steps} with oracle {self.oracle!r}, which runs to convergence: set steps to null, "
-                f"or take one of the oracles {', '.join(TAKES_STEPS)}"
+        for clashes, found, expected in self._combinations():
+            if clashes:
+                raise ConfigError(f"{where}.{found}, expected {expected}")
+
+    def _combinations(self) -> Iterator[tuple[bool, str, str]]:
+        """(whether it is so, what was found, what was expected) of fields that do not go together."""
+        adamw, hyperball = self.algorithm == "adamw", self.control == "hyperball"
+        steps = "steps set to null, or one of the oracles " + ", ".join(TAKES_STEPS)
+        yield (
+            self.steps is not None and not adamw and self.oracle not in TAKES_STEPS,
+            f"steps is {self.steps} with oracle {self.oracle!r}, which runs to convergence",
+            steps,
+        )
+        yield (
+            self.spectrum == "homogenized"
+            and (self.algorithm != "polar" or self.oracle not in ("auto", "gram")),
+            f"spectrum is 'homogenized' with algorithm {self.algorithm!r} and oracle {self.oracle!r}",
+            "algorithm 'polar' and oracle 'auto' or 'gram', which know the singular values",
+        )
+        for name, nothing in PARTS.items():
+            value = getattr(self, name)
+            yield (
+                adamw and value != nothing,
+                f"{name} is {value!r} with algorithm 'adamw'",
+                f"{nothing!r}: it is for the polar rules",
             )
-        if self.spectrum == "homogenized" and (
-            self.algorithm != "polar" or self.oracle not in ("auto", "gram")
-        ):
-            raise ConfigError(
-                f"{where}.spectrum is 'homogenized' with algorithm {self.algorithm!r} and oracle {self.oracle!r}, expected "
-                "algorithm 'polar' and oracle 'auto' or 'gram', which know the singular values"
-            )
-        if self.cautious and self.algorithm == "adamw":
-            raise ConfigError(
-                f"{where}.cautious is true with algorithm 'adamw', expected false: it is for the polar rules"
-            )
-        if self.nesterov and self.momentum not in ("momentum_first", "heavy_ball"):
-            raise ConfigError(
-                f"{where}.nesterov is true with momentum {self.momentum!r}, expected momentum_first or heavy_ball: "
-                "there is no momentum to look ahead along before the polar factor"
-            )
+        yield (
+            self.nesterov and self.momentum not in ("momentum_first", "heavy_ball"),
+            f"nesterov is true with momentum {self.momentum!r}",
+            "momentum_first or heavy_ball: there is no momentum to look ahead along before the polar factor",
+        )
+        yield (
+            self.precondition == "soap" and self.momentum not in ("momentum_first", "heavy_ball"),
+            f"precondition is 'soap' with momentum {self.momentum!r}",
+            "momentum_first or heavy_ball, whose momentum is whitened",
+        )
+        yield (
+            self.alpha != 1 and self.scale not in ("nuclear", "nuclear_shared"),
+            f"alpha is {self.alpha} with scale {self.scale!r}, which has no nuclear norm",
+            "alpha 1, or scale 'nuclear' or 'nuclear_shared'",
+        )
+        yield (
+            self.weight_decay != 0 and hyperball,
+            f"weight_decay is {self.weight_decay} with control 'hyperball', which keeps the weight's norm",
+            "weight_decay 0",
+        )
+        yield (
+            (self.scale != "none" or self.floor != 0) and hyperball,
+            f"scale is {self.scale!r} and floor {self.floor} with control 'hyperball', which sets the step's length itself",
+            "scale 'none' and floor 0",
+        )
+
+
+# What only the polar rules read, beside what a rule of AdamW has by default.
+PARTS = {
+    "alpha": 1.0,
+    "precondition": "none",
+    "center_rows": False,
+    "normalize": "none",
+    "control": "decay",
+    "floor": 0.0,
+}
 
 
 def muon_rule(lr: float = 0.02, **changes: Any) -> Rule:

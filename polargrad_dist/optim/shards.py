@@ -11,6 +11,7 @@ from polargrad_dist.distributed.plan import ROOT_NUMBERS
 from polargrad_dist.distributed.schedule import Bucket
 from polargrad_dist.distributed.transport import pack_triangle, unpack_triangle
 from polargrad_dist.optim.buckets import Batch, Steps
+from polargrad_dist.optim.control import controlled, share_nuclear
 from polargrad_dist.optim.facts import Facts
 from polargrad_dist.optim.member import Member, Travel
 from polargrad_dist.optim.parts import join_bf16, split_bf16
@@ -23,6 +24,8 @@ class Tall(Batch):
     def __init__(self, bucket: Bucket, members: Sequence[Member], travel: Travel):
         super().__init__(bucket, members, travel)
         self._join(self.first.elementwise)
+        e = self.entry
+        self.triangle, self.slots = e.triangle, e.layout.world if e.bounded else 0
 
     def run(self, facts: Facts) -> Steps:
         """The matrix's step."""
@@ -35,15 +38,12 @@ class Tall(Batch):
         if self.team.group is None:
             X, numbers = self._root(S, columns, largest, facts)
         else:
-            at, traffic, world = self.team.order.index(owner), self.travel.traffic, e.layout.world
-            rows = [
-                largest.view(1) if place == self.place else S.new_zeros(1)
-                for place in range(world if e.bounded else 0)
-            ]
+            at, traffic = self.team.order.index(owner), self.travel.traffic
+            rows = [largest.view(1) if place == self.place else S.new_zeros(1) for place in range(self.slots)]
             sums = yield traffic.reduce(torch.cat([pack_triangle(S), columns, *rows]), at, self.team.group)
-            message = S.new_empty((n * n if e.bounded else e.triangle) + ROOT_NUMBERS)
+            message = S.new_empty((n * n if e.bounded else self.triangle) + ROOT_NUMBERS)
             if self.place == owner:
-                packed, columns, slots = sums.split([e.triangle, len(columns), len(rows)])
+                packed, columns, slots = sums.split([self.triangle, len(columns), len(rows)])
                 largest = slots.amax() if e.bounded else largest
                 X, numbers = self._root(unpack_triangle(packed, n), columns, largest, facts)
                 message = torch.cat([X.reshape(-1) if e.bounded else pack_triangle(X), numbers])
@@ -52,6 +52,10 @@ class Tall(Batch):
             X = root.view(n, n) if e.bounded else unpack_triangle(root, n)
         precise = self.group["lower"] < 1e-4  # strict: directions that an fp32 product would lose
         numbers = numbers.to(self.first.device)
+        if e.pauses:
+            D = apply_rows(A.to(device), X, precise=precise).to(self.first.device)
+            yield from controlled(self, D[None, None], numbers[0], numbers[3] > 0, facts)
+            return self.settle(kept)
         for part in self.bucket.portions:
             with facts.clock(e.role, device):
                 D = apply_rows(A[part.rows].to(device), X, precise=precise).to(self.first.device)
@@ -72,6 +76,8 @@ class Tall(Batch):
             return torch.zeros_like(S), S.new_zeros(ROOT_NUMBERS)
         ok = root.nuclear_norm.isfinite()
         facts.learnt_root(self.first, root, ok, given)
+        if self.group["scale"] == "nuclear_shared":
+            share_nuclear(self, root.nuclear_norm, scale, ok, facts)
         return root.X, torch.stack([scale, root.sigma_max, root.sigma_min, ok.double()])
 
 

@@ -7,6 +7,8 @@ keys: `torch.distributed.checkpoint` takes `NamedState.named_state` and torch's 
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -23,15 +25,22 @@ from polargrad_dist.optim.checks import FIXED, check_values, fixed_part
 from polargrad_dist.optim.member import Member
 from polargrad_dist.optim.world import World
 
+TORCH_CHECKPOINT = "torch.distributed.checkpoint.state_dict"
 LAYOUT = {"transposed": False}  # keys that saved groups of earlier versions lack, with what they meant
 
 
 class NamedState:
-    """The part of `PolarGrad` that saves and loads; expects ``_world``, ``param_groups`` and ``state``."""
+    """The part of `PolarGrad` that saves and loads; expects ``_world``, ``_steps``, ``param_groups`` and ``state``."""
 
     _world: World
     _check_placed: Callable[[], ConfigError | None]
+    _steps: int
     param_groups: list[dict[str, Any]]
+    _optimizer_load_state_dict_pre_hooks: Any
+    _optimizer_load_state_dict_post_hooks: Any
+    # What consolidate_state_dict() put together, empty on the other ranks; None once the state has changed.
+    _consolidated: dict[int, dict[str, Tensor]] | None = None
+    _warned = False
 
     def named_state(self) -> dict[str, Tensor]:
         """``{"<parameter>.<state>": tensor}``: the tensors themselves, DTensors where sharded, the same keys on all ranks
@@ -60,13 +69,49 @@ class NamedState:
     def full_state_dict(self) -> dict[str, Any]:
         """Torch's form of state dict with whole tensors, on the CPU of every rank; loads anywhere. A collective."""
         self._adopt()
-        out: dict[str, Any] = {"state": {}, "param_groups": self.state_dict()["param_groups"]}
-        ids = {n: i for g in out["param_groups"] for n, i in zip(g["param_names"], g["params"], strict=True)}
+        return {"state": self._gathered(True), "param_groups": self._packed()["param_groups"]}
+
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Puts the whole state together in host memory of rank ``to``, whose ``state_dict()`` then returns it.
+
+        The protocol of torch's ``ZeroRedundancyOptimizer``: all ranks call this before one of them saves. ``to`` counts the
+        ranks of the optimizer. What was put together is dropped at the next step or load; the other ranks' ``state_dict()``
+        stays their own part. On one rank there is nothing to do.
+
+        Raises ``CheckpointError``, on all ranks, when rank ``to`` stores nothing of some parameter.
+        """
+        self._adopt()
+        if self._world.agreement is None:
+            return
+        ranks = self._world.plan.ranks or ()
+        if not (isinstance(to, int) and 0 <= to < len(ranks)):
+            raise CheckpointError(f"to is {to!r}, expected a rank in [0, {len(ranks)})")
+        for e in self._world.entries:
+            if ranks[to] not in e.ranks:
+                raise CheckpointError(
+                    f"rank {to} stores nothing of {e.name}, expected a part of every parameter where the state is put "
+                    "together: save with torch.distributed.checkpoint and named_state()"
+                )
+        self._consolidated = self._gathered(ranks[to] == self._world.rank)
+
+    def _gathered(self, keep: bool) -> dict[int, dict[str, Tensor]]:
+        """Every state whole and on the CPU, by number of parameter; nothing where this rank does not ``keep`` it. A
+        collective."""
+        ids = {
+            n: i
+            for g in self._packed()["param_groups"]
+            for n, i in zip(g["param_names"], g["params"], strict=True)
+        }
+        out: dict[int, dict[str, Tensor]] = {}
         for m, key, value in self._states():
-            out["state"].setdefault(ids[m.entry.name], {})[key] = (
-                self._whole(m, key, value).detach().cpu().clone()
-            )
+            whole = self._whole(m, key, value).detach()
+            if keep:
+                out.setdefault(ids[m.entry.name], {})[key] = whole.cpu().clone()
         return out
+
+    def _packed(self) -> dict[str, Any]:
+        """Torch's own state dict, of what this rank holds."""
+        return super().state_dict()  # type: ignore[misc]
 
     def _whole(self, m: Member, key: str, value: Tensor) -> Tensor:
         """All of a state. A collective: one, where torch's ``full_tensor`` takes one per mesh dimension, and warns of it."""
@@ -86,9 +131,29 @@ class NamedState:
         return out
 
     def state_dict(self) -> dict[str, Any]:
-        """Torch's form, of what this rank holds; it says whose it is, and loads only there (see `full_state_dict`)."""
+        """Torch's form of state dict: the whole state after `consolidate_state_dict`, else what this rank holds.
+
+        A rank's own part says whose it is and loads only there. On several ranks it warns once, unless
+        `torch.distributed.checkpoint` asks, which gathers the parts itself.
+        """
         self._adopt()
-        return super().state_dict() | {"place": self._place_of_rank()}  # type: ignore[misc]
+        packed = self._packed()
+        if not any(isinstance(value, DTensor) for _, _, value in self._states()):
+            return packed  # whole on every rank
+        part = packed | {"place": self._place_of_rank()}
+        if asked_by_torch_checkpoint():
+            return part
+        if self._consolidated:
+            return packed | {"state": {i: dict(states) for i, states in self._consolidated.items()}}
+        if self._consolidated is None and self._steps and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "state_dict() holds this rank's part of the optimizer state only, and a checkpoint of one rank loses the "
+                "others': call consolidate_state_dict() on all ranks before rank 0 saves state_dict(), or save "
+                "full_state_dict() (docs/integrations.md has Accelerate, Transformers and Lightning)",
+                stacklevel=2,
+            )
+        return part
 
     def _adopt(self) -> None:
         """Takes up parameters that were swapped before the first step: their state is made only then."""
@@ -107,12 +172,16 @@ class NamedState:
         """
         try:
             self._adopt()
+            for hook in self._optimizer_load_state_dict_pre_hooks.values():
+                changed = hook(self, state_dict := dict(state_dict))
+                state_dict = state_dict if changed is None else changed
             found, problem = self._matched(state_dict), None
         except CheckpointError as error:
             found, problem = None, error
         except Exception as error:  # whatever a damaged dict holds: the other ranks wait for this one's word
             found = None
             problem = CheckpointError(f"this is no state of a PolarGrad ({type(error).__name__}: {error})")
+            problem.__cause__ = error
         if self._world.agreement is not None:
             someone = int(self._world.agreement.largest(torch.tensor([int(problem is not None)])))
             if someone and problem is None:
@@ -122,12 +191,15 @@ class NamedState:
         if problem is not None:
             raise problem
         assert found is not None
+        self._consolidated = None
         parts, groups = found
         for mine, theirs in parts:
             mine.copy_(theirs)
         for group in self.param_groups:
             saved = groups[tuple(group["param_names"])]
             group.update({k: v for k, v in saved.items() if k not in ("params", "param_names")})
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def _matched(
         self, state_dict: Mapping[str, Any]
@@ -162,7 +234,7 @@ class NamedState:
             if old == "residual":  # as it was called, as int16, until version 0.1
                 theirs = theirs.view(torch.uint8).view(*theirs.shape, 2)
             parts.append((local(value), _part(m, key, theirs, value)))
-        groups = {tuple(g["param_names"]): LAYOUT | g for g in state_dict["param_groups"]}
+        groups = {tuple(g["param_names"]): LAYOUT | _renamed(g) for g in state_dict["param_groups"]}
         if len(groups) > len(self.param_groups):
             raise CheckpointError(
                 f"the saved optimizer has {len(groups)} parameter groups, expected {len(self.param_groups)}: build this one "
@@ -198,6 +270,14 @@ class NamedState:
                 yield m, key, value
 
 
+def _renamed(group: dict[str, Any]) -> dict[str, Any]:
+    """A saved group with the keys of today: until version 0.2 ``control`` was ``cautious``, true or false."""
+    if "cautious" not in group:
+        return group
+    rest = {key: value for key, value in group.items() if key != "cautious"}
+    return rest | {"control": "cautious" if group["cautious"] else "decay"}
+
+
 def _part(m: Member, key: str, saved: Tensor, mine: Tensor) -> Tensor:
     """What belongs to this rank of a saved state: its stretch of a whole one, or this rank's own part as it is.
 
@@ -222,3 +302,13 @@ def _part(m: Member, key: str, saved: Tensor, mine: Tensor) -> Tensor:
             "with full_state_dict() or named_state(), which do not depend on the rank"
         )
     return part
+
+
+def asked_by_torch_checkpoint() -> bool:
+    """Whether torch's ``get_optimizer_state_dict`` or ``set_optimizer_state_dict`` is asking, through whatever wrapper."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == TORCH_CHECKPOINT:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

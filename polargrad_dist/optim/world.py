@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from polargrad_dist.distributed.plan import Entry, Plan, in_order, index_of
+from polargrad_dist.distributed.plan import Entry, Plan, in_order, index_of, sum_rows
 from polargrad_dist.distributed.reducer import Reduced, ShardReducer
 from polargrad_dist.distributed.schedule import Bucket, in_buckets
 from polargrad_dist.distributed.schedule import in_order as resumed
@@ -21,6 +21,7 @@ from polargrad_dist.optim.buckets import Batch, Owned
 from polargrad_dist.optim.member import Member, Travel
 from polargrad_dist.optim.planning import entry
 from polargrad_dist.optim.shards import Elementwise, Tall
+from polargrad_dist.optim.sums import Sums
 
 KINDS: dict[str, type[Batch]] = {"owner": Owned, "tall": Tall, "elementwise": Elementwise}
 Given = tuple[int, dict[str, Any], str, torch.nn.Parameter]  # number of the group, the group, name, parameter
@@ -41,7 +42,8 @@ class World:
         self.meshes = False
         self._counted: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._groups = Groups()
-        self._schedules: dict[tuple[bool, ...], tuple[list[Batch], list[int]]] = {}
+        self._sum_rows: dict[tuple[Any, int], int] = {}
+        self._schedules: dict[tuple[bool, ...], tuple[list[Batch], list[list[int]]]] = {}
 
     @property
     def rank(self) -> int:
@@ -50,8 +52,8 @@ class World:
 
     def add(self, given: list[Given], state: Any) -> None:
         """Deals further parameters, and makes their state in ``state``. Owners of earlier ones stay as they are."""
-        found = {id(p): placing(name, p, self.process_group) for _, _, name, p in given}
-        mine = [entry(group, number, name, p, found[id(p)]) for number, group, name, p in given]
+        found = {id(p): self.placing(name, p) for _, _, name, p in given}
+        mine = [self.entry(group, number, name, p, found[id(p)]) for number, group, name, p in given]
         self._meet([found[id(p)] for *_, p in given], [p for *_, p in given])
         meshes = torch.tensor([any(f.mesh is not None for f in found.values())], dtype=torch.int32)
         self.meshes |= bool(self.agreement.largest(meshes) if self.agreement else meshes)
@@ -59,6 +61,7 @@ class World:
         self.plan.add(merged)
         first = len(self.entries)
         self.entries += merged
+        self._sum_rows = sum_rows(self.entries)
         numbers = {e.key: first + i for i, e in enumerate(merged)}
         # Experts on several meshes of their own are copies of each other: their norm counts once.
         for e in merged:
@@ -76,15 +79,26 @@ class World:
         if self.gradients == "reduce_scatter":
             self._reduce()
 
+    def placing(self, name: str, p: torch.nn.Parameter) -> Placing:
+        """On which ranks a parameter lies, and how."""
+        return placing(name, p, self.process_group)
+
+    def entry(
+        self, group: dict[str, Any], number: int, name: str, p: torch.nn.Parameter, found: Placing
+    ) -> Entry:
+        """What the plan knows of a parameter. Raises ``ConfigError`` where its group's rule cannot take it."""
+        return entry(group, number, name, p, found)
+
+    def computes_on(self, p: torch.nn.Parameter, found: Placing) -> str:
+        """The kind of device on which the matrices of a parameter are computed."""
+        return p.device.type if found.mesh is None else found.mesh.device_type
+
     def _meet(self, found: list[Placing], params: list[torch.nn.Parameter]) -> None:
         """Finds the ranks that step together, and the device that computes."""
         for placed in found:
             self._groups.learn(placed, self.process_group)
         ranks = widest(found, self.process_group)
-        kinds = {
-            f.mesh.device_type if f.mesh is not None else p.device.type
-            for f, p in zip(found, params, strict=True)
-        }
+        kinds = {self.computes_on(p, f) for f, p in zip(found, params, strict=True)}
         if self.members:
             kinds.add(self.travel.device.type)
         if len(kinds) > 1:
@@ -203,8 +217,14 @@ class World:
         reduced = [Reduced(m.p, m.entry, m.team.place, copies) for m in self.members]
         self.travel.reducer = ShardReducer(reduced, group, self.travel.traffic, self.travel.limit)
 
-    def schedule(self, present: tuple[bool, ...]) -> tuple[list[Batch], list[int]]:
-        """This rank's buckets of the parameters that have a gradient somewhere, and the order in which they are resumed."""
+    def sums(self) -> Sums | None:
+        """Room for what steps wait for, where some do."""
+        rows = self._sum_rows
+        return Sums(rows, self._counted, self.travel.device) if rows else None
+
+    def schedule(self, present: tuple[bool, ...]) -> tuple[list[Batch], list[list[int]]]:
+        """This rank's buckets of the parameters that have a gradient somewhere, and the orders in which they are resumed: up
+        to the sums over ranks, and after."""
         if present not in self._schedules:
             if len(self._schedules) >= 8:
                 self._schedules.pop(next(iter(self._schedules)))
@@ -216,8 +236,9 @@ class World:
                     members = [here[item.entry] for item in bucket.items]
                     batches[number] = self._batch(bucket, members)
             where = {number: i for i, number in enumerate(batches)}
-            order = [where[number] for number in resumed([b.stages for b in buckets]) if number in where]
-            self._schedules[present] = list(batches.values()), order
+            stages = zip(*[b.stages for b in buckets], strict=True) if buckets else [(), ()]
+            orders = [[where[n] for n in resumed(counts) if n in where] for counts in stages]
+            self._schedules[present] = list(batches.values()), orders
         return self._schedules[present]
 
     def _batch(self, bucket: Bucket, members: Iterable[Member]) -> Batch:

@@ -114,12 +114,13 @@ def polar(
     tall = (a if m >= n else a.mT).reshape(math.prod(batch), max(m, n), min(m, n))
     if tall.numel() == 0:
         return _empty(a, method, hermitian, out_dtype, info)
-    finite = largest_entry(tall).isfinite()
+    peak = largest_entry(tall)
+    finite = peak.isfinite()
     if check:
         _require_finite(finite[:, 0, 0], a.shape[:-2])
     # H wants U in full, even if the caller wants it in half precision.
     dtype = torch.promote_types(out_dtype, torch.float32) if hermitian else out_dtype
-    options = Options(steps, lower, dtype, info, coefficients, check or a.device.type == "cpu", root)
+    options = Options(steps, lower, dtype, info, coefficients, check or a.device.type == "cpu", root, peak)
     sparse = _nonzero_rows(tall) if method == "auto" else None
     if method == "auto":
         method = choose_method(tall.shape if sparse is None else sparse.rows.shape, a.device, lower=lower)

@@ -16,7 +16,10 @@ GPU_CHUNK_ELEMENTS = 1 << 24
 
 
 class Options(NamedTuple):
-    """`polar`'s arguments as the methods see them; may_wait says whether numbers may be read back from the device."""
+    """`polar`'s arguments as the methods see them.
+
+    may_wait says whether numbers may be read back from the device; peak (B, 1, 1) is the largest entry of each matrix.
+    """
 
     steps: int | None
     lower: float
@@ -25,6 +28,7 @@ class Options(NamedTuple):
     coefficients: str | Sequence[tuple[float, float, float]] | None
     may_wait: bool
     root: str
+    peak: Tensor
 
 
 class Oracle(NamedTuple):
@@ -74,7 +78,8 @@ def inner_product(A: Tensor, U: Tensor, within: torch.dtype = torch.float64) -> 
     work = torch.promote_types(torch.promote_types(A.dtype, U.dtype), torch.float32)
     total = torch.zeros(A.shape[:-2], dtype=torch.float64, device=A.device)
     for chunk in row_chunks(A):
-        products = A[..., chunk, :].to(work) * U[..., chunk, :]
+        products = A[..., chunk, :].to(work)
+        products = products * U[..., chunk, :] if A.dtype == work else products.mul_(U[..., chunk, :])
         total = total + products.sum((-2, -1), dtype=torch.promote_types(within, work))
     return total
 

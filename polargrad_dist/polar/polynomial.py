@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PolarError
-from .oracle import Options, Oracle, inner_product, inverse_scale, largest_entry, orthogonality
+from .oracle import Options, Oracle, inner_product, inverse_scale, orthogonality
 
 Coefficients = Sequence[tuple[float, float, float]]
 
@@ -62,14 +62,14 @@ def polar_express(A: Tensor, options: Options) -> Oracle:
 
 
 def _polynomial(A: Tensor, schedule: Coefficients, margin: float, options: Options) -> Oracle:
-    X = A * inverse_scale(largest_entry(A)).to(A.dtype)
+    X = A * inverse_scale(options.peak).to(A.dtype)
     flat = (X if X.is_contiguous() else X.mT).flatten(
         1
     )  # over two dimensions, or a transposed view, it is slow
     # In A's own dtype, several times faster than in a wider one; what that rounds off is added again.
     work = torch.promote_types(A.dtype, torch.float32)
     norm = torch.linalg.vector_norm(flat, dim=1).to(work)[:, None, None] * (1 + torch.finfo(A.dtype).eps)
-    X = X * torch.where(norm > 0, 1 / (margin * norm), 0.0).to(A.dtype)
+    X.mul_(torch.where(norm > 0, 1 / (margin * norm), 0.0).to(A.dtype))
     U = run_polynomials(X, schedule)
     residual = orthogonality(U) if options.info else None
     return Oracle(
@@ -89,25 +89,34 @@ def run_polynomials(X: Tensor, schedule: Coefficients) -> Tensor:
 
 
 def _run_by_blocks(X: Tensor, schedule: Coefficients) -> Tensor:
+    n = X.shape[1]
+    # In half types a product of two blocks costs what it saves.
+    block = n if X.element_size() < 4 and n <= 2 * BLOCK_COLUMNS else BLOCK_COLUMNS
     for a, b, c in schedule:
-        S = _symmetric_product(X.mT, X)
-        W = _symmetric_product(S, S, alpha=c, add=S, beta=b) if c else b * S
+        S = _symmetric_product(X.mT, X, block)
+        W = _symmetric_product(S, S, block, alpha=c, add=S, beta=b) if c else b * S
         X = torch.addmm(X, X, W, beta=a)
     return X
 
 
 def _symmetric_product(
-    left: Tensor, right: Tensor, *, alpha: float = 1.0, add: Tensor | None = None, beta: float = 0.0
+    left: Tensor,
+    right: Tensor,
+    size: int,
+    *,
+    alpha: float = 1.0,
+    add: Tensor | None = None,
+    beta: float = 0.0,
 ) -> Tensor:
-    """alpha·left·right + beta·add (n, n), known to be symmetric: what is below the diagonal blocks is copied."""
+    """alpha·left·right + beta·add (n, n), known to be symmetric: what is below the diagonal blocks of ``size`` is copied."""
     n = len(left)
     out = left.new_empty(n, n)
     add = out if add is None else add  # with beta = 0 it is not read
-    for j in range(0, n, BLOCK_COLUMNS):
-        end = j + BLOCK_COLUMNS
+    for j in range(0, n, size):
+        end = j + size
         block = out[j:end, j:]
         torch.addmm(add[j:end, j:], left[j:end], right[:, j:], beta=beta, alpha=alpha, out=block)
-        out[end:, j:end] = block[:, BLOCK_COLUMNS:].mT
+        out[end:, j:end] = block[:, size:].mT
     return out
 
 

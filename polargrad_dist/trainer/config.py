@@ -9,8 +9,10 @@ from typing import Literal
 
 from polargrad_dist.diagnostics import DiagnosticsConfig
 from polargrad_dist.errors import ConfigError
+from polargrad_dist.optim.around import AverageConfig, LookaheadConfig, check_around
 from polargrad_dist.optim.schedules import ScheduleConfig
 from polargrad_dist.trainer.checkpoint import CheckpointConfig, checkpoints_in
+from polargrad_dist.trainer.launcher import check_launcher
 
 
 @dataclass
@@ -19,7 +21,9 @@ class StrategyConfig:
 
     Args:
         name: "ddp": a copy on every rank; "fsdp": FSDP2, sharded by block over all ranks; "hsdp": sharded within groups of
-            ranks and copied between them.
+            ranks and copied between them; "deepspeed": DeepSpeed's ZeRO.
+        zero_stage: under "deepspeed", what is sharded: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too; null for
+            2 there.
         replicas: copies of the model under "hsdp"; the world size must be a multiple of it.
         reshard_after_forward: free gathered parameters between forward and backward (less memory, more traffic).
         cpu_offload: keep sharded parameters, gradients and optimizer state in host memory.
@@ -27,11 +31,16 @@ class StrategyConfig:
             for data to be prepared waits longer, and says so.
     """
 
-    name: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    name: Literal["ddp", "fsdp", "hsdp", "deepspeed"] = "ddp"
+    zero_stage: int | None = None
     replicas: int = 1
     reshard_after_forward: bool = True
     cpu_offload: bool = False
     timeout_minutes: float = 10.0
+
+    @property
+    def zero_stage_or_default(self) -> int:
+        return 2 if self.zero_stage is None else self.zero_stage
 
 
 @dataclass
@@ -40,6 +49,7 @@ class EvaluationConfig:
 
     Args:
         every: steps between validations; 0 for only at the end.
+        late_every: steps between validations in the last tenth of the run; 0 for as before it.
         at_end: also validate after the last step.
         hellaswag: JSON lines of HellaSwag's form (ctx or ctx_a and ctx_b, endings, label), which the model has to complete;
             null for none.
@@ -48,10 +58,16 @@ class EvaluationConfig:
     """
 
     every: int = 250
+    late_every: int = 0
     at_end: bool = True
     hellaswag: str | None = None
     hellaswag_every: int = 1000
     hellaswag_items: int | None = None
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether the validation loss is measured after ``step`` of ``steps``."""
+        every = (self.late_every if 10 * step >= 9 * steps else 0) or self.every
+        return bool(every and step % every == 0) or (step == steps and self.at_end)
 
 
 @dataclass
@@ -145,12 +161,16 @@ class TrainerConfig:
         sequence_length: tokens per sequence.
         seed: of the initial weights, the order of the data and dropout.
         precision: "fp32"; "bf16-mixed": fp32 weights, bf16 matrix products; "bf16": bf16 weights, exactly accumulated.
+        tf32: on a GPU, let matrix products of fp32 numbers round their inputs to TF32's 10 bits: several times faster, and
+            felt with precision "fp32" only. Exact polar factors are computed without it either way.
         clip_norm: largest global norm of the gradient, applied before the oracle; null for none.
         compile: compile each block with torch.compile.
         activation_checkpointing: recompute each block's activations in backward.
         device: "auto" takes a GPU where there is one.
         allow_changes: run although the run directory holds another configuration.
         schedule: learning-rate and momentum schedule.
+        lookahead: EMA-Nesterov around the optimizer.
+        average: an average of the last weights, for validation and export.
         strategy: ddp, fsdp or hsdp.
         evaluation: validation.
         samples: text that the model writes while it trains.
@@ -167,12 +187,15 @@ class TrainerConfig:
     sequence_length: int = 256
     seed: int = 0
     precision: Literal["fp32", "bf16-mixed", "bf16"] = "fp32"
+    tf32: bool = False
     clip_norm: float | None = 1.0
     compile: bool = False
     activation_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     allow_changes: bool = False
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    lookahead: LookaheadConfig = field(default_factory=LookaheadConfig)
+    average: AverageConfig = field(default_factory=AverageConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
@@ -205,6 +228,7 @@ class TrainerConfig:
             ("logging.every", self.logging.every, 1),
             ("logging.stats_every", self.logging.stats_every, 0),
             ("evaluation.every", self.evaluation.every, 0),
+            ("evaluation.late_every", self.evaluation.late_every, 0),
             ("evaluation.hellaswag_every", self.evaluation.hellaswag_every, 0),
             ("evaluation.hellaswag_items", self.evaluation.hellaswag_items or 1, 1),
             ("logging.profile", self.logging.profile, 0),
@@ -245,12 +269,47 @@ class TrainerConfig:
                 f"trainer.strategy.replicas is {replicas} with strategy {self.strategy.name!r}, expected 1: replicas are "
                 "for 'hsdp'"
             )
+        self._check_deepspeed()
         if self.strategy.name == "ddp" and self.strategy.cpu_offload:
             raise ConfigError(
                 "trainer.strategy.cpu_offload is true with strategy 'ddp', expected 'fsdp' or 'hsdp'"
             )
         self.diagnostics.check()
         self.schedule.check(self.steps)
+        check_around(self.lookahead, self.average)
+        check_launcher(self, world)
+
+    def _check_deepspeed(self) -> None:
+        strategy = self.strategy
+        if strategy.name != "deepspeed":
+            if strategy.zero_stage is not None:
+                raise ConfigError(
+                    f"trainer.strategy.zero_stage is {strategy.zero_stage} with strategy {strategy.name!r}, expected null: "
+                    "stages are for 'deepspeed'"
+                )
+            return
+        stage = strategy.zero_stage_or_default
+        if stage not in (0, 1, 2, 3):
+            raise ConfigError(f"trainer.strategy.zero_stage is {stage}, expected 0, 1, 2 or 3")
+        for there, what, way in (
+            (self.precision == "bf16", "precision 'bf16'", "use 'bf16-mixed' or 'fp32'"),
+            (self.compile, "compile", "set it to false, or use strategy 'ddp' or 'fsdp'"),
+            (
+                stage == 3 and self.activation_checkpointing,
+                "activation_checkpointing at ZeRO stage 3",
+                "take a lower stage, or use strategy 'fsdp'",
+            ),
+            (
+                stage == 0 and strategy.cpu_offload,
+                "strategy.cpu_offload at ZeRO stage 0",
+                "take a higher stage",
+            ),
+            (not strategy.reshard_after_forward, "strategy.reshard_after_forward false", "it is for FSDP2"),
+        ):
+            if there:
+                raise ConfigError(
+                    f"trainer has {what} with strategy 'deepspeed', which has not been tried: {way}"
+                )
 
     def for_world(self, world: int) -> TrainerConfig:
         """The same run on ``world`` ranks: the same global batch, in the largest micro-batches up to the configured ones.

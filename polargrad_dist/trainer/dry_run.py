@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from polargrad_dist.integrations.fragments import planned
 from polargrad_dist.optim import OptimizerConfig, plan_for, route
 from polargrad_dist.trainer.config import TrainerConfig
 
@@ -21,16 +22,20 @@ def dry_run(
     if trainer.precision == "bf16":
         model.to(torch.bfloat16)
     name = trainer.strategy.name if ranks > 1 else "ddp"
-    replicas = {"ddp": ranks, "fsdp": 1, "hsdp": trainer.strategy.replicas}[name]
+    stage = trainer.strategy.zero_stage_or_default
+    replicas = {"ddp": ranks, "fsdp": 1, "hsdp": trainer.strategy.replicas, "deepspeed": ranks}[name]
     comm = None if optimizer.comm_dtype is None else getattr(torch, optimizer.comm_dtype)
-    shards = ranks // replicas
-    plan = plan_for(
-        route(model, optimizer),
-        replicas=replicas,
-        shards=shards,
-        gradients=optimizer.gradients,
-        comm_dtype=comm,
-    )
+    groups = route(model, optimizer)
+    if name == "deepspeed" and stage > 0:
+        plan = planned(groups, stage, ranks, comm)
+    else:
+        plan = plan_for(
+            groups,
+            replicas=replicas,
+            shards=ranks // replicas,
+            gradients=optimizer.gradients,
+            comm_dtype=comm,
+        )
     count = sum(p.numel() for p in model.parameters())
     print(plan.table())
     print(f"\nparameters: {count:,}")
@@ -45,10 +50,14 @@ def dry_run(
     traffic = plan.traffic()
     own = sum(row["parameters"] for row in memory[:1])
     if ranks > 1 and optimizer.gradients == "all_reduced":
-        what = "2P by DDP's all-reduce" if name == "ddp" else "3P in FSDP2's gathers and reductions"
-        print(
-            f"communication per step, gradients: {what}, P = {own * (1 if name == 'ddp' else ranks // replicas):,} bytes"
+        zero = {0: "2P", 1: "3P", 2: "2P", 3: "3P"}[
+            stage
+        ] + f" in ZeRO stage {stage}'s gathers and reductions"
+        what = {"ddp": "2P by DDP's all-reduce", "deepspeed": zero}.get(
+            name, "3P in FSDP2's gathers and reductions"
         )
+        whole = own if name == "ddp" else count * 4 if name == "deepspeed" else own * (ranks // replicas)
+        print(f"communication per step, gradients: {what}, P = {whole:,} bytes")
     for kind, size in traffic.items():
         print(f"communication per step and rank, optimizer's {kind}: {size:,} bytes")
     return 0

@@ -41,6 +41,7 @@ def evaluate(
                 return None
     finally:
         model.train()
+        placed.rest()
     summed, count = world.sum(total).tolist()
     out = {"validation_loss": summed / count}
     if validation.bytes_per_token:

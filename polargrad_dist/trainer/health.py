@@ -28,25 +28,31 @@ def reason_to_skip(loss: float, norm: float, recent: Sequence[float], safety: Sa
 
 
 @torch.no_grad()
-def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """The names whose part on this rank holds a NaN or an infinity; one read from the device per dtype."""
+def magnitudes(tensors: Mapping[str, torch.Tensor]) -> tuple[list[str], list[torch.Tensor]]:
+    """Names, and the largest magnitude of each one's part on this rank: as many numbers in a few tensors, one for every
+    device and dtype, in the order of the names. Nothing is read from the device.
+
+    Unlike a sum of squares it cannot overflow where every element is finite.
+    """
     kinds: dict[tuple[torch.device, torch.dtype], dict[str, torch.Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if part.is_floating_point() and part.numel():
             kinds[part.device, part.dtype][name] = part
-    bad: list[str] = []
-    for named in kinds.values():
-        # The largest magnitude: unlike a sum of squares it cannot overflow where every element is finite.
-        largest = torch.stack(torch._foreach_norm(list(named.values()), math.inf))
-        bad += [name for name, good in zip(named, largest.isfinite().tolist(), strict=True) if not good]
-    return bad
+    largest = [torch.stack(torch._foreach_norm(list(named.values()), math.inf)) for named in kinds.values()]
+    return [name for named in kinds.values() for name in named], largest
 
 
-def culprits(world: World, gradients: Mapping[str, torch.Tensor], local_loss: float) -> str:
-    """Which ranks and parameters a non-finite step came from; every rank calls it with its part of the gradients."""
-    bad = not_finite(gradients)
-    found = world.gather((math.isfinite(local_loss), len(bad), bad[:1]))
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names whose part on this rank holds a NaN or an infinity; one read from the device per dtype."""
+    names, largest = magnitudes(tensors)
+    finite = [good for x in largest for good in x.isfinite().tolist()]
+    return [name for name, good in zip(names, finite, strict=True) if not good]
+
+
+def culprits(world: World, bad: Sequence[str], own_loss: float) -> str:
+    """Which ranks and parameters a non-finite step came from; every rank calls it with what is bad in its gradients."""
+    found = world.gather((math.isfinite(own_loss), len(bad), bad[:1]))
     losses = [rank for rank, (finite, _, _) in enumerate(found) if not finite]
     parts = [f"; loss of rank {', '.join(map(str, losses))}"] if losses else []
     parts += [

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+UNSET = (("config", None), ("zero_projections", True))  # keys of the model that older checkpoints do not have
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -74,8 +75,6 @@ def identity_of(configuration: dict[str, Any], data: Data) -> dict[str, Any]:
     tokenizer = {"tokenizer": fingerprint.pop("tokenizer", None)}
     # Where the first weights came from makes no other model, nor does a key that is newer than the checkpoint and not set.
     model = {
-        k: v
-        for k, v in configuration.get("model", {}).items()
-        if k != "init_from" and (k, v) != ("config", None)
+        k: v for k, v in configuration.get("model", {}).items() if k != "init_from" and (k, v) not in UNSET
     }
     return {"model": model, "tokenizer": tokenizer, "data": fingerprint}

@@ -147,3 +147,4 @@ class Evaluator:
                 yield
         finally:
             self.bare.train()
+            self.placed.rest()

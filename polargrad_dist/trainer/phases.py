@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,17 +51,26 @@ def memory_gib(device: torch.device) -> float:
 ASIDE = ("evaluation", "saving", "diagnostics")
 
 
+@dataclass
+class Period:
+    """Wall seconds between two moments, and the seconds spent in named parts of them; on a GPU as pairs of events."""
+
+    wall: float
+    seconds: dict[str, float]
+    events: list[tuple[str, Any, Any]]
+
+
 class Phases:
-    """Seconds spent in named parts of the steps since the last `report`; on a GPU by events, which nothing waits for."""
+    """Seconds spent in named parts of the steps since the last `cut`; on a GPU by events, which nothing waits for."""
 
     def __init__(self, device: torch.device):
         self.gpu = device.type == "cuda"
-        self._reset()
-
-    def _reset(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._events: list[tuple[str, Any, Any]] = []
         self._began = time.perf_counter()
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, Any, Any]] = []
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -78,19 +88,30 @@ class Phases:
         else:
             start_time = time.perf_counter()
             yield
-            self.seconds[name] += time.perf_counter() - start_time
+            self._seconds[name] += time.perf_counter() - start_time
 
-    def report(self) -> tuple[float, dict[str, float]]:
-        """(seconds of training, share of wall time of each phase and of "other") since the last report. Waits for a GPU.
+    def cut(self) -> Period:
+        """What was spent since the last cut."""
+        now = time.perf_counter()
+        period = Period(now - self._began, self._seconds, self._events)
+        self._began = now
+        self._start_anew()
+        return period
 
-        Training is everything but evaluation, saving and diagnostics.
-        """
-        for name, start, end in self._events:
+
+def shares(periods: Iterable[Period]) -> tuple[float, dict[str, float]]:
+    """(seconds of training, share of each phase and of "other" in all seconds) of periods. Waits for a GPU to be through.
+
+    Training is everything but evaluation, saving and diagnostics.
+    """
+    wall, seconds = 0.0, defaultdict[str, float](float)
+    for period in periods:
+        wall += period.wall
+        for name, spent in period.seconds.items():
+            seconds[name] += spent
+        for name, start, end in period.events:
             end.synchronize()
-            self.seconds[name] += start.elapsed_time(end) / 1e3
-        wall = time.perf_counter() - self._began
-        shares = {name: seconds / wall for name, seconds in self.seconds.items()}
-        shares["other"] = max(0.0, 1.0 - sum(shares.values()))
-        aside = sum(self.seconds.get(name, 0.0) for name in ASIDE)
-        self._reset()
-        return max(wall - aside, 0.0), shares
+            seconds[name] += start.elapsed_time(end) / 1e3
+    found = {name: spent / wall for name, spent in seconds.items()}
+    aside = sum(seconds[name] for name in ASIDE)
+    return max(wall - aside, 0.0), found | {"other": max(0.0, 1.0 - sum(found.values()))}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.nn.parallel import DistributedDataParallel
 
 from polargrad_dist.errors import ConfigError
+from polargrad_dist.optim import OptimizerConfig, PolarGrad
+from polargrad_dist.optim.routing import clean_name, unwrap
 from polargrad_dist.trainer.config import TrainerConfig
 from polargrad_dist.trainer.world import World
 
@@ -27,11 +29,42 @@ class Placed:
     quiet: Callable[[], AbstractContextManager[Any]]
     autocast: Callable[[], AbstractContextManager[Any]]
 
+    def rest(self) -> None:
+        """After forward passes without backward: parameters are again what this rank stores."""
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Of a micro-batch's share of the loss."""
+        loss.backward()
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Parameters and persistent buffers by name, as this rank holds them; every rank calls it."""
+        model = unwrap(self.model)
+        named = [*model.named_parameters(), *model.named_buffers()]
+        persistent = set(map(clean_name, model.state_dict()))
+        return {clean_name(name): t.detach() for name, t in named if clean_name(name) in persistent}
+
+    def restored(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Takes over what was loaded into a checkpoint's tensors, where those are no memory of the model's."""
+
     def micro_step(self, last: bool) -> AbstractContextManager[Any]:
         """For one forward and backward; only the last micro-batch of a step sends gradients."""
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(last)
         return nullcontext() if last else self.quiet()
+
+
+def build(
+    model: nn.Module, optimizer: OptimizerConfig, config: TrainerConfig, world: World
+) -> tuple[Placed, Any]:
+    """The model under the configured strategy, and the `PolarGrad`, or what acts as one, that steps it."""
+    if config.strategy.name == "deepspeed":
+        from polargrad_dist.trainer.zero import start
+
+        return start(model, optimizer, config, world)
+    placed = place(model, config, world, optimizer.gradients == "reduce_scatter")
+    return placed, PolarGrad.from_config(placed.model, optimizer)
 
 
 def place(model: nn.Module, config: TrainerConfig, world: World, reduces: bool) -> Placed:
@@ -40,6 +73,8 @@ def place(model: nn.Module, config: TrainerConfig, world: World, reduces: bool) 
     ``reduces``: the optimizer reduces gradients itself, so that copies are only made equal, not wrapped.
     """
     strategy = config.strategy
+    if world.device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     mixed = config.precision == "bf16-mixed"
     sharded = strategy.name in ("fsdp", "hsdp") and world.size > 1
     if reduces and sharded:
@@ -73,7 +108,11 @@ def place(model: nn.Module, config: TrainerConfig, world: World, reduces: bool) 
             dist.broadcast(tensor.data, 0)
         return Placed(model, nullcontext, autocast)
     wrapped = DistributedDataParallel(
-        model, device_ids=[world.device] if world.device.type == "cuda" else None
+        model,
+        device_ids=[world.device] if world.device.type == "cuda" else None,
+        # Gradients lie in the buckets that are reduced: one copy of them, and no copying.
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,
     )
     return Placed(wrapped, wrapped.no_sync, autocast)
 
@@ -97,7 +136,8 @@ def _shard(model: nn.Module, blocks: list[nn.Module], config: TrainerConfig, wor
     # Tables may be of another type than the rest, which one FSDP unit cannot mix.
     for unit in [*blocks, *getattr(model, "tables", [])]:
         fully_shard(unit, **options)
-    fully_shard(model, **options)
+    # Backward begins with what forward ends with: freed in between, it would be gathered twice.
+    fully_shard(model, **options | {"reshard_after_forward": False})
 
 
 def _call(model: nn.Module, method: str, key: str) -> None:

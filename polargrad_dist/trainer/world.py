@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 
 from polargrad_dist.errors import ConfigError
+from polargrad_dist.trainer.launcher import refuse_lone_process
+from polargrad_dist.trainer.network import prepare
 from polargrad_dist.trainer.watch import Watch, store_of_launcher
 
 T = TypeVar("T")
@@ -29,7 +31,8 @@ FIRST_PORT, PORTS = 61000, 4500
 class World:
     """Rank, world size and device of this process.
 
-    ``host`` is a gloo group for messages between hosts' memories; ``watch`` ends this rank when it has waited too long.
+    ``host`` carries messages between hosts' memories by gloo, also the optimizer's; ``watch`` ends this rank when it has
+    waited too long.
     """
 
     rank: int = 0
@@ -115,6 +118,7 @@ def launched() -> tuple[int, int, int]:
             "MASTER_PORT", str(FIRST_PORT + int(os.environ.get("SLURM_JOB_ID", "0")) % PORTS)
         )
     if "RANK" not in os.environ:
+        refuse_lone_process()
         return 0, 1, 0
     missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
@@ -150,6 +154,7 @@ def join(device: str = "auto", timeout_minutes: float = 10.0) -> World:
             "process per GPU (torchrun --nproc_per_node, srun --ntasks-per-node)"
         )
     here = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
+    prepare(size, use_gpu)
     if use_gpu:
         torch.cuda.set_device(here)
     if size == 1:
@@ -158,11 +163,14 @@ def join(device: str = "auto", timeout_minutes: float = 10.0) -> World:
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the flight recorder, for who waited where
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if use_gpu else "gloo", rank=rank, world_size=size, timeout=timeout
+        "cpu:gloo,cuda:nccl" if use_gpu else "gloo",
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+        device_id=here if use_gpu else None,
     )
-    host = dist.new_group(backend="gloo", timeout=timeout)
     limit = timeout.total_seconds()
-    world = World(rank, size, local_rank, here, host)
+    world = World(rank, size, local_rank, here, dist.group.WORLD)
     start = world.gather(uuid.uuid4().hex)[0]
     return replace(world, watch=Watch(store_of_launcher(size, limit, start), rank, size, limit))
 

@@ -73,6 +73,25 @@ def test_killed_on_two_ranks_and_gone_on_with_on_one_and_on_two_it_sees_the_same
     assert max(abs(resized[n][0] - undisturbed[n][0]) for n in undisturbed) < 1e-3
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_machine_that_is_lost_is_gone_on_without_and_taken_in_again(folder, torchrun):
+    run_dir, out = folder / "elastic", folder / "elastic.out"
+    arguments = options(folder, "elastic", micro_batch=4, steps=3000)
+    places = {"NODES": "1:2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_ports(1)[0], "PROCESSES": 1}
+    first, second = (torchrun(out, arguments, NODE_RANK=n, RESTARTS=5, **places) for n in range(2))
+    wait_for_step(run_dir, 25, out.read_text)
+    kill([*workers(second), psutil.Process(second.pid)])
+    second.wait()
+    alone = last_logged(run_dir) + 200
+    wait_for_step(run_dir, alone, out.read_text)
+    second = torchrun(out, arguments, NODE_RANK=1, RESTARTS=5, **places)
+    assert [machine.wait(timeout=400) for machine in (first, second)] == [0, 0], out.read_text()[-3000:]
+    ranks = re.findall(r"rank 0 INFO (\d) ranks, each with", (run_dir / "log.txt").read_text())
+    assert [n for i, n in enumerate(ranks) if i == 0 or n != ranks[i - 1]] == ["2", "1", "2"]
+    assert sorted(records(run_dir)) == list(range(1, 3001))
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_well_formed(script):
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0

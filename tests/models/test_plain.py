@@ -2,9 +2,11 @@
 
 import math
 
+import pytest
 import torch
 
 from models import ModelConfig, build_model
+from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim import route
 from tests.models.tiny import awake, tiny
 
@@ -76,3 +78,19 @@ def test_the_heads_bias_learns_and_its_role_is_scalar():
     assert roles["head.bias"] == "scalar"
     assert roles["head.weight"] == "head"
     assert roles["embed.weight"] == "embed"
+
+
+def test_projections_may_start_away_from_zero_for_rules_that_keep_norms():
+    model = build_model(ModelConfig("gpt", layers=1, vocab_size=128, zero_projections=False))
+    weights = {
+        "o": model.layers[0].attention.o,
+        "up": model.layers[0].mlp.up,
+        "down": model.layers[0].mlp.down,
+        "q": model.layers[0].attention.q,
+        "head": model.head,
+    }
+    stds = {name: float(layer.weight.detach().std()) for name, layer in weights.items()}
+    expected = {"o": 0.026, "up": 0.031, "down": 0.031, "q": (0.33 / 768) ** 0.5, "head": (0.33 / 768) ** 0.5}
+    assert all(abs(stds[name] / std - 1) < 0.02 for name, std in expected.items()), stds
+    with pytest.raises(ConfigError, match="which only 'gpt' has"):
+        build_model(ModelConfig("gpt2-small", zero_projections=False), device="meta")

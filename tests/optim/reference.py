@@ -46,12 +46,12 @@ class Reference:
         nesterov=False,
         scale="nuclear",
         weight_decay=0.0,
-        cautious=False,
+        control="decay",
         spectrum="polar",
     ):
         self.x, self.m = x.clone(), torch.zeros_like(x)
         self.momentum, self.beta, self.nesterov, self.scale = momentum, beta, nesterov, scale
-        self.weight_decay, self.cautious = weight_decay, cautious
+        self.weight_decay, self.control = weight_decay, control
         self.factor = polar_svd if spectrum == "polar" else homogenized_svd
 
     def step(self, g: torch.Tensor, lr: float) -> None:
@@ -70,7 +70,7 @@ class Reference:
             self.m = beta * self.m + (1 - beta) * u
             u = self.m
         step = -lr * scale * u
-        mask = (step * self.x < 0) if self.cautious else 1.0
+        mask = (step * self.x < 0) if self.control == "cautious" else 1.0
         self.x = self.x - lr * self.weight_decay * self.x * mask + step
 
 

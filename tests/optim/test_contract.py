@@ -17,7 +17,7 @@ from tests.optim.training import build, distance, train, whole
 RULES = {
     "polargrad": {"lr": 0.01},
     "polargradm": {"lr": 0.01, "momentum": "momentum_first", "weight_decay": 0.1},
-    "polar_first": {"lr": 0.01, "momentum": "polar_first", "weight_decay": 0.1, "cautious": True},
+    "polar_first": {"lr": 0.01, "momentum": "polar_first", "weight_decay": 0.1, "control": "cautious"},
     "heavy_ball": {"lr": 0.005, "momentum": "heavy_ball", "nesterov": True},
     "muon": {"lr": 0.05, "momentum": "momentum_first", "nesterov": True, "scale": "muon", "oracle": "svd"},
     "moonlight": {"lr": 0.05, "momentum": "momentum_first", "scale": "moonlight", "weight_decay": 0.1},

@@ -22,8 +22,8 @@ def poison(t, role: str, step: int, rank: int = 0) -> None:
     """The optimizer's ``step``-th step leaves one NaN in a parameter of ``role`` on ``rank``."""
     made, count = t.optimizer.step, []
 
-    def poisoned(*args):
-        made(*args)
+    def poisoned(*args, **options):
+        made(*args, **options)
         count.append(1)
         if len(count) == step and t.world.rank == rank:
             group = next(group for group in t.optimizer.param_groups if group["role"] == role)

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from polargrad_dist.errors import ConfigError
-from polargrad_dist.optim.schedules import ScheduleConfig, lr_factor, momentum_at
+from polargrad_dist.optim.schedules import Rates, RoleSchedule, ScheduleConfig, lr_factor, momentum_at
 from polargrad_dist.trainer.config import LoggingConfig
 from polargrad_dist.trainer.metrics import JsonLines, Metrics, require
 from polargrad_dist.trainer.signals import LeaveRequest
@@ -144,7 +144,37 @@ def test_schedules_are_what_they_are_called():
     )
     assert at("constant", 1000) == 1.0
     warm = ScheduleConfig(momentum_warmup_steps=300, momentum_warmup_start=0.85)
-    assert [momentum_at(warm, s, 0.95) for s in (0, 150, 300, 999)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
+    assert [momentum_at(warm, s, 1000, 0.95) for s in (0, 150, 300, 999)] == pytest.approx(
+        [0.85, 0.9, 0.95, 0.95]
+    )
+
+
+def test_roles_have_schedules_of_their_own_and_momenta_fall_again_at_the_end():
+    config = ScheduleConfig(
+        decay_fraction=0.7,
+        power=1.2,
+        momentum_cooldown_steps=20,
+        hidden=RoleSchedule(decay_fraction=1.0, power=1.0),
+        scalar=RoleSchedule(floor=0.1, momentum_warmup_steps=10, momentum_warmup_start=0.5),
+    )
+    config.check(100)
+    groups = [
+        {"role": role, "algorithm": rule, "lr": 2.0, "beta": 0.95, "betas": (0.9, 0.99)}
+        for role, rule in (("hidden", "polar"), ("embed", "polar"), ("scalar", "adamw"))
+    ]
+    rates = Rates(groups, config, 100)
+    assert rates.set(50) == pytest.approx((50 / 70) ** 1.2)
+    assert [g["lr"] for g in groups] == pytest.approx([2 * 0.5, 2 * (5 / 7) ** 1.2, 2 * (5 / 7) ** 1.2])
+    rates.set(99)
+    assert groups[2]["lr"] == pytest.approx(0.2)
+    assert [g["beta"] for g in groups[:2]] == pytest.approx([0.95 * 0.05 + 0.85 * 0.95, 0.95])
+    rates.set(5)
+    assert groups[2]["betas"] == pytest.approx((0.7, 0.99))
+    assert groups[2]["beta"] == 0.95
+    with pytest.raises(ConfigError, match=r"trainer\.schedule\.scalar\.floor is 2"):
+        ScheduleConfig(scalar=RoleSchedule(floor=2.0)).check(10)
+    with pytest.raises(ConfigError, match="it is for 'linear'"):
+        ScheduleConfig("cosine", power=2.0).check(10)
 
 
 def test_signals_within_a_second_are_one_request_to_leave():

@@ -126,6 +126,7 @@ def trainer(
     dropout: float = 0.0,
     poison=frozenset(),
     optimizer=None,
+    model=None,
 ):
     """A trainer of the toy; ``configuration`` is what its run directory keeps."""
     from dataclasses import asdict
@@ -134,4 +135,4 @@ def trainer(
     seed_everything(config.seed)
     configuration = {"trainer": asdict(config), "dropout": dropout}
     data = ToyData(config, world, frozenset(poison))
-    return Trainer(config, optimizer or rules(), ToyModel(dropout), data, world, configuration)
+    return Trainer(config, optimizer or rules(), model or ToyModel(dropout), data, world, configuration)

@@ -18,16 +18,28 @@ from polargrad_dist.trainer.checkpoint.manifest import (
 )
 from polargrad_dist.trainer.checkpoint.storage import as_bytes
 
-MODEL = "model/"
+MODEL, AVERAGE = "model/", "average/"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint and the run directory that it lies in."""
+    """One checkpoint and the run directory that it lies in.
+
+    Where the run averages its last weights, what is read of the model is what the run validated, or with ``last`` the last
+    weights.
+    """
 
     folder: Path
     run_dir: Path
     manifest: Manifest
+    last: bool = False
+
+    @property
+    def averaged(self) -> float:
+        """The share of the average in the weights that are read, 0 where there is none."""
+        average = self.manifest.configuration.get("trainer", {}).get("average") or {}
+        start = average.get("start")
+        return 0.0 if self.last or start is None or self.step < start else float(average["weight"])
 
     @property
     def step(self) -> int:
@@ -45,6 +57,13 @@ class Checkpoint:
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor, whole, on the CPU, in the dtype that it was saved with. Raises CheckpointError where it is damaged."""
+        mean = AVERAGE + name.removeprefix(MODEL)
+        if name.startswith(MODEL) and self.averaged and mean in self.manifest.tensors:
+            last = self._read(name)
+            return torch.lerp(last.float(), self._read(mean), self.averaged).to(last.dtype)
+        return self._read(name)
+
+    def _read(self, name: str) -> torch.Tensor:
         saved = self.manifest.tensors[name]
         whole = torch.empty(saved.shape, dtype=saved.dtype)
         for piece in saved.pieces:

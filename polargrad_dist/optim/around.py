@@ -1,0 +1,148 @@
+"""What goes around a whole optimizer, whatever it is: EMA-Nesterov's look-ahead, and an average of the last weights.
+
+Both keep one fp32 tensor per parameter, placed as the parameter is, and know nothing of rules, ranks or gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polargrad_dist.distributed.teams import local
+from polargrad_dist.errors import ConfigError
+
+
+@dataclass
+class LookaheadConfig:
+    """EMA-Nesterov around the whole optimizer.
+
+    Args:
+        beta: how far to look ahead along the average of past moves, times the learning rate's factor; 0 for never.
+        decay: of that average.
+        start: first step that looks ahead; the average is kept from the run's first on.
+        end: first step that does so no longer; null for none.
+    """
+
+    beta: float = 0.0
+    decay: float = 0.99
+    start: int = 0
+    end: int | None = None
+
+
+@dataclass
+class AverageConfig:
+    """An average of the last weights, which is validated, sampled from and exported in place of the weights.
+
+    Args:
+        start: step after which it begins, with the weights of that step; null for no average.
+        horizon: steps over which it forgets: its decay is 1 - 1/horizon.
+        weight: share of the average in what is used, the last weights being the rest.
+    """
+
+    start: int | None = None
+    horizon: float = 150.0
+    weight: float = 1.0
+
+
+def check_around(lookahead: LookaheadConfig, average: AverageConfig) -> None:
+    """Raises ``ConfigError`` for a value that makes no sense."""
+    for name, value, good, expected in (
+        ("lookahead.beta", lookahead.beta, 0 <= lookahead.beta < 100, "a number in [0, 100)"),
+        ("lookahead.decay", lookahead.decay, 0 <= lookahead.decay < 1, "a number in [0, 1)"),
+        ("lookahead.start", lookahead.start, lookahead.start >= 0, "a step >= 0"),
+        ("lookahead.end", lookahead.end, lookahead.end is None or lookahead.end > lookahead.start,
+         "null, or a step after start"),
+        ("average.start", average.start, average.start is None or average.start >= 0, "null, or a step >= 0"),
+        ("average.horizon", average.horizon, 1 <= average.horizon < 1e9, "steps >= 1"),
+        ("average.weight", average.weight, 0 < average.weight <= 1, "a share in (0, 1]"),
+    ):  # fmt: skip
+        if not good:
+            raise ConfigError(f"trainer.{name} is {value}, expected {expected}")
+
+
+class EmaNesterov:
+    """y = x + beta d before the gradient, the optimizer's step from y to x', then d = decay d + (1 - decay)(x' - x).
+
+    Source: "EMA-Nesterov" (arXiv 2605.25395). modded-nanoGPT's optimization track: Muon at lr 0.035 and weight decay 0.025
+    needs 3,125 steps to 3.28 instead of 3,325 (3.2786, n = 20) with beta 0.6, decay 0.99, from step 500 to 2,400.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], config: LookaheadConfig):
+        self.config, self.parameters = config, dict(parameters)
+        self.moves = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self.parameters.items()}
+        self._before: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def look_ahead(self, step: int, factor: float) -> None:
+        """Goes to y. ``step`` counts from 0; ``factor`` is the learning rate's, of its largest."""
+        self._before = {name: local(p).detach().clone() for name, p in self.parameters.items()}
+        end = self.config.end
+        if self.config.start <= step and (end is None or step < end):
+            for name, p in self.parameters.items():
+                here = local(p).detach()
+                here.copy_(here + self.config.beta * factor * local(self.moves[name]))
+
+    @torch.no_grad()
+    def stepped(self) -> None:
+        """Takes the whole move into the average, once the optimizer has stepped."""
+        for name, p in self.parameters.items():
+            move = local(p).detach().float() - self._before[name].float()
+            local(self.moves[name]).lerp_(move, 1 - self.config.decay)
+        self._before = {}
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Goes back to x: the step is skipped."""
+        for name, p in self.parameters.items():
+            local(p).detach().copy_(self._before[name])
+        self._before = {}
+
+
+class Average:
+    """a = (1 - 1/horizon) a + x/horizon from the step ``start`` on; used is (1 - weight) x + weight a.
+
+    modded-nanoGPT's optimization track: 0.6 of an average over 150 steps, from step 2,400 on, 2,720 steps to 3.28 instead of
+    2,750 (3.2786, n = 10).
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], config: AverageConfig):
+        self.config, self.parameters = config, dict(parameters)
+        self.mean = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self.parameters.items()}
+
+    def active(self, step: int) -> bool:
+        """Whether there is an average after ``step`` steps."""
+        return self.config.start is not None and step >= self.config.start
+
+    @torch.no_grad()
+    def stepped(self, step: int) -> None:
+        """Takes in the weights after ``step`` steps."""
+        if not self.active(step):
+            return
+        share = 1.0 if step == max(1, self.config.start or 0) else 1 / self.config.horizon
+        for name, p in self.parameters.items():
+            local(self.mean[name]).lerp_(local(p).detach().float(), share)
+
+    @contextmanager
+    def used(self, step: int, moved: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Puts the average into the parameters for a while; ``moved`` is called whenever they have changed."""
+        if not self.active(step):
+            yield
+            return
+        with torch.no_grad():
+            kept = {name: local(p).detach().clone() for name, p in self.parameters.items()}
+            for name, p in self.parameters.items():
+                local(p).detach().copy_(
+                    torch.lerp(kept[name].float(), local(self.mean[name]), self.config.weight)
+                )
+        moved()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, p in self.parameters.items():
+                    local(p).detach().copy_(kept[name])
+            moved()

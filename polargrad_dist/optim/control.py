@@ -1,0 +1,90 @@
+"""The end of a step whose length hangs on norms of weights, or on other matrices: a pause, then weights by `parts.lengths`.
+
+It works with the stacked shards of a bucket, and knows of the ranks only that `Facts.sums` are added up during the pause.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from polargrad_dist.distributed.schedule import Portion
+from polargrad_dist.errors import ConfigError
+from polargrad_dist.optim.parts import lengths
+
+if TYPE_CHECKING:
+    from polargrad_dist.optim.buckets import Batch
+    from polargrad_dist.optim.facts import Facts
+
+
+def controlled(batch: Batch, D: Tensor, scale: Tensor, ok: Tensor, facts: Facts) -> Generator[Any, Any, None]:
+    """`Batch.advance` for all portions of the bucket's direction D, with a pause until the sums are known everywhere.
+
+    ``scale`` and ``ok`` are broadcast against D (items, slices, rows, columns).
+    """
+    assert facts.sums is not None
+    whole = Portion(slice(None), slice(None))
+    steps = torch.where(ok, batch.rule.apply(batch.states_of(whole), D, scale, batch.group), 0)
+    weights = torch.stack([m.weight()[batch.slab] for m in batch.members]).to(steps.dtype)
+    pairs = ((weights, weights), (weights, steps), (steps, steps))
+    each = [per_matrix(a * b, batch.index, len(batch.arrival)) for a, b in pairs]
+    del weights
+    where = [(batch.members[i].entry, j) for i, j in batch.arrival]
+    if batch.entry.layout.counted(batch.place):
+        facts.sums.add(where, torch.stack(each, 1)[: len(where)])
+    yield None
+    grow = shrink = steps.new_ones(1, 1, 1, 1)
+    if where:
+        sums, shared = facts.sums.of(where)
+        grow, shrink = (batch.spread(x).to(steps) for x in lengths(batch.group, sums, shared))
+    for part in batch.bucket.portions:
+        rows = part.rows if grow.shape[2] > 1 else slice(None)
+        step = steps[part.items, :, part.rows] * grow[part.items, :, rows]
+        good = ok[part.items, :, rows] if ok.ndim else ok
+        message = batch.moved(part, step, good, shrink[part.items, :, rows])
+        if message is not None:
+            batch.arrived(part, (yield batch.share(part, message)))
+
+
+def per_matrix(x: Tensor, index: Tensor | None, count: int) -> Tensor:
+    """Sums of x (items, slices, rows, columns) over what lies here of each of ``count`` matrices, fp64.
+
+    ``index``, to be broadcast against x, says which matrix each element is of; None for item by item.
+    """
+    if index is None:
+        return x.sum((1, 2, 3), dtype=torch.float64)
+    across = [dim for dim in (2, 3) if index.shape[dim] == 1]
+    part = (x.sum(across, keepdim=True, dtype=torch.float64) if across else x.double()).reshape(-1)
+    which = torch.arange(max(1, count), device=x.device)
+    # A product, not index_add: a GPU adds to an index in any order, and a run must resume with the same bits.
+    return (index.to(x.device).reshape(1, -1) == which[:, None]).double() @ part
+
+
+def share_nuclear(batch: Batch, norms: Tensor | None, scale: Tensor, ok: Tensor, facts: Facts) -> None:
+    """Adds the scaled nuclear norms of matrices that are owned here to what their role shares."""
+    if norms is None:
+        raise ConfigError(
+            f"the rule {batch.group['algorithm']!r} gives no nuclear norms, expected them with scale 'nuclear_shared'"
+        )
+    assert facts.sums is not None
+    facts.sums.add_nuclear(batch.entry, torch.where(ok, norms * scale, 0))
+
+
+def refuse_zero(members: Any, facts: Facts) -> None:
+    """Notes a failure for a weight of control "hyperball" that is zero although it has a gradient."""
+    assert facts.sums is not None
+    for m in members:
+        if not m.entry.pauses or m.group["control"] != "hyperball":
+            continue
+        sums, _ = facts.sums.of([(m.entry, i) for i in range(len(m.entry.costs))])
+        if bool(((sums[:, 0] == 0) & (sums[:, 2] > 0)).any()):
+            facts.failed(
+                m,
+                ConfigError(
+                    f"{m.entry.name} holds a matrix of zeros with control 'hyperball', which keeps norms and so could never "
+                    "step it, expected a start other than zero, or control 'decay'"
+                ),
+            )

@@ -1,0 +1,162 @@
+"""Every part that a rule can be composed of: the formula on one device, under DDP and FSDP2 on two ranks, and resumed."""
+
+import pytest
+import torch
+
+from polargrad_dist import ConfigError, PolarGrad
+from tests.gloo import run_ranks
+from tests.optim.bag import Bag
+from tests.optim.parts_reference import PartsReference
+from tests.optim.training import build, distance, train, whole
+
+SHAPES = {
+    "a": (8, 6),
+    "b": (8, 6),
+    "c": (6, 9),
+    "fused": (12, 6),
+    "experts": (3, 5, 6),
+    "tall": (50, 4),
+    "bias": (7,),
+}
+BAG = {"shapes": SHAPES, "condition": 10.0}
+BASE = {"lr": 0.02, "momentum": "momentum_first", "oracle": "svd"}
+PARTS = {
+    "alpha": {"alpha": 0.5},
+    "alpha 0": {"alpha": 0.0, "nesterov": True},
+    "center_rows": {"center_rows": True, "beta": 0.5},
+    "rows": {"normalize": "rows", "scale": "muon", "nesterov": True, "betas": (0.9, 0.8)},
+    "cautious": {"control": "cautious", "weight_decay": 0.5},
+    "hyperball": {"control": "hyperball", "scale": "none", "nesterov": True},
+    "floor": {"floor": 0.35, "scale": "muon", "normalize": "rows"},
+    "nuclear_shared": {"scale": "nuclear_shared", "weight_decay": 0.1},
+    "nuclear_shared alpha": {"scale": "nuclear_shared", "alpha": 0.5, "floor": 0.1},
+    "soap": {"precondition": "soap", "scale": "muon", "nesterov": True, "betas": (0.9, 0.9)},
+    "all": {
+        "precondition": "soap", "center_rows": True, "normalize": "rows", "control": "hyperball", "scale": "none",
+        "nesterov": True,
+    },
+}  # fmt: skip
+# By the Gram matrix of rows that stay where they are.
+TALL = {
+    "hyperball, tall": {"control": "hyperball", "scale": "none", "oracle": "auto"},
+    "nuclear_shared, tall": {"scale": "nuclear_shared", "oracle": "auto", "floor": 0.05},
+}
+EVERY = PARTS | TALL
+
+
+def blocks(name: str, x: torch.Tensor) -> list[torch.Tensor]:
+    if name == "fused":
+        return list(x.split([6, 4, 2]))
+    return list(x) if x.ndim == 3 else [x]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_part_is_its_formula(name):
+    rule = BASE | EVERY[name]
+    result = train(0, 1, "single", BAG, rule)
+    bag = Bag(**BAG)
+    names = [key for key in SHAPES if key != "bias"]
+    start = [block for key in names for block in blocks(key, getattr(bag, key).detach())]
+    reference = PartsReference(start, rule)
+    for step in range(5):
+        means = [block for key in names for block in blocks(key, bag.coefficients(step)[key].mean(0))]
+        reference.step(
+            [g + 0.1 * x for g, x in zip(means, reference.x, strict=True)], rule["lr"] / (1 + 0.3 * step)
+        )
+    got = [block for key in names for block in blocks(key, result["parameters"][key])]
+    errors = [float((a - b).abs().max()) for a, b in zip(got, reference.x, strict=True)]
+    assert max(errors) < 1e-8, errors
+    moved = [float((a - b).abs().max()) for a, b in zip(got, start, strict=True)]
+    assert min(moved) > 1e-3, "the test should step every matrix"
+
+
+def _cases(rank: int, world: int, mode: str, names: list[str]) -> list[tuple[dict, dict]]:
+    """Of each part: five steps, and three steps whose state and weights two further ones go on from."""
+    out = []
+    for name in names:
+        rule = BASE | EVERY[name]
+        straight = train(rank, world, mode, BAG, rule)
+        first = train(rank, world, mode, BAG, rule, steps=3)
+        rest = {"steps": 2, "first_step": 3, "start": first["parameters"], "load": first["state"]}
+        resumed = train(rank, world, mode, BAG, rule, **rest)
+        for key, value in straight["parameters"].items():
+            assert torch.equal(value, resumed["parameters"][key]), f"{name}: {key} does not resume exactly"
+        out.append(straight)
+    return out
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp", pytest.param("reduce_scatter", marks=pytest.mark.slow)])
+def test_every_part_gives_the_weights_of_one_process_on_two_ranks_and_resumes_exactly(mode):
+    names = [name for name in EVERY if name not in ("alpha 0", "nuclear_shared alpha", "rows")]
+    results = run_ranks(_cases, 2, mode, names)
+    for number, name in enumerate(names):
+        one = train(0, 1, "single", BAG, BASE | EVERY[name])
+        for result in results:
+            assert distance(one["parameters"], result[number]["parameters"]) < 1e-9, name
+            for kind, size in result[number]["expected"].items():
+                assert max(r[number]["bytes"].get(kind, 0) for r in results) == size, (name, kind)
+
+
+@pytest.mark.slow
+def test_every_part_gives_the_weights_of_one_process_on_a_mesh_of_four():
+    results = run_ranks(_cases, 4, "hsdp", list(EVERY))
+    for number, name in enumerate(EVERY):
+        one = train(0, 1, "single", BAG, BASE | EVERY[name])
+        assert all(distance(one["parameters"], r[number]["parameters"]) < 1e-9 for r in results), name
+
+
+def _in_bf16(rank: int, world: int) -> list[dict]:
+    bag = BAG | {"dtype": torch.bfloat16}
+    return [
+        train(rank, world, mode, bag, BASE | PARTS["hyperball"])["parameters"] for mode in ("ddp", "fsdp")
+    ]
+
+
+def test_the_hyperball_keeps_norms_of_bf16_weights_too():
+    start = {name: p.detach() for name, p in Bag(**(BAG | {"dtype": torch.bfloat16})).named_parameters()}
+    for parameters in run_ranks(_in_bf16, 2)[0]:
+        for name in ("a", "c", "tall"):
+            assert float(parameters[name].float().norm() / start[name].float().norm()) == pytest.approx(
+                1, abs=2e-3
+            )
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ({"control": "hyperball"}, "scale is 'nuclear' and floor 0.0 with control 'hyperball'"),
+        ({"control": "hyperball", "scale": "none", "weight_decay": 0.1}, "expected weight_decay 0"),
+        ({"scale": "muon", "alpha": 0.5}, "which has no nuclear norm"),
+        ({"precondition": "soap"}, "expected momentum_first or heavy_ball"),
+        ({"algorithm": "adamw", "normalize": "rows"}, "it is for the polar rules"),
+        ({"floor": -1.0}, "expected a finite number >= 0"),
+        ({"normalize": "columns"}, "expected one of: none, rows"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_in_one_sentence(rule, said):
+    with pytest.raises(ConfigError, match=said.replace("(", r"\(")):
+        PolarGrad([torch.nn.Parameter(torch.zeros(3, 3))], **rule)
+
+
+def test_a_weight_of_zeros_cannot_keep_its_norm_and_a_pause_cannot_come_later():
+    p = torch.nn.Parameter(torch.zeros(3, 3))
+    p.grad = torch.eye(3)
+    with pytest.raises(ConfigError, match="holds a matrix of zeros with control 'hyperball'"):
+        PolarGrad([p], control="hyperball", scale="none").step()
+    optimizer = PolarGrad([p], scale="muon")
+    optimizer.param_groups[0]["floor"] = 0.1
+    with pytest.raises(ConfigError, match="at construction or never"):
+        optimizer.step()
+
+
+def test_a_step_that_is_not_to_happen_leaves_every_state_alone():
+    model, optimizer = build("single", BAG, BASE | PARTS["all"])
+    for step in range(3):
+        optimizer.zero_grad()
+        model(list(range(48)), step).backward()
+        before = {k: v.clone() for k, v in optimizer.named_state().items()} | {
+            n: whole(p) for n, p in model.named_parameters()
+        }
+        optimizer.step(ok=torch.tensor(step != 2))
+    after = optimizer.named_state() | {n: whole(p) for n, p in model.named_parameters()}
+    assert all(torch.equal(before[key], after[key]) for key in before)

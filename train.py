@@ -18,7 +18,7 @@ from models import ModelConfig, adopt, build_model
 from polargrad_dist.optim import OptimizerConfig
 from polargrad_dist.trainer import Outcome, Trainer, TrainerConfig, join, seed_everything
 from polargrad_dist.trainer.checkpoint.single import Checkpoint
-from polargrad_dist.trainer.cli import USER_ERROR, parse, run
+from polargrad_dist.trainer.cli import USER_ERROR, DryRun, parse, run
 from polargrad_dist.trainer.dry_run import dry_run
 from polargrad_dist.trainer.initial import checkpoint_of, initialize
 from polargrad_dist.trainer.preflight import preflight
@@ -41,8 +41,8 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
 
-def parse_run(args: list[str] | None = None) -> tuple[RunConfig, dict[str, Any], int | None]:
-    """The run that a command line describes, its JSON-able form, and the ranks of a dry run or None."""
+def parse_run(args: list[str] | None = None) -> tuple[RunConfig, dict[str, Any], DryRun | None]:
+    """The run that a command line describes, its JSON-able form, and what a dry run is to show or None."""
     given = sys.argv[1:] if args is None else args
     given = [re.sub(r"^--profile(?=$|=)", "--trainer.logging.profile", word) for word in given]
     return parse(RunConfig, "Pre-train a language model with polar-gradient optimizers.", given)
@@ -67,11 +67,11 @@ def main() -> int:
     if len(sys.argv) == 1:
         print(WITHOUT_ARGUMENTS, end="", file=sys.stderr)
         return USER_ERROR
-    config, configuration, ranks = parse_run()
-    if ranks is not None:
-        trainer = config.trainer.for_world(ranks)
-        _, _, build = checked(config, configuration, trainer, ranks)
-        return dry_run(build, config.optimizer, config.trainer, ranks)
+    config, configuration, show = parse_run()
+    if show is not None:
+        trainer = config.trainer.for_world(show.ranks)
+        _, _, build = checked(config, configuration, trainer, show.ranks)
+        return dry_run(build, config.optimizer, config.trainer, show.ranks, show.full)
     return pretrain(config, configuration).exit_code
 
 

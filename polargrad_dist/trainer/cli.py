@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from polargrad_dist.arguments import read_arguments, safe_parser
 from polargrad_dist.errors import CheckpointError, ConfigError, DataError, PolarGradError
@@ -24,12 +24,29 @@ RULES = [f"optimizer.{role}" for role in ROLES]
 USER_ERROR = 2
 
 
+class DryRun(NamedTuple):
+    """A run that is only shown: on how many ranks, and whether with every matrix."""
+
+    ranks: int
+    full: bool
+
+
+def asked_to_show(short: int | None, full: int | None) -> DryRun | None:
+    """What ``--dry_run`` and ``--dry_run_full`` ask for; raises ``ConfigError`` for fewer than one rank."""
+    for name, ranks in (("--dry_run", short), ("--dry_run_full", full)):
+        if ranks is not None and ranks < 1:
+            raise ConfigError(f"{name} is {ranks}, expected the number of ranks to plan for, at least 1")
+    if full is not None:
+        return DryRun(full, True)
+    return None if short is None else DryRun(short, False)
+
+
 def parse(
     kind: type[T], description: str, args: list[str] | None = None
-) -> tuple[T, dict[str, Any], int | None]:
+) -> tuple[T, dict[str, Any], DryRun | None]:
     """Reads ``--config FILE`` and dotted overrides into the dataclass ``kind``.
 
-    Returns it, its JSON-able form, and the world size of ``--dry_run`` or None. Raises ``ConfigError`` for an unknown key
+    Returns it, its JSON-able form, and what ``--dry_run`` asks for or None. Raises ``ConfigError`` for an unknown key
     (with the nearest valid one) or a wrong type.
     """
     from jsonargparse import ArgumentError
@@ -41,7 +58,14 @@ def parse(
         type=int,
         default=None,
         metavar="N",
-        help="build nothing: show parameters, routing, owners, memory and traffic on N ranks",
+        help="build nothing: show parameters and rules by role, memory and traffic on N ranks",
+    )
+    parser.add_argument(
+        "--dry_run_full",
+        type=int,
+        default=None,
+        metavar="N",
+        help="the same, with every matrix and its owner",
     )
     parser.add_class_arguments(kind)
     check_yaml(sys.argv[1:] if args is None else args)
@@ -49,9 +73,7 @@ def parse(
         parsed = read_arguments(parser, args)
     except ArgumentError as error:
         raise ConfigError(sentence(str(error), known_keys(parser))) from None
-    dry_run = parsed.dry_run
-    if dry_run is not None and dry_run < 1:
-        raise ConfigError(f"--dry_run is {dry_run}, expected the number of ranks to plan for, at least 1")
+    dry_run = asked_to_show(parsed.dry_run, parsed.dry_run_full)
     fields = kind.__dataclass_fields__  # type: ignore[attr-defined]
     plain = {
         name: value

@@ -153,12 +153,25 @@ def test_a_dry_run_of_each_paper_run_shows_its_exact_parameter_count(config, cou
     assert "max/mean over 8 ranks" in found.stdout
 
 
+def test_a_dry_run_has_a_line_per_role_and_the_full_one_a_line_per_matrix():
+    command = ("--config", "configs/quickstart.yaml")
+    short = train(*command, "--dry_run", "2").stdout
+    rows = {line.split()[0]: line.split()[1:3] for line in short.splitlines() if line.strip()}
+    assert rows["embed"] == rows["head"] == ["131,072", "1"]
+    # Seven matrices a layer, three layers.
+    assert rows["hidden"][1] == "21"
+    assert "up_proj" not in short
+    full = train(*command, "--dry_run_full", "2").stdout
+    assert sum("up_proj" in line for line in full.splitlines()) == 3
+    assert train(*command, "--dry_run_full", "0").returncode == 2
+
+
 @pytest.mark.parametrize("config", sorted(p.stem for p in (ROOT / "configs").glob("*.yaml")))
 def test_every_configuration_in_the_project_is_valid(config):
     from train import parse_run
 
-    run, plain, ranks = parse_run(["--config", str(ROOT / "configs" / f"{config}.yaml")])
-    assert ranks is None
+    run, plain, show = parse_run(["--config", str(ROOT / "configs" / f"{config}.yaml")])
+    assert show is None
     run.optimizer.check()
     run.trainer.check(1)
     assert plain["trainer"]["run_dir"] == f"runs/{config}"

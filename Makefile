@@ -3,9 +3,9 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-EXTRAS := train,wandb,tensorboard,accelerate,lightning,deepspeed,plots,lm-eval,dev
+EXTRAS := train,wandb,tensorboard,accelerate,lightning,deepspeed,plots,lm-eval,docs,dev
 
-.PHONY: train test test-slow test-all test-transformers4 lint format bench bench-gpu chaos soak paper paper-lm race setup clean
+.PHONY: train test test-slow test-all test-transformers4 lint format docs bench bench-gpu chaos soak paper paper-lm race setup clean
 
 setup: $(VENV)/.ready
 
@@ -44,6 +44,10 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The documentation site in site/, every link checked; `.venv/bin/mkdocs serve` shows it while one writes.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
 bench: setup
 	$(BIN)/python -m benchmarks
 
@@ -75,4 +79,4 @@ race: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.language race
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,9 +17,11 @@ from data import DataConfig, open_data
 from models import ModelConfig, adopt, build_model
 from polargrad_dist.optim import OptimizerConfig
 from polargrad_dist.trainer import Outcome, Trainer, TrainerConfig, join, seed_everything
-from polargrad_dist.trainer.cli import parse, run
+from polargrad_dist.trainer.checkpoint.single import Checkpoint
+from polargrad_dist.trainer.cli import USER_ERROR, DryRun, parse, run
 from polargrad_dist.trainer.dry_run import dry_run
 from polargrad_dist.trainer.initial import checkpoint_of, initialize
+from polargrad_dist.trainer.preflight import preflight
 
 
 @dataclass
@@ -38,8 +41,8 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
 
-def parse_run(args: list[str] | None = None) -> tuple[RunConfig, dict[str, Any], int | None]:
-    """The run that a command line describes, its JSON-able form, and the ranks of a dry run or None."""
+def parse_run(args: list[str] | None = None) -> tuple[RunConfig, dict[str, Any], DryRun | None]:
+    """The run that a command line describes, its JSON-able form, and what a dry run is to show or None."""
     given = sys.argv[1:] if args is None else args
     given = [
         word for word in given if not re.match(r"--local_rank=\d+$", word)
@@ -55,14 +58,39 @@ def report(run_dir: Path) -> Path:
     return write_report([run_dir], run_dir / "report.html")
 
 
+WITHOUT_ARGUMENTS = """train.py needs a configuration. Three to begin with:
+
+  python train.py --config configs/quickstart.yaml             a small model on a CPU, in minutes
+  python train.py --config configs/one-gpu.yaml --dry_run 1    what a run on one GPU would be; without --dry_run it trains
+  python train.py --help                                       every key
+"""
+
+
 def main() -> int:
-    config, configuration, ranks = parse_run()
-    if ranks is not None:
-        origin = checkpoint_of(config.model.init_from)
-        model = adopt(config.model, origin.manifest.configuration["model"] if origin else None)
-        build = partial(build_model, model, vocab_size=config.data.planned_vocab_size)
-        return dry_run(build, config.optimizer, config.trainer, ranks)
+    if len(sys.argv) == 1:
+        print(WITHOUT_ARGUMENTS, end="", file=sys.stderr)
+        return USER_ERROR
+    config, configuration, show = parse_run()
+    if show is not None:
+        trainer = config.trainer.for_world(show.ranks)
+        _, _, build = checked(config, configuration, trainer, show.ranks)
+        return dry_run(build, config.optimizer, config.trainer, show.ranks, show.full)
     return pretrain(config, configuration).exit_code
+
+
+def checked(
+    config: RunConfig, configuration: dict[str, Any], trainer: TrainerConfig, world: int
+) -> tuple[ModelConfig, Checkpoint | None, Callable[..., Any]]:
+    """The model's configuration, where its first weights come from, and what builds it, once everything is checked that
+    needs no data."""
+    origin = checkpoint_of(config.model.init_from)
+    adopted = adopt(config.model, origin.manifest.configuration["model"] if origin else None)
+    if adopted != config.model:  # what a name meant when the run began is the run's
+        configuration["model"] = asdict(adopted)
+    planned = config.data.planned_vocab_size
+    build = partial(build_model, adopted, vocab_size=planned)
+    preflight(trainer, config.optimizer, build, configuration, world, planned)
+    return adopted, origin, build
 
 
 def pretrain(config: RunConfig, configuration: dict[str, Any]) -> Outcome:
@@ -70,12 +98,7 @@ def pretrain(config: RunConfig, configuration: dict[str, Any]) -> Outcome:
     world = join(config.trainer.device, config.trainer.strategy.timeout_minutes)
     try:
         trainer = config.trainer.for_world(world.size)
-        trainer.check(world.size)
-        config.optimizer.check()
-        origin = checkpoint_of(config.model.init_from)
-        adopted = adopt(config.model, origin.manifest.configuration["model"] if origin else None)
-        if adopted != config.model:  # what a name meant when the run began is the run's
-            configuration["model"] = asdict(adopted)
+        adopted, origin, _ = world.together(lambda: checked(config, configuration, trainer, world.size))
         data = open_data(
             config.data,
             sequence_length=trainer.sequence_length,

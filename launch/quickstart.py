@@ -16,7 +16,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/quickstart.yaml"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-ONLY_SHOW = ("--dry_run", "--print_config", "--help", "-h")  # of train.py, which then trains nothing
+ONLY_SHOW = (
+    "--dry_run",
+    "--dry_run_full",
+    "--print_config",
+    "--help",
+    "-h",
+)  # of train.py, which then trains nothing
 
 
 def main() -> int:

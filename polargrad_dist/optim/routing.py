@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -95,7 +96,12 @@ def route(model: nn.Module, config: OptimizerConfig | None = None) -> Groups:
         grouped[found.role, *(getattr(found, key) for key in _SPLITS), decay][name] = p
     _check_rules(config, {key[0] for key in grouped})
     if notes:
-        log.warning("routing had to guess (parameter_hints() of the model overrides it): %s", _summary(notes))
+        # Once for all ranks; where ranks hold other stages of a model, the others' are at level DEBUG.
+        main = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+        level = logging.WARNING if main else logging.DEBUG
+        log.log(
+            level, "routing had to guess (parameter_hints() of the model overrides it): %s", _summary(notes)
+        )
     return Groups([_group(config, *item) for item in sorted(grouped.items(), key=_order)], notes)
 
 

@@ -10,23 +10,43 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import is_dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from polargrad_dist.arguments import read_arguments, safe_parser
 from polargrad_dist.errors import CheckpointError, ConfigError, DataError, PolarGradError
+from polargrad_dist.optim.rules import ROLES
 from polargrad_dist.trainer.output import flush
 
 T = TypeVar("T")
+RULES = [f"optimizer.{role}" for role in ROLES]
 USER_ERROR = 2
+
+
+class DryRun(NamedTuple):
+    """A run that is only shown: on how many ranks, and whether with every matrix."""
+
+    ranks: int
+    full: bool
+
+
+def asked_to_show(short: int | None, full: int | None) -> DryRun | None:
+    """What ``--dry_run`` and ``--dry_run_full`` ask for; raises ``ConfigError`` for fewer than one rank."""
+    for name, ranks in (("--dry_run", short), ("--dry_run_full", full)):
+        if ranks is not None and ranks < 1:
+            raise ConfigError(f"{name} is {ranks}, expected the number of ranks to plan for, at least 1")
+    if full is not None:
+        return DryRun(full, True)
+    return None if short is None else DryRun(short, False)
 
 
 def parse(
     kind: type[T], description: str, args: list[str] | None = None
-) -> tuple[T, dict[str, Any], int | None]:
+) -> tuple[T, dict[str, Any], DryRun | None]:
     """Reads ``--config FILE`` and dotted overrides into the dataclass ``kind``.
 
-    Returns it, its JSON-able form, and the world size of ``--dry_run`` or None. Raises ``ConfigError`` for an unknown key
+    Returns it, its JSON-able form, and what ``--dry_run`` asks for or None. Raises ``ConfigError`` for an unknown key
     (with the nearest valid one) or a wrong type.
     """
     from jsonargparse import ArgumentError
@@ -38,16 +58,22 @@ def parse(
         type=int,
         default=None,
         metavar="N",
-        help="build nothing: show parameters, routing, owners, memory and traffic on N ranks",
+        help="build nothing: show parameters and rules by role, memory and traffic on N ranks",
+    )
+    parser.add_argument(
+        "--dry_run_full",
+        type=int,
+        default=None,
+        metavar="N",
+        help="the same, with every matrix and its owner",
     )
     parser.add_class_arguments(kind)
+    check_yaml(sys.argv[1:] if args is None else args)
     try:
         parsed = read_arguments(parser, args)
     except ArgumentError as error:
         raise ConfigError(sentence(str(error), known_keys(parser))) from None
-    dry_run = parsed.dry_run
-    if dry_run is not None and dry_run < 1:
-        raise ConfigError(f"--dry_run is {dry_run}, expected the number of ranks to plan for, at least 1")
+    dry_run = asked_to_show(parsed.dry_run, parsed.dry_run_full)
     fields = kind.__dataclass_fields__  # type: ignore[attr-defined]
     plain = {
         name: value
@@ -61,6 +87,25 @@ def parse(
             )
     built = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(parsed)  # 4.49 renamed it
     return kind(**{name: built[name] for name in fields}), plain, dry_run
+
+
+def check_yaml(args: list[str]) -> None:
+    """Raises ``ConfigError`` with file and line for a file after ``--config`` that is no YAML."""
+    import yaml
+
+    words = [word for one in args for word in one.split("=", 1)]
+    for option, name in pairwise(words):
+        if option != "--config" or not Path(name).is_file():
+            continue
+        try:
+            yaml.safe_load(Path(name).read_bytes())
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f"{name}, line {mark.line + 1}, column {mark.column + 1}" if mark else name
+            problem = getattr(error, "problem", None) or " ".join(str(error).split())
+            raise ConfigError(
+                f"{where}: {problem}, expected YAML with the sections model, data, optimizer and trainer"
+            ) from None
 
 
 def known_keys(parser: Any) -> list[str]:
@@ -92,7 +137,7 @@ def sentence(message: str, known: list[str]) -> str:
     if stray := re.search(r"unrecognized arguments: (\S+)", text):
         word = stray.group(1)
         if not word.startswith("--"):
-            return f"{word!r} belongs to no key, expected pairs of --key value: see --help for the keys"
+            return f"unexpected argument {word!r}: use --key value; --help lists the keys"
         return _unknown(word[2:].split("=")[0], known)
     key = re.search(r"(?:[Kk]ey|[Oo]ption|group)\s+['\"]?(?:--)?([\w.]+)['\"]?", text)
     if key is None:
@@ -116,6 +161,8 @@ def sentence(message: str, known: list[str]) -> str:
     if expected:
         value = re.search(r".*(?:Got|Given) value: (.*)$", text)  # the last of them is as the user wrote it
         found = value.group(1) if value else "something else"
+        if any("list" in kind or "tuple" in kind for kind in expected) and not found.startswith("["):
+            return f"{key.group(1)} is {found}, expected a list: write [{found}]"
         return f"{key.group(1)} is {found}, expected {' or '.join(map(_in_words, expected))}"
     if key.group(1) not in known and re.search(r"not expected|does not accept|not valid|No action", text):
         return _unknown(key.group(1), known)
@@ -126,6 +173,10 @@ def _unknown(key: str, known: list[str]) -> str:
     begun = [name for name in known if name.startswith(key)]
     if 1 < len(begun) <= 5:
         return f"there is no configuration key {key}: did you mean one of {', '.join(begun)}?"
+    parts = key.split(".")
+    of_roles = [f"{role}.{parts[-1]}" for role in RULES if f"{role}.{parts[-1]}" in known]
+    if of_roles and parts[:-1] in ([], ["optimizer"]):
+        return f"there is no configuration key {key}: each role has its own, one of {', '.join(of_roles)}"
     leaf = {name.split(".")[-1]: name for name in known}
     near = (
         begun[:1]

@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from polargrad_dist.distributed.plan import Plan
 from polargrad_dist.integrations.fragments import planned
 from polargrad_dist.optim import OptimizerConfig, plan_for, route
 from polargrad_dist.trainer.config import TrainerConfig
 
 
+def by_role(plan: Plan) -> str:
+    """A line per role and rule: parameters, matrices, rule, learning rate, oracle work; then the balance."""
+    rows: dict[tuple[str, str, float], list[float]] = {}
+    for entry in plan.entries:
+        sums = rows.setdefault((entry.role, entry.rule, entry.lr), [0, 0, 0.0])
+        sums[0] += math.prod(entry.shape)
+        sums[1] += len(entry.owners)
+        sums[2] += entry.cost
+    width = max(len(rule) for _, rule, _ in rows)
+    lines = [f"{'role':<12}{'parameters':>15}{'matrices':>10}  {'rule':<{width}}{'lr':>10}{'GFLOP':>12}"]
+    for (role, rule, lr), (count, matrices, cost) in sorted(rows.items(), key=lambda row: -row[1][0]):
+        lines.append(
+            f"{role:<12}{int(count):>15,}{int(matrices):>10,}  {rule:<{width}}{lr:>10.3g}{cost / 1e9:>12,.2f}"
+        )
+    lines.append(f"oracle work per rank, max/mean over {plan.world} ranks: {plan.imbalance:.3f}")
+    lines.append("every matrix with its owner: --dry_run_full in the place of --dry_run")
+    return "\n".join(lines)
+
+
 def dry_run(
-    build: Callable[..., nn.Module], optimizer: OptimizerConfig, trainer: TrainerConfig, ranks: int
+    build: Callable[..., nn.Module],
+    optimizer: OptimizerConfig,
+    trainer: TrainerConfig,
+    ranks: int,
+    full: bool = False,
 ) -> int:
-    """Prints the plan of a run on ``ranks`` ranks; ``build(device="meta")`` gives the model's shapes. Returns 0."""
+    """Prints the plan of a run on ``ranks`` ranks; ``build(device="meta")`` gives the model's shapes. Returns 0.
+
+    full: every matrix with its owner and cost, in place of a line per role.
+    """
     trainer = trainer.for_world(ranks)
     trainer.check(ranks)
     model = build(device="meta")
@@ -37,7 +65,7 @@ def dry_run(
             comm_dtype=comm,
         )
     count = sum(p.numel() for p in model.parameters())
-    print(plan.table())
+    print(plan.table() if full else by_role(plan))
     print(f"\nparameters: {count:,}")
     print(
         f"{ranks} ranks, strategy {name}, {trainer.accumulation(ranks)} micro-batches of {trainer.micro_batch} sequences per "

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 
 from polargrad_dist.errors import ConfigError
+from polargrad_dist.optim.rules import ROLES, OptimizerConfig
 from polargrad_dist.trainer import rundir
 from polargrad_dist.trainer.config import TrainerConfig
 from polargrad_dist.trainer.console import COLUMNS, wrapped
@@ -68,7 +70,7 @@ def facts_of(
             "name": _model(model, configuration),
             "parameters": sum(p.numel() for p in model.parameters()),
         },
-        "roles": _roles(optimizer),
+        "roles": _roles(optimizer, configuration.get("optimizer")),
         "training": training,
         "ranks": {
             "world": world.size,
@@ -191,15 +193,27 @@ def describe_rule(group: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _roles(optimizer: Any) -> dict[str, dict[str, Any]]:
-    """Parameters and rule of each role, largest first; groups of one role with the same rule are one."""
+def _roles(optimizer: Any, asked: Any) -> dict[str, dict[str, Any]]:
+    """Parameters and rule of each role, largest first; groups of one role with the same rule are one.
+
+    asked: the configuration's section; a role that it leaves as it is by default is marked so.
+    """
     found: dict[str, dict[str, Any]] = {}
     for group in optimizer.param_groups:
         role, rule = group.get("role") or "parameters", describe_rule(group)
+        rule += " (default)" if isinstance(asked, dict) and is_default(role, asked) else ""
         name = role if found.get(role, {"rule": rule})["rule"] == rule else f"{role}: {rule}"
         one = found.setdefault(name, {"parameters": 0, "rule": rule, "lr": float(group["lr"])})
         one["parameters"] += sum(p.numel() for p in group["params"])
     return dict(sorted(found.items(), key=lambda item: -item[1]["parameters"]))
+
+
+def is_default(role: str, asked: dict[str, Any]) -> bool:
+    """Whether an optimizer section says of a role what `OptimizerConfig` says anyway."""
+    if role not in ROLES:
+        return False
+    own = asked.get(role) or asked.get("embed")
+    return bool(json.loads(json.dumps(asdict(OptimizerConfig().rule(role)))) == json.loads(json.dumps(own)))
 
 
 def _model(model: nn.Module, configuration: dict[str, Any]) -> str:

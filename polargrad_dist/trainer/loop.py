@@ -18,7 +18,7 @@ from torch import nn
 from torch.profiler import record_function
 
 from polargrad_dist.diagnostics import Diagnostics
-from polargrad_dist.errors import CheckpointError, ConfigError
+from polargrad_dist.errors import CheckpointError
 from polargrad_dist.optim import OptimizerConfig
 from polargrad_dist.trainer import rundir
 from polargrad_dist.trainer.checkpoint import CheckpointStore, restore_rng_state, rng_state
@@ -32,6 +32,7 @@ from polargrad_dist.trainer.interval import Interval
 from polargrad_dist.trainer.measure import Evaluator
 from polargrad_dist.trainer.metrics import Metrics
 from polargrad_dist.trainer.output import start_log
+from polargrad_dist.trainer.preflight import check_lengths
 from polargrad_dist.trainer.profiling import PREFIX, Profile
 from polargrad_dist.trainer.signals import PREEMPTED, LeaveRequest
 from polargrad_dist.trainer.stepping import Stepper, Told
@@ -60,12 +61,7 @@ class Trainer:
         configuration: dict[str, Any],
     ):
         config.check(world.size)
-        limit = getattr(model, "max_sequence_length", None)
-        if limit is not None and config.sequence_length > limit:
-            raise ConfigError(
-                f"trainer.sequence_length is {config.sequence_length}, but model.max_sequence_length is {limit}: lower the "
-                "one, or raise the other"
-            )
+        check_lengths(config, model)
         self.config, self.data, self.world = config, data, world
         self.run_dir, self.configuration = Path(config.run_dir), configuration
         self.hold = rundir.Hold(self.run_dir, min(PATIENCE, 30 * config.strategy.timeout_minutes))
@@ -163,6 +159,7 @@ class Trainer:
                 with record_function(f"{PREFIX}whole"):
                     self._step(batches, leave)
                 profile.step()
+                self._made = True
                 progress.step += 1
                 progress.sample += config.global_batch
                 self._validate_and_save(leave)
@@ -190,6 +187,8 @@ class Trainer:
         """The exit code, and a line in the log where the run did not end as planned."""
         config, step, kept = self.config, self.progress.step, self.store.last_saved
         unfinished = step < config.steps or self.progress.owing
+        if not self._made and not self.progress.owing and not self._due:
+            return Outcome(0, step, self.validated)
         code = PREEMPTED if unfinished else 0
         if self._due and unfinished:
             log.warning("the last steps were skipped, so nothing new is saved: %s is on disk", kept)
@@ -221,6 +220,7 @@ class Trainer:
 
     _stop = False
     _due = False
+    _made = False
     # Writes the run's HTML report, for the sinks that take one when it ends.
     report: Callable[[Path], Path] | None = None
     _unproved = ""
@@ -344,4 +344,9 @@ class Trainer:
             seed_everything((self.config.seed * 1_000_003 + self.world.rank) ^ (self.progress.step << 20))
         log.info("resumed from %s at step %d", path, self.progress.step)
         if self.progress.step >= self.config.steps:
-            log.info("nothing is left to do: trainer.steps is %d", self.config.steps)
+            log.info(
+                "nothing is left to do: trainer.steps is %d, and %s is of step %d; set a larger trainer.steps to go on",
+                self.config.steps,
+                path,
+                self.progress.step,
+            )

@@ -115,6 +115,14 @@ class JsonLines:
         self._whole = os.fstat(self._file).st_size
 
 
+def check_packages(config: LoggingConfig) -> None:
+    """Raises ``ConfigError`` for a package that a sink needs and that is not installed."""
+    if config.tensorboard:
+        require("tensorboard", "trainer.logging.tensorboard is true", "tensorboard")
+    if config.wandb != "disabled":
+        require("wandb", f"trainer.logging.wandb is {config.wandb!r}", "wandb")
+
+
 class TensorBoard:
     """Event files in the run directory."""
 
@@ -138,7 +146,7 @@ class TensorBoard:
             self._writer._get_file_writer().add_summary(summary)
 
     def write(self, record: dict[str, Any]) -> None:
-        for name, value in flat(record).items():
+        for name, value in curves(record).items():
             self._writer.add_scalar(name, value, record["step"])
         for i, sample in enumerate(record.get("samples", ())):
             text = f"**{sample['prompt']}**{sample['text']}".replace("\n", "  \n")
@@ -163,10 +171,14 @@ class Wandb:
             mode=config.wandb,
             dir=str(run_dir),
             config=configuration,
+            # No table of all figures on the terminal at the end.
+            settings=wandb.Settings(quiet=True),
         )
+        where = self._run.url if config.wandb == "online" else run_dir / "wandb"
+        log.info("wandb: run %s, %s", run_id, where)
 
     def write(self, record: dict[str, Any]) -> None:
-        shown: dict[str, Any] = flat(record)
+        shown: dict[str, Any] = curves(record)
         if "samples" in record:
             import wandb
 
@@ -203,6 +215,11 @@ def flat(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
         elif isinstance(value, int | float) and not isinstance(value, bool):
             out[prefix + name] = value
     return out
+
+
+def curves(record: dict[str, Any]) -> dict[str, float]:
+    """The figures of a record that are worth a curve against its step."""
+    return {name: value for name, value in flat(record).items() if name not in ("step", "time")}
 
 
 def _finite(value: Any) -> Any:

@@ -24,6 +24,12 @@ def test_the_command_prints_the_text_of_its_seed(trained, capsys):
             main([run, *args])
 
 
+def test_an_export_is_named_as_one(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"is a model in Hugging Face's form .* load it with transformers"):
+        main([str(tmp_path)])
+
+
 def test_streamed_text_is_the_text_of_all_tokens(trained):
     run = load_run(trained("qwen2.5"))
     pieces = list(run.stream("日", 30, temperature=2.0, seed=3))

@@ -36,8 +36,9 @@ ROOT = Path(__file__).resolve().parents[2]
         (["--optimizer.bucket_mb", ".inf"], "optimizer.bucket_mb is inf"),
         (["--trainer.diagnostics.parameters", "[nope]"], "names 'nope'"),
         (["--optimizer.value_embed.lr", "1"], "optimizer.value_embed is set"),
-        (["stray", "words"], "'stray' belongs to no key"),
-        (["--data.paths", "x"], "data.paths is x, expected a list"),
+        (["stray", "words"], "unexpected argument 'stray': use --key value"),
+        (["--data.paths", "x"], "data.paths is x, expected a list: write [x]"),
+        (["--optimizer.lr", "1"], "each role has its own, one of optimizer.hidden.lr, optimizer.embed.lr"),
         (["--trainer.seed", "-1"], "trainer.seed is -1"),
         (["--data.prefetch", "-1"], "data.prefetch is -1"),
         (["--data.validation_tokens", "-5"], "data.validation_tokens is -5"),
@@ -74,6 +75,36 @@ def test_an_unknown_key_in_a_file_names_the_nearest_valid_one(tmp_path):
     found = train("--config", str(tmp_path / "c.yaml"))
     assert found.returncode == 2
     assert "did you mean trainer.global_batch" in found.stderr
+
+
+def test_a_rate_without_a_role_names_the_roles(tmp_path):
+    (tmp_path / "c.yaml").write_text("optimizer: {lr: 0.1}\n")
+    found = train("--config", str(tmp_path / "c.yaml"))
+    assert found.returncode == 2
+    assert "each role has its own, one of optimizer.hidden.lr" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("model: {width: 64\noptimizer: 1\n", "line 2, column 10"),
+        ("trainer:\n\tsteps: 1\n", "line 2, column 1"),
+    ],
+)
+def test_yaml_that_cannot_be_read_names_file_and_line(tmp_path, text, where):
+    (tmp_path / "c.yaml").write_text(text)
+    for words in (["--config", str(tmp_path / "c.yaml")], [f"--config={tmp_path / 'c.yaml'}"]):
+        found = train(*words)
+        assert found.returncode == 2
+        assert f"{tmp_path / 'c.yaml'}, {where}: " in found.stderr
+        assert len(found.stderr.splitlines()) == 1
+
+
+def test_without_arguments_it_says_how_to_begin_and_starts_nothing():
+    found = train()
+    assert found.returncode == 2
+    assert found.stderr.count("  python train.py --") == 3
+    assert "error" not in found.stderr
 
 
 def test_a_number_in_place_of_a_section_is_refused(tmp_path):
@@ -122,12 +153,25 @@ def test_a_dry_run_of_each_paper_run_shows_its_exact_parameter_count(config, cou
     assert "max/mean over 8 ranks" in found.stdout
 
 
+def test_a_dry_run_has_a_line_per_role_and_the_full_one_a_line_per_matrix():
+    command = ("--config", "configs/quickstart.yaml")
+    short = train(*command, "--dry_run", "2").stdout
+    rows = {line.split()[0]: line.split()[1:3] for line in short.splitlines() if line.strip()}
+    assert rows["embed"] == rows["head"] == ["131,072", "1"]
+    # Seven matrices a layer, three layers.
+    assert rows["hidden"][1] == "21"
+    assert "up_proj" not in short
+    full = train(*command, "--dry_run_full", "2").stdout
+    assert sum("up_proj" in line for line in full.splitlines()) == 3
+    assert train(*command, "--dry_run_full", "0").returncode == 2
+
+
 @pytest.mark.parametrize("config", sorted(p.stem for p in (ROOT / "configs").glob("*.yaml")))
 def test_every_configuration_in_the_project_is_valid(config):
     from train import parse_run
 
-    run, plain, ranks = parse_run(["--config", str(ROOT / "configs" / f"{config}.yaml")])
-    assert ranks is None
+    run, plain, show = parse_run(["--config", str(ROOT / "configs" / f"{config}.yaml")])
+    assert show is None
     run.optimizer.check()
     run.trainer.check(1)
     assert plain["trainer"]["run_dir"] == f"runs/{config}"

@@ -232,6 +232,17 @@ def test_metrics_hold_rates_shares_and_the_spectrum_per_role(tmp_path):
     assert lines[-1]["bits_per_byte"] > 0
 
 
+def test_a_checkpoint_beyond_the_last_step_leaves_nothing_to_do(tmp_path):
+    trainer(settings(tmp_path / "first", steps=8)).fit()
+    found = str(tmp_path / "first" / "checkpoints" / "step-00000008")
+    config = settings(tmp_path / "second", steps=4, checkpoint=CheckpointConfig(resume=found))
+    outcome = trainer(config).fit()
+    assert (outcome.exit_code, outcome.step) == (0, 8)
+    logged = (tmp_path / "second" / "log.txt").read_text()
+    assert "nothing is left to do: trainer.steps is 4" in logged
+    assert "could not be written" not in logged
+
+
 HOLDER = """
 import sys
 from filelock import FileLock

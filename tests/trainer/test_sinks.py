@@ -105,6 +105,8 @@ def test_wandb_gets_the_configuration_samples_and_the_report(tmp_path, monkeypat
     )
     step, values = told.logged[0]
     assert (step, values["loss"]) == (3, 2.0)
+    assert not {"step", "time"} & values.keys()
+    assert told.began["settings"].quiet
     assert values["samples"].data == [[3, "The ", "end\nof <it>"]]
     (artefact,) = told.artefacts
     assert set(artefact.manifest.entries) == {"report.html"}

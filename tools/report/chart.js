@@ -321,7 +321,7 @@ class Chart {
       html("i", { style: `background: ${curve.colour}` }, row);
       html("span", {}, row, this.state.name(curve.series));
       html("b", {}, row, precise(value));
-      if (smooth !== null) html("em", {}, row, `mean ${precise(smooth)}`);
+      if (smooth !== null) html("em", {}, row, `smooth ${precise(smooth)}`);
       if (step !== place.step) html("em", {}, row, `step ${step.toLocaleString("en")}`);
     }
     this.tip.hidden = false;

@@ -1,4 +1,6 @@
-"""``python -m polargrad_dist.trainer.checkpoint verify|list|show PATH``: looks at checkpoints, changes none.
+"""``polargrad-checkpoint verify|list|show PATH``: looks at checkpoints, changes none.
+
+The same as ``python -m polargrad_dist.trainer.checkpoint``; torch and numpy are all it needs.
 
 PATH is one checkpoint, a folder of them, or a run directory.
 """
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -22,8 +25,22 @@ from polargrad_dist.trainer.checkpoint.manifest import (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 0 if all is well, 1 if a checkpoint is damaged, 2 if PATH holds none."""
-    parser = argparse.ArgumentParser(prog="python -m polargrad_dist.trainer.checkpoint", description=__doc__)
+    """Returns 0 if all is well, 1 if a checkpoint is damaged, 2 if PATH holds none.
+
+    Ends quietly, with 0, when nobody reads what it prints any more, as under ``| head``.
+    """
+    try:
+        code = _main(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python's own flush at the end has to go somewhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def _main(arguments: list[str] | None) -> int:
+    parser = argparse.ArgumentParser(prog="polargrad-checkpoint", description=__doc__)
     parser.add_argument("command", choices=["verify", "list", "show"])
     parser.add_argument("path", type=Path)
     parser.add_argument("--threads", type=int, default=4, help="for verify: files read and hashed at a time")

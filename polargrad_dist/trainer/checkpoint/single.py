@@ -96,6 +96,11 @@ def find_checkpoint(path: Path | str, step: int | None = None) -> Checkpoint:
                 f"{path} is one checkpoint and --step is {step}, expected one of the two: name the run"
             )
         return Checkpoint(path, path.parent.parent, Manifest.read(path))
+    if not (path / "config.yaml").is_file() and (path / "config.json").is_file():
+        raise ConfigError(
+            f"{path} is a model in Hugging Face's form (it holds config.json), expected the trainer.run_dir of a run: name "
+            "the run that it was exported from, or load it with transformers"
+        )
     if not (path / "config.yaml").is_file():
         raise ConfigError(
             f"{path} is neither a run directory (it holds no config.yaml) nor a checkpoint (no {MANIFEST}): expected the "

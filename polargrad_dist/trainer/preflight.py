@@ -1,0 +1,76 @@
+"""What can be refused before data are prepared: everything that needs neither tokens nor weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from polargrad_dist.errors import ConfigError
+from polargrad_dist.optim import OptimizerConfig, route
+from polargrad_dist.trainer import rundir
+from polargrad_dist.trainer.choices import read_questions
+from polargrad_dist.trainer.config import TrainerConfig
+from polargrad_dist.trainer.metrics import check_packages
+
+
+def preflight(
+    config: TrainerConfig,
+    optimizer: OptimizerConfig,
+    build: Callable[..., nn.Module],
+    configuration: dict[str, Any],
+    world: int,
+    vocab_size: int | None = None,
+) -> nn.Module:
+    """Checks a run on ``world`` ranks; returns its model on the meta device, of shapes alone.
+
+    build: makes the model, given ``device="meta"``. vocab_size: tokens of the tokenizer, where they are known already.
+    Nothing is written. Raises ``ConfigError`` for the first thing that would end the run later.
+    """
+    config.check(world)
+    optimizer.check()
+    check_packages(config.logging)
+    folder = Path(config.run_dir)
+    check_writable(folder)
+    rundir.check(folder, configuration, config.allow_changes, config.checkpoint.resume)
+    if config.evaluation.hellaswag is not None:
+        read_questions(config.evaluation.hellaswag, 1)
+    model = build(device="meta")
+    check_lengths(config, model)
+    rows = getattr(model, "vocab_size", None)
+    if vocab_size is not None and isinstance(rows, int) and rows < vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {rows}, but data.tokenizer has {vocab_size} tokens: set it to {vocab_size}, or leave it out"
+        )
+    route(model, optimizer)
+    return model
+
+
+def check_lengths(config: TrainerConfig, model: nn.Module) -> None:
+    """Raises ``ConfigError`` for sequences that are longer than the model takes."""
+    limit = getattr(model, "max_sequence_length", None)
+    if limit is not None and config.sequence_length > limit:
+        raise ConfigError(
+            f"trainer.sequence_length is {config.sequence_length}, but model.max_sequence_length is {limit}: lower the "
+            "one, or raise the other"
+        )
+
+
+def check_writable(folder: Path) -> None:
+    """Raises ``ConfigError`` for a run directory that cannot be made or written."""
+    there = folder.absolute()
+    # `os.path.exists`, which is False where nobody may look; `Path.exists` raises there.
+    while not os.path.exists(there) and there != there.parent:
+        there = there.parent
+    if not os.path.isdir(there):
+        raise ConfigError(
+            f"trainer.run_dir is {folder}, {'which' if there == folder.absolute() else there} is a file: expected a folder, "
+            "or a name for a new one"
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{folder} cannot be written (no permission for {there}): choose another trainer.run_dir"
+        )

@@ -1,8 +1,8 @@
 """PolarGrad: one optimizer for every role of a model, on one device and on many, however its parameters are placed.
 
 What lives here is what a user touches: groups, clipping, the order of a step, the plan and the facts. The step of a bucket
-is in `batch`, `owned` and `shards`, the mathematics of a rule in `matrix` and `parts`, placement in `world`, saving and loading in
-`state`.
+is in `batch`, `owned` and `shards`, the mathematics of a rule in `matrix` and `parts`, placement in `world`, saving and
+loading in `state`.
 """
 
 from __future__ import annotations

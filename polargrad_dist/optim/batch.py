@@ -37,6 +37,7 @@ class Batch:
         # Which matrix row i of the numbers is of; which row each (item, slice, row, column) takes, None for item by item.
         self.arrival: list[tuple[int, int]] = [(0, 0)]
         self.index: Tensor | None = None
+        self.places: Tensor | None = None
         if self.shares:
             self._find_copies()
 

@@ -32,13 +32,15 @@ def controlled(batch: Batch, D: Tensor, scale: Tensor, ok: Tensor, facts: Facts)
     pairs = ((weights, weights), (weights, steps), (steps, steps))
     each = [per_matrix(a * b, batch.index, len(batch.arrival)) for a, b in pairs]
     del weights
-    where = [(batch.members[i].entry, j) for i, j in batch.arrival]
-    if batch.entry.layout.counted(batch.place):
-        facts.sums.add(where, torch.stack(each, 1)[: len(where)])
+    if batch.places is None:
+        batch.places = facts.sums.places([(batch.members[i].entry, j) for i, j in batch.arrival])
+    count = len(batch.places)
+    if count and batch.entry.layout.counted(batch.place):
+        facts.sums.add(batch.places, torch.stack(each, 1)[:count])
     yield None
     grow = shrink = steps.new_ones(1, 1, 1, 1)
-    if where:
-        sums, shared = facts.sums.of(where)
+    if count:
+        sums, shared = facts.sums.values[batch.places], facts.sums.nuclear(batch.entry.role)
         grow, shrink = (batch.spread(x).to(steps) for x in lengths(batch.group, sums, shared))
     for part in batch.bucket.portions:
         rows = part.rows if grow.shape[2] > 1 else slice(None)
@@ -79,7 +81,7 @@ def refuse_zero(members: Any, facts: Facts) -> None:
     for m in members:
         if not m.entry.pauses or m.group["control"] != "hyperball":
             continue
-        sums, _ = facts.sums.of([(m.entry, i) for i in range(len(m.entry.costs))])
+        sums = facts.sums.values[facts.sums.places([(m.entry, i) for i in range(len(m.entry.costs))])]
         if bool(((sums[:, 0] == 0) & (sums[:, 2] > 0)).any()):
             facts.failed(
                 m,

@@ -31,8 +31,8 @@ def whitened(G: Tensor, state: dict[str, Tensor], group: Any) -> tuple[Tensor, d
     """What the oracle is given for gradients G (k, m, n), and the next state.
 
     The momentum goes unwhitened until covariances can have full rank, max(m, n)/min(m, n) steps: earlier bases would be
-    arbitrary, and other ones on other ranks. The first basis is an eigendecomposition, which waits for a GPU; later ones are
-    a step of orthogonal iteration each.
+    arbitrary, and other ones on other ranks. The first basis is an eigendecomposition, later ones are a step of orthogonal
+    iteration each. Whether a first one is due is read back from the device at every step.
     """
     beta, kind = group["betas"][1], state["left"].dtype
     wait = -(-max(G.shape[1:]) // min(G.shape[1:]))

@@ -21,17 +21,20 @@ class Sums:
         self.rows, self.counted = rows, counted
         self.values = torch.zeros(len(rows), SUMS, dtype=torch.float64, device=device)
 
-    def add(self, entries: Sequence[tuple[Entry, int]], values: Tensor) -> None:
-        """Adds what lies here of these matrices: (matrices, 3)."""
-        if entries:
-            self.values[[self.rows[e.key, i] for e, i in entries]] += values.to(self.values)
+    def places(self, matrices: Sequence[tuple[Entry, int]]) -> Tensor:
+        """Where the sums of these matrices lie, int64; to be kept, since it is made on the host."""
+        found = [self.rows[e.key, i] for e, i in matrices]
+        return torch.tensor(found, dtype=torch.int64, device=self.values.device)
+
+    def add(self, places: Tensor, values: Tensor) -> None:
+        """Adds what lies here of the matrices at these places: (matrices, 3)."""
+        self.values[places] += values.to(self.values)
 
     def add_nuclear(self, entry: Entry, norms: Tensor) -> None:
         """Adds the scaled nuclear norms of matrices that are owned here."""
         if self.counted[entry.name] == entry.key:
             self.values[self.rows[entry.role, 0], 0] += norms.sum().to(self.values)
 
-    def of(self, entries: Sequence[tuple[Entry, int]]) -> tuple[Tensor, Tensor]:
-        """The sums of these matrices, (matrices, 3), and what their role's nuclear norms add up to, 0-d."""
-        role = self.values[self.rows[entries[0][0].role, 0], 0]
-        return self.values[[self.rows[e.key, i] for e, i in entries]], role
+    def nuclear(self, role: str) -> Tensor:
+        """What a role's scaled nuclear norms add up to, 0-d."""
+        return self.values[self.rows[role, 0], 0]

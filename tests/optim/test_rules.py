@@ -70,3 +70,26 @@ def test_what_is_no_rule_or_has_a_taken_name_is_refused():
         PolarGrad(Bag(**BAG).parameters(), algorithm="nonesuch")
     with pytest.raises(ConfigError, match="beta2"):
         PolarGrad([torch.nn.Parameter(torch.zeros(3, 3))], beta2=0.9)
+
+
+def test_a_registered_rule_s_options_are_set_in_the_configuration(tmp_path):
+    from train import parse_run
+
+    load_the_page()
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "optimizer: {hidden: {algorithm: normuon, options: {beta2: 0.7}, normalize: none, control: cautious}}\n"
+    )
+    config, _, _ = parse_run(["--config", str(path)])
+    config.optimizer.check()
+    model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 8))
+    hidden = next(
+        g for g in PolarGrad.from_config(model, config.optimizer).param_groups if g["role"] == "hidden"
+    )
+    assert (hidden["beta2"], hidden["control"]) == (0.7, "cautious")
+    assert "options" not in hidden
+    config.optimizer.hidden.options["beta3"] = 1
+    with pytest.raises(
+        ConfigError, match=r"optimizer\.hidden\.options has 'beta3', expected an option .*: beta2"
+    ):
+        config.optimizer.check()

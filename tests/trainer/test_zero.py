@@ -122,7 +122,7 @@ def test_mixed_precision_is_that_of_ddp(trained):
     """In stage 3 DeepSpeed's own linear layer rounds otherwise: as far apart as roundings are, and less than fp32 is."""
     for found in trained[1]:
         assert found["mixed", 1] <= TOLERANCE
-        assert 1e-3 < found["fp32 and mixed"]
+        assert found["fp32 and mixed"] > 1e-3
         assert found["mixed", 3] < 0.5 * found["fp32 and mixed"]
 
 

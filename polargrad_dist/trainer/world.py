@@ -1,6 +1,7 @@
 """This process among the others: who started it, which device is its own, and the process group.
 
-Reads what torchrun and ``accelerate launch`` (RANK, …) or ``srun`` (SLURM_PROCID, …) set; alone it makes no group.
+Reads what torchrun, ``deepspeed``, ``accelerate launch`` (RANK, …) or ``srun`` (SLURM_PROCID, …) set; alone it makes no
+group.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-EXTRAS := train,wandb,tensorboard,accelerate,lightning,plots,lm-eval,docs,dev
+EXTRAS := train,wandb,tensorboard,accelerate,lightning,deepspeed,plots,lm-eval,docs,dev
 
 .PHONY: train test test-slow test-all test-transformers4 lint format docs bench bench-gpu chaos soak paper paper-lm race setup clean
 
@@ -74,7 +74,7 @@ paper: setup
 paper-lm: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.language paper
 
-# AdamW, Muon and PolarGrad on equal terms: sweeps, then three seeds at several lengths.
+# Eight optimizers on equal terms at two widths and two lengths: hours; the same command goes on where it was interrupted.
 race: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.language race
 

@@ -1,6 +1,6 @@
 """Pre-trains a language model: `python train.py --config configs/NAME.yaml --optimizer.hidden.lr 0.02 …`.
 
-The same under `torchrun`, `srun` and `accelerate launch`. Every key: `python train.py --help`.
+The same under `torchrun`, `srun`, `accelerate launch` and `deepspeed`. Every key: `python train.py --help`.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ class RunConfig:
 def parse_run(args: list[str] | None = None) -> tuple[RunConfig, dict[str, Any], DryRun | None]:
     """The run that a command line describes, its JSON-able form, and what a dry run is to show or None."""
     given = sys.argv[1:] if args is None else args
+    given = [
+        word for word in given if not re.match(r"--local_rank=\d+$", word)
+    ]  # the environment says it too
     given = [re.sub(r"^--profile(?=$|=)", "--trainer.logging.profile", word) for word in given]
     return parse(RunConfig, "Pre-train a language model with polar-gradient optimizers.", given)
 

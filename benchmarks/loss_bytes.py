@@ -64,7 +64,9 @@ def eager_bytes(case: Case, *, passes: bool) -> int:
     """Bytes of forward and gradients; without ``passes`` those of all but the two passes over the logits."""
     large_pieces = mock.patch.dict(loss.PIECE, {"cpu": loss.PIECE["cuda"]})
     lse = (case.tokens, 1)
-    skipped = mock.patch.object(loss, "_run", side_effect=lambda *a: (torch.empty(()), torch.empty(lse)))
+    skipped = mock.patch.object(
+        loss, "run_compiled", side_effect=lambda *a: (torch.empty(()), torch.empty(lse))
+    )
     with FakeTensorMode(), large_pieces, nullcontext() if passes else skipped:
         hidden = torch.empty(case.tokens, case.width, dtype=torch.bfloat16, requires_grad=True)
         weight = torch.empty(case.vocabulary, case.width, dtype=torch.bfloat16, requires_grad=True)

@@ -14,8 +14,9 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
 from models.config import Sizes
-from models.loss import Backend, SoftCap, loss_sum, soft_capped
+from models.loss import SoftCap, loss_sum, soft_capped
 from models.sampling import choose
+from polargrad_dist.compiled import Backend
 from polargrad_dist.errors import ConfigError
 
 

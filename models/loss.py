@@ -9,24 +9,20 @@ move per logit in bf16 (`python -m benchmarks.loss_bytes` counts them).
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from polargrad_dist.compiled import Backend, run_compiled
+
 SoftCap = Literal["none", "tanh", "algebraic"]
-Backend = str | Callable[..., Any]
 
 # Logits that exist at a time: 2 GiB in bf16, and 64 MiB in fp32. Each piece reads the head's weight twice and adds to its
 # gradient once, so pieces of few rows would move more bytes for the weight than for the logits.
 PIECE = {"cuda": 1 << 30, "cpu": 1 << 24}
 CAP = 15.0
 IGNORED = -100
-
-log = logging.getLogger(__name__)
 
 
 def soft_capped(z: torch.Tensor, soft_cap: SoftCap) -> torch.Tensor:
@@ -65,7 +61,7 @@ def loss_sum(
     total = torch.zeros((), device=hidden.device)
     for piece, target in _pieces(hidden, weight, targets):
         z = piece @ weight.T
-        total += _run(normalizer, backend, z, _chosen(z, target), target, soft_cap)[0]
+        total += run_compiled(normalizer, backend, z, _chosen(z, target), target, soft_cap)[0]
     return total
 
 
@@ -87,9 +83,9 @@ class _LossSum(torch.autograd.Function):
         weight_grad: torch.Tensor | None = None
         for piece, target in _pieces(hidden, weight, targets):
             z = piece @ weight.T
-            loss, lse = _run(normalizer, backend, z, _chosen(z, target), target, soft_cap)
+            loss, lse = run_compiled(normalizer, backend, z, _chosen(z, target), target, soft_cap)
             total += loss
-            _run(into_gradient, backend, z, target, lse, soft_cap)
+            run_compiled(into_gradient, backend, z, target, lse, soft_cap)
             if for_hidden:
                 hidden_grads.append(z @ weight)
             if for_weight:  # added up in fp32 whatever the weight's type
@@ -165,40 +161,3 @@ def _pieces(
 ) -> zip[tuple[torch.Tensor, torch.Tensor]]:
     rows = max(1, PIECE.get(hidden.device.type, PIECE["cuda"]) // len(weight))
     return zip(hidden.split(rows), targets.split(rows), strict=True)
-
-
-def _run(function: Callable[..., Any], backend: Backend | None, *args: Any) -> Any:
-    """Calls a pass over the logits, compiled if that is wanted and possible."""
-    if backend is None or _uncompiled.reason:
-        return function(*args)
-    try:
-        return _compiled(function, backend)(*args)
-    except _no_compiler() as error:  # raised before the kernel runs, so the logits are as they were
-        _uncompiled.reason = str(error).splitlines()[0]
-        log.warning(
-            "the loss runs uncompiled, at several times the memory traffic: torch.compile found no working compiler (%s)",
-            _uncompiled.reason,
-        )
-        return function(*args)
-
-
-class _Uncompiled:
-    """Why compiling was given up in this process, if it was."""
-
-    reason = ""
-
-
-_uncompiled = _Uncompiled()
-
-
-@cache
-def _compiled(function: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True, backend=backend)
-
-
-def _no_compiler() -> tuple[type[Exception], ...]:
-    """What torch.compile raises without a C++ compiler or Triton; imported here, since that takes a second."""
-    from torch._dynamo.exc import BackendCompilerFailed
-    from torch._inductor.exc import InductorError
-
-    return BackendCompilerFailed, InductorError

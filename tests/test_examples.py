@@ -22,6 +22,7 @@ def test_a_module_of_ones_own_trains(tmp_path):
     example = [sys.executable, "-m", "examples.own_model", str(tmp_path / "run")]
     first = LOSS.search(ran(example, tmp_path))
     assert first is not None
-    assert float(first[1]) < 6.23  # ln 512 = 6.24
+    # A uniform guess has ln 512 = 6.24, the frequencies of the tokens alone give 5.2.
+    assert float(first[1]) < 4.5
     assert len((ROOT / "examples" / "own_model.py").read_text().splitlines()) <= 60
     assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").exists()

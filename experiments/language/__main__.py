@@ -15,8 +15,16 @@ from polargrad_dist.trainer.cli import run
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.language", description=__doc__)
     parser.add_argument("what", choices=["paper", "race"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=None, help="of the longest run; 160 by default")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=None, help="0 1 2; of the race 2 3 4, after sweeps on 0 and 1"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=None, help="of the paper's runs or the race's sweeps; 160 by default"
+    )
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128], help="of the race")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=None, help="of the race; default: steps and 4 x steps"
+    )
     parser.add_argument(
         "--only", nargs="+", default=None, help="of the paper's experiments, or of the racers, these"
     )
@@ -33,6 +41,11 @@ def main() -> int:
         raise ConfigError(
             f"--steps is {steps} and --workers {args.workers}, expected at least 40 and at least 1"
         )
+    if bad := [width for width in args.widths if width < 16 or width % 16]:
+        raise ConfigError(f"--widths has {bad[0]}, expected multiples of 16: heads are 16 wide")
+    if args.lengths and min(args.lengths) < 40:
+        raise ConfigError(f"--lengths has {min(args.lengths)}, expected at least 40 steps")
+    seeds = args.seeds or ([0, 1, 2] if args.what == "paper" else [2, 3, 4])
     out = args.out.resolve()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -41,15 +54,14 @@ def main() -> int:
             f"--out {out} cannot be written ({error.strerror}): choose another folder"
         ) from error
     if args.what == "paper":
-        report = paper.run(args.only or known, out, args.seeds, steps, args.workers)
+        report = paper.run(args.only or known, out, seeds, steps, args.workers)
         for name, entries in report.items():
-            print(
-                f"\n{paper.EXPERIMENTS[name].title}, {steps} steps, seeds {args.seeds}: final validation loss"
-            )
+            print(f"\n{paper.EXPERIMENTS[name].title}, {steps} steps, seeds {seeds}: final validation loss")
             for entry, found in entries.items():
                 print(f"  {entry:<40}{spread(found['final_validation_loss'])}")
     else:
-        report = race.run(out, args.seeds, steps, args.workers, args.only)
+        lengths = tuple(args.lengths) if args.lengths else None
+        report = race.run(out, seeds, steps, args.workers, args.only, tuple(args.widths), lengths)
         print("\n" + race.table(report))
     path = out / f"{args.what}.json"
     path.write_text(json.dumps(report, indent=1))

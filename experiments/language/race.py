@@ -1,8 +1,9 @@
 """A race on equal terms: the same model, text, batch and schedule, and for each optimizer the same number of trial runs.
 
-Each first sweeps two learning rates (hidden matrices; embedding and head) on seed 0: a coarse grid, then the neighbours of
-its best. The best rates then run at several lengths, each with its whole schedule, on several seeds: what counts is how
-short a complete run may be that still ends at AdamW's mean final loss.
+At each width a sweep of short runs on two seeds: a grid of two learning rates (hidden matrices; embedding and head), then
+further trials at the best pair's open edges, else between the grid's points; then momenta of both. Rules of a near kin
+begin at its best and try two neighbouring rates. What was found runs at both lengths, on three other seeds; main racers also
+run shorter complete schedules, which tell how long a run must be to end at AdamW's mean loss.
 """
 
 from __future__ import annotations
@@ -10,71 +11,75 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from experiments.language.runner import SMALL, Curves, Job, run_all
 
-LENGTHS = (0.5, 0.7, 1.0)
+SHARES = (0.6, 0.8, 1.0)
+FURTHER = 4  # trials of rates after the grid, and of momenta after their first four
 TARGET = "AdamW"
+SWEEP_SEEDS = (0, 1)
+Point = tuple[float, float, float, float]  # rates of hidden matrices and ends, momenta of both
 
 
 @dataclass(frozen=True)
 class Racer:
-    """An optimizer and its coarse grid: rates of the hidden matrices, rates of embedding and head."""
+    """An optimizer and its grid: rates of the hidden matrices, rates of embedding and head; momenta at first.
+
+    ``kin`` names the racer whose best point a rule begins at, its hidden rate times ``factor``.
+    """
 
     name: str
     rule: dict[str, Any]
-    hidden: tuple[float, ...]
-    ends: tuple[float, ...]
+    hidden: tuple[float, ...] = ()
+    ends: tuple[float, ...] = ()
+    momenta: tuple[float, float] = (0.95, 0.5)
+    adam: tuple[bool, bool] = (False, False)
+    kin: str | None = None
+    factor: float = 1.0
 
-    def rates(self, hidden: float, ends: float) -> dict[str, Any]:
-        """Overrides with these learning rates."""
-        return self.rule | {
-            "optimizer.hidden.lr": hidden,
-            "optimizer.embed.lr": ends,
-            "optimizer.head.lr": ends,
-        }
+    def at(self, point: Point) -> dict[str, Any]:
+        """Overrides with these rates and momenta."""
+        hidden, ends, beta, ends_beta = point
+        out = self.rule | {"optimizer.hidden.lr": hidden}
+        out |= {f"optimizer.{role}.lr": ends for role in ("embed", "head")}
+        for role, value, adam in (
+            ("hidden", beta, self.adam[0]), ("embed", ends_beta, self.adam[1]), ("head", ends_beta, self.adam[1]),
+        ):  # fmt: skip
+            out |= {f"optimizer.{role}.betas": [value, 0.95]} if adam else {f"optimizer.{role}.beta": value}
+        return out
 
 
 def _rule(role: str, **fields: Any) -> dict[str, Any]:
     return {f"optimizer.{role}.{key}": value for key, value in fields.items()}
 
 
-def _polar(role: str, beta: float, **more: Any) -> dict[str, Any]:
-    return _rule(
-        role, algorithm="polar", momentum="momentum_first", beta=beta, nesterov=False, oracle="auto", **more
-    )
+def _polar(role: str, **more: Any) -> dict[str, Any]:
+    base = {"algorithm": "polar", "momentum": "momentum_first", "nesterov": False, "oracle": "auto"}
+    return _rule(role, **(base | more))
 
 
-_ADAMW_ENDS = _rule("embed", algorithm="adamw", betas=[0.9, 0.95]) | _rule(
-    "head", algorithm="adamw", betas=[0.9, 0.95]
-)
-_POLAR_ENDS = _polar("embed", 0.5, scale="nuclear") | _polar("head", 0.5, scale="nuclear")
+_ADAMW_ENDS = _rule("embed", algorithm="adamw") | _rule("head", algorithm="adamw")
+_POLAR_ENDS = _polar("embed", scale="nuclear") | _polar("head", scale="nuclear")
 _MUON = _rule("hidden", oracle_dtype="float32")
+_RATES: dict[str, Any] = {"hidden": (0.01, 0.03, 0.09), "ends": (0.1, 0.4, 1.6)}
+_KIN: dict[str, Any] = {"kin": "Muon + PolarSGDM"}
 RACERS = (
-    Racer(
-        TARGET,
-        _rule("hidden", algorithm="adamw", betas=[0.9, 0.95], nesterov=False) | _ADAMW_ENDS,
-        (2e-3, 6e-3, 18e-3),
-        (2e-3, 8e-3, 32e-3),
-    ),
-    Racer("Muon + AdamW", _MUON | _ADAMW_ENDS, (0.01, 0.03, 0.09), (2e-3, 8e-3, 32e-3)),
-    Racer("Muon + PolarSGDM", _MUON | _POLAR_ENDS, (0.01, 0.03, 0.09), (0.1, 0.4, 1.6)),
-    Racer(
-        "PolarGrad throughout",
-        _polar("hidden", 0.95, scale="nuclear", oracle_dtype=None) | _POLAR_ENDS,
-        (0.02, 0.1, 0.5),
-        (0.1, 0.4, 1.6),
-    ),
-    Racer(
-        "Homogenized throughout",
-        _polar("hidden", 0.95, scale="muon", spectrum="homogenized", oracle_dtype=None) | _POLAR_ENDS,
-        (0.01, 0.03, 0.09),
-        (0.1, 0.4, 1.6),
-    ),
-)
+    Racer(TARGET, _rule("hidden", algorithm="adamw", nesterov=False) | _ADAMW_ENDS, (2e-3, 6e-3, 18e-3),
+          (2e-3, 8e-3, 32e-3), (0.9, 0.9), (True, True)),
+    Racer("Muon + AdamW", _MUON | _ADAMW_ENDS, (0.01, 0.03, 0.09), (2e-3, 8e-3, 32e-3), (0.95, 0.9), (False, True)),
+    Racer("Muon + PolarSGDM", _MUON | _POLAR_ENDS, **_RATES),
+    Racer("SOAP-Muon + PolarSGDM", _MUON | _rule("hidden", precondition="soap", normalize="rows") | _POLAR_ENDS, **_RATES),
+    Racer("NorMuon", _MUON | _rule("hidden", normalize="rows") | _POLAR_ENDS, **_KIN),
+    # A hidden matrix of 64 columns starts with a norm of about 5, an update of Muon's has one of about 8.
+    Racer("hyperball", _MUON | _rule("hidden", control="hyperball", scale="none") | _POLAR_ENDS, factor=1.6, **_KIN),
+    # The sum of all hidden matrices' nuclear norms is about 10.
+    Racer("nuclear_shared", _MUON | _rule("hidden", scale="nuclear_shared") | _POLAR_ENDS, factor=0.1, **_KIN),
+    Racer("EMA-Nesterov", _MUON | _POLAR_ENDS | {"trainer.lookahead.beta": 0.3, "trainer.lookahead.decay": 0.9}, **_KIN),
+)  # fmt: skip
 COMMON: dict[str, Any] = {
     "model.layers": 2,
     "optimizer.scalar.lr": 3e-3,
@@ -85,58 +90,182 @@ COMMON: dict[str, Any] = {
 }
 
 
-def job(racer: Racer, rates: tuple[float, float], steps: int, seed: int, out: Path) -> Job:
+def job(racer: Racer, point: Point, width: int, steps: int, seed: int, out: Path) -> Job:
     """One training of a racer."""
-    name = f"{racer.name}/{rates[0]:g}-{rates[1]:g}/{steps}-{seed}".replace(" ", "-")
+    where = "-".join(f"{x:.4g}" for x in point)
+    name = f"{width}/{racer.name}/{where}/{steps}-{seed}".replace(" ", "-")
+    sizes = {"model.width": width, "model.heads": width // 16}
     length = {"trainer.steps": steps, "trainer.schedule.warmup_steps": steps // 20, "trainer.seed": seed}
-    return Job.of("quickstart", out / "race" / name, SMALL, COMMON, racer.rates(*rates), length)
+    if "trainer.lookahead.beta" in racer.rule:
+        length |= {"trainer.lookahead.start": steps // 10, "trainer.lookahead.end": steps * 3 // 4}
+    return Job.of("quickstart", out / "race" / name, SMALL, COMMON, sizes, racer.at(point), length)
+
+
+@dataclass
+class Sweep:
+    """One racer's trials: mean final losses by point, and which point to try next."""
+
+    racer: Racer
+    tried: dict[Point, float] = field(default_factory=dict)
+
+    @property
+    def best(self) -> Point:
+        return min(self.tried, key=lambda point: self.tried[point])
+
+    def grid(self) -> list[Point]:
+        """The first nine."""
+        return [(h, e, *self.racer.momenta) for h in self.racer.hidden for e in self.racer.ends]
+
+    def edges(self, axes: tuple[int, ...]) -> list[Point]:
+        """Beyond the best point, along each of the axes on whose edge it lies."""
+        best, out = self.best, []
+        for axis in axes:
+            values = sorted({p[axis] for p in self.tried})
+            if best[axis] in (values[0], values[-1]):
+                out.append(moved(best, axis, up=best[axis] == values[-1], ratio=self._ratio(axis)))
+        return [point for point in out if point not in self.tried]
+
+    @property
+    def on_an_edge(self) -> bool:
+        """Whether the best is the largest or smallest that was tried of something; a momentum of 0 has nothing below."""
+        axes = (0, 1, 2, 3) if self.racer.kin is None else (0,)
+        values = [sorted({point[axis] for point in self.tried}) for axis in axes]
+        return any(
+            len(v) > 1 and (self.best[axis] == v[-1] or (self.best[axis] == v[0] > 0))
+            for axis, v in zip(axes, values, strict=True)
+        )
+
+    def _ratio(self, axis: int) -> float:
+        if axis > 1:
+            return 2.0
+        values = self.racer.hidden if axis == 0 else self.racer.ends
+        return values[1] / values[0]
+
+    def further(self, axes: tuple[int, ...]) -> Point:
+        """One more trial: over an edge, else half a step from the best on the side that was tried least."""
+        if edges := self.edges(axes):
+            return edges[0]
+        for shrink in itertools.count(1):
+            for axis, up in itertools.product(axes, (True, False)):
+                point = moved(self.best, axis, up, self._ratio(axis) ** (0.5**shrink))
+                if point not in self.tried:
+                    return point
+        raise AssertionError
+
+
+def moved(point: Point, axis: int, up: bool, ratio: float) -> Point:
+    """A point with a rate times, or a momentum's distance from 1 over, ``ratio`` or its inverse; rounded to be told apart."""
+    value = point[axis]
+    if axis < 2:
+        value = value * ratio if up else value / ratio
+    else:
+        value = 1 - (1 - value) / ratio if up else max(0.0, 1 - (1 - value) * ratio)
+    out = list(point)
+    out[axis] = float(f"{value:.4g}")
+    return tuple(out)  # type: ignore[return-value]
+
+
+Losses = Callable[[dict[Any, Job], str], dict[Any, float]]
+
+
+def sweep(racers: list[Racer], width: int, steps: int, out: Path, losses: Losses) -> dict[str, Sweep]:
+    """Sweeps of equal budget: 9 + `FURTHER` pairs of rates, 4 + `FURTHER` pairs of momenta, each on two seeds."""
+    found = {r.name: Sweep(r) for r in racers if r.kin is None}
+    others = {r.name: r for r in racers if r.kin is not None}
+
+    def trial(points: dict[str, list[Point]], stage: str) -> None:
+        jobs = {
+            (name, point, seed): job(found[name].racer, point, width, steps, seed, out)
+            for name, some in points.items()
+            for point in some
+            for seed in SWEEP_SEEDS
+        }
+        ended = losses(jobs, f"width {width}, {stage}")
+        for name, some in points.items():
+            for point in some:
+                found[name].tried[point] = statistics.fmean(ended[name, point, seed] for seed in SWEEP_SEEDS)
+
+    trial({name: s.grid() for name, s in found.items()}, "grid")
+    for number in range(FURTHER):
+        trial({name: [s.further((0, 1))] for name, s in found.items()}, f"rates {number + 1}")
+    best = {name: s.best for name, s in found.items()}
+    trial(
+        {n: [moved(p, axis, up, 2.0) for axis in (2, 3) for up in (True, False)] for n, p in best.items()},
+        "momenta",
+    )
+    for number in range(FURTHER):
+        trial({name: [s.further((2, 3))] for name, s in found.items()}, f"momenta {number + 1}")
+    starts = {}
+    for name, r in others.items():
+        hidden, *rest = found[r.kin].best  # type: ignore[index]
+        starts[name] = [(float(f"{hidden * r.factor * x:.4g}"), *rest) for x in (0.5, 1.0, 2.0)]
+        found[name] = Sweep(r)
+    trial(starts, "kin")  # type: ignore[arg-type]
+    return found
 
 
 def run(
-    out: Path, seeds: list[int], steps: int, workers: int, names: list[str] | None = None
+    out: Path,
+    seeds: list[int],
+    steps: int,
+    workers: int,
+    names: list[str] | None = None,
+    widths: tuple[int, ...] = (64, 128),
+    lengths: tuple[int, ...] | None = None,
 ) -> dict[str, Any]:
-    """Sweeps and races; returns rates, losses of every run and steps to AdamW's loss as JSON-able figures."""
-    racers = [r for r in RACERS if names is None or r.name in names or r.name == TARGET]
-    tried = _sweep(racers, out, steps, workers)
-    best = {r.name: min(tried[r.name], key=lambda rates: tried[r.name][rates]) for r in racers}
-    lengths = [max(20, round(share * steps)) for share in LENGTHS]
-    jobs = {
-        (r.name, length, seed): job(r, best[r.name], length, seed, out)
-        for r in racers
-        for length in lengths
-        for seed in seeds
-    }
-    found = run_all(jobs.values(), workers, "race")
-    finals = {key: found[its_job].final for key, its_job in jobs.items()}
-    target = statistics.fmean(finals[TARGET, lengths[-1], seed] for seed in seeds)
-    report: dict[str, Any] = {"target": target, "steps": steps, "seeds": seeds, "racers": {}}
-    for r in racers:
-        curves = {seed: [(length, finals[r.name, length, seed]) for length in lengths] for seed in seeds}
-        report["racers"][r.name] = {
-            "best_rates": best[r.name],
-            "trials": [[*rates, loss] for rates, loss in sorted(tried[r.name].items())],
-            "losses": {length: [finals[r.name, length, seed] for seed in seeds] for length in lengths},
-            "steps_to_target": [steps_to(target, curves[seed]) for seed in seeds],
-        }
+    """Sweeps at ``steps`` and races at every length and width; JSON-able points, losses and steps to AdamW's loss.
+
+    Runs that have ended are not run again: the same command goes on after an interruption.
+    """
+
+    def losses(jobs: dict[Any, Job], stage: str) -> dict[Any, float]:
+        ended: dict[Job, Curves] = run_all(jobs.values(), workers, stage)
+        return {key: ended[its_job].final for key, its_job in jobs.items()}
+
+    wanted = {TARGET, *(names or [r.name for r in RACERS])}
+    wanted |= {r.kin for r in RACERS if r.name in wanted and r.kin is not None}
+    racers = [r for r in RACERS if r.name in wanted]
+    report: dict[str, Any] = {"steps": steps, "seeds": seeds, "races": {}}
+    for width in widths:
+        swept = sweep(racers, width, steps, out, losses)
+        for length in lengths or (steps, 4 * steps):
+            report["races"][f"width {width}, {length} steps"] = judge(
+                swept, width, length, seeds, out, losses
+            )
     return report
 
 
-def _sweep(
-    racers: list[Racer], out: Path, steps: int, workers: int
-) -> dict[str, dict[tuple[float, float], float]]:
-    """Final loss of every pair of rates that was tried on seed 0: the grid, then four neighbours of its best."""
-    tried: dict[str, dict[tuple[float, float], float]] = {r.name: {} for r in racers}
-    grid = {r.name: [(h, e) for h in r.hidden for e in r.ends] for r in racers}
-    for stage in ("coarse sweep", "fine sweep"):
-        jobs = {(r.name, rates): job(r, rates, steps, 0, out) for r in racers for rates in grid[r.name]}
-        found: dict[Job, Curves] = run_all(jobs.values(), workers, stage)
-        for (name, rates), its_job in jobs.items():
-            tried[name][rates] = found[its_job].final
-        for r in racers:
-            h, e = min(tried[r.name], key=lambda rates, losses=tried[r.name]: losses[rates])  # type: ignore[misc]
-            dh, de = math.sqrt(r.hidden[1] / r.hidden[0]), math.sqrt(r.ends[1] / r.ends[0])
-            grid[r.name] = [(h * dh, e), (h / dh, e), (h, e * de), (h, e / de)]
-    return tried
+def judge(
+    swept: dict[str, Sweep], width: int, length: int, seeds: list[int], out: Path, losses: Losses
+) -> dict[str, Any]:
+    """What the best points come to on other seeds, at one width and length."""
+    points = {name: s.best for name, s in swept.items()}
+    shorter = {
+        name: [length]
+        if s.racer.kin or name == TARGET
+        else sorted({max(20, round(x * length)) for x in SHARES})
+        for name, s in swept.items()
+    }
+    jobs = {
+        (name, steps, seed): job(s.racer, points[name], width, steps, seed, out)
+        for name, s in swept.items()
+        for steps in shorter[name]
+        for seed in seeds
+    }
+    finals = losses(jobs, f"width {width}, {length} steps")
+    target = statistics.fmean(finals[TARGET, length, seed] for seed in seeds)
+    racers = {}
+    for name, s in swept.items():
+        curves = [[(steps, finals[name, steps, seed]) for steps in shorter[name]] for seed in seeds]
+        alone = name == TARGET or s.racer.kin is not None
+        racers[name] = {
+            "point": points[name],
+            "on_an_edge": s.on_an_edge,
+            "trials": [[*point, loss] for point, loss in sorted(s.tried.items())],
+            "losses": [finals[name, length, seed] for seed in seeds],
+            "steps_to_target": None if alone else [steps_to(target, curve) for curve in curves],
+        }
+    return {"target": target, "length": length, "racers": racers}
 
 
 def steps_to(target: float, curve: list[tuple[int, float]]) -> float | None:
@@ -159,27 +288,23 @@ def steps_to(target: float, curve: list[tuple[int, float]]) -> float | None:
 
 def table(report: dict[str, Any]) -> str:
     """For people."""
-    steps = report["steps"]
-    lines = [f"AdamW's mean final loss after {steps} steps: {report['target']:.4f} nats per token", ""]
-    lines.append(
-        f"{'optimizer':<24}{'hidden lr':>10}{'ends lr':>9}{'final loss (range)':>28}{'steps to target':>18}{'ratio':>22}"
-    )
-    for name, found in report["racers"].items():
-        losses = found["losses"][steps] if steps in found["losses"] else found["losses"][str(steps)]
-        reached = [s for s in found["steps_to_target"] if s is not None]
-        whole = len(reached) == len(found["steps_to_target"])
-        mean = (
-            f"{statistics.fmean(reached):.0f}"
-            if whole
-            else f"{len(reached)} of {len(found['steps_to_target'])}"
-        )
-        ratio = (
-            f"{statistics.fmean(reached) / steps:.2f} ({min(reached) / steps:.2f} to {max(reached) / steps:.2f})"
-            if whole
-            else "not reached"
-        )
-        span = f"{statistics.fmean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f})"
-        lines.append(
-            f"{name:<24}{found['best_rates'][0]:>10.3g}{found['best_rates'][1]:>9.3g}{span:>28}{mean:>18}{ratio:>22}"
-        )
+    lines = []
+    for title, race in report["races"].items():
+        lines += [f"{title}: AdamW's mean final loss is {race['target']:.4f} nats per token"]
+        lines += [f"{'optimizer':<24}{'rates; momenta':>34}{'final loss (range)':>28}{'of AdamW steps':>24}"]
+        for name, found in race["racers"].items():
+            h, e, b, eb = found["point"]
+            losses, steps = found["losses"], found["steps_to_target"]
+            ratio = "–"
+            if steps is not None:
+                shares = [s / race["length"] for s in steps if s is not None]
+                whole = len(shares) == len(steps)
+                ratio = (
+                    f"{statistics.fmean(shares):.2f} ({min(shares):.2f} to {max(shares):.2f})"
+                    if whole
+                    else "not reached"
+                )
+            span = f"{statistics.fmean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f})"
+            lines.append(f"{name:<24}{f'{h:.3g}, {e:.3g}; {b:.3g}, {eb:.3g}':>34}{span:>28}{ratio:>24}")
+        lines.append("")
     return "\n".join(lines)

@@ -34,8 +34,9 @@ class Entry:
     ``kind`` is ``owner`` (whole matrices, each at one place), ``tall`` (its rows stay, their n x n problem goes to one place)
     or ``elementwise``. ``ranks`` gives the global rank of each place of its layout, ``owners`` the place of each matrix;
     ``bounded`` tells that a norm travels beside a tall matrix's Gram matrix, and a root that is not symmetric back;
-    ``pauses`` says that its steps wait for sums over ranks (`sum_rows`), ``travels`` whether some matrix does not lie whole
-    in its owner's optimizer shard.
+    ``kept`` counts the elements of state that each matrix's owner keeps;
+    ``centred`` says that a tall matrix's mean row is taken out, ``pauses`` that steps wait for sums over ranks
+    (`sum_rows`), ``travels`` whether some matrix does not lie whole in its owner's optimizer shard.
     """
 
     name: str
@@ -53,8 +54,10 @@ class Entry:
     costs: tuple[float, ...] = ()
     in_order: bool = False
     bounded: bool = False
+    centred: bool = False
     pauses: bool = False
     wide: bool = False
+    kept: tuple[int, ...] = ()
     owners: list[int] = field(default_factory=list)
     travels: bool = False
 
@@ -251,6 +254,8 @@ class Plan:
                 shard = volume(e.layout.shards[place])
                 parameters += volume(e.layout.stored[place]) * e.itemsize
                 states += shard * (e.states * e.state_dtype.itemsize + 2 * (e.dtype == torch.bfloat16))
+                kept = sum(size for size, owner in zip(e.kept, e.owners, strict=False) if owner == place)
+                states += kept * e.state_dtype.itemsize
             rows.append({"parameters": parameters, "gradients": parameters, "optimizer": states})
         return rows
 
@@ -286,6 +291,8 @@ class Plan:
                     out["reduce_scatter"] += e.layout.gathered(place) * e.itemsize
             if e.kind == "tall":
                 n = e.shape[1]
+                if e.centred:
+                    out["all_reduce"] += 8 * n
                 out["reduce"] += 8 * (e.triangle + e.bounded * (n + e.layout.world))
                 out["broadcast"] += 8 * ((n * n if e.bounded else e.triangle) + ROOT_NUMBERS)
             elif e.kind == "owner" and e.travels:

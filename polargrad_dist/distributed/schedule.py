@@ -17,7 +17,7 @@ from polargrad_dist.distributed.plan import Entry
 
 WINDOW = 2  # buckets on their way at a time
 SHARE = 4  # of the bucket's bytes, what an owner computes at a time: the rest is what it needs beside them, twice over
-ROWS = 4096  # rows of a tall matrix that are multiplied at a time where nothing is shared
+ROWS = 4096  # rows of a tall matrix that are multiplied at a time, at least, where nothing is shared
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,10 @@ class Bucket:
         """How often its coroutine is resumed before the sums over all ranks are known, and after."""
         travels = self.like.kind == "tall" or (self.like.kind == "owner" and self.like.travels)
         alone = self.like.layout.world == 1
-        before, after = 0 if alone else 2 * travels, 0 if alone else self.shares * len(self.portions)
+        before, after = (
+            0 if alone else 2 * travels + self.like.centred,
+            0 if alone else self.shares * len(self.portions),
+        )
         return (1 + before, 1 + after) if self.like.pauses else (1 + before + after, 0)
 
 
@@ -138,7 +141,8 @@ def _portions(items: list[Item], like: Entry, limit: int) -> list[Portion]:
     if copies == 1 or like.layout.cut is None:
         if like.kind != "tall":
             return [Portion(slice(0, len(items)), slice(0, rows))]
-        return [Portion(slice(0, 1), slice(at, at + ROWS)) for at in range(0, max(rows, 1), ROWS)]
+        step = max(ROWS, limit // (like.itemsize * like.shape[-1]))
+        return [Portion(slice(0, 1), slice(at, at + step)) for at in range(0, max(rows, 1), step)]
     part = (items[0].last - items[0].first) / (like.split.stack if like.split is not None else 1)
     size = copies * max(map(volume, like.layout.shards)) * itemsize * part
     if size > limit and len(items) == 1 and (items[0].last - items[0].first == 1 or like.split is None):

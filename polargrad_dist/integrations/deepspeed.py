@@ -57,7 +57,7 @@ class ZeroPolarGrad(torch.optim.Optimizer):
         value_embed: Mapping[str, Any] | Rule | None = None,
         scalar: Mapping[str, Any] | Rule | None = None,
         comm_dtype: torch.dtype | str | None = None,
-        bucket_mb: float = 32.0,
+        bucket_mb: float | None = None,
         **rule: Any,
     ):
         check_version()

@@ -73,12 +73,12 @@ def check_values(group: Mapping[str, Any], where: str) -> None:
         raise ConfigError(f"{where} has a value of a wrong type: {error}") from error
 
 
-def check_travel(comm_dtype: torch.dtype | str | None, bucket_mb: float) -> torch.dtype | None:
+def check_travel(comm_dtype: torch.dtype | str | None, bucket_mb: float | None) -> torch.dtype | None:
     """The dtype in which things travel. Raises ``ConfigError`` for a name or a size that makes no sense."""
     dtype = getattr(torch, comm_dtype, comm_dtype) if isinstance(comm_dtype, str) else comm_dtype
     if dtype is not None and dtype not in FLOATS:
         raise ConfigError(f"comm_dtype is {comm_dtype!r}, expected null, a floating dtype or its name")
-    if not (bucket_mb > 0 and math.isfinite(bucket_mb)):
+    if bucket_mb is not None and not (bucket_mb > 0 and math.isfinite(bucket_mb)):
         raise ConfigError(f"bucket_mb is {bucket_mb}, expected a size in MiB > 0")
     return dtype
 
@@ -110,7 +110,8 @@ def refuse_flat(name: str, p: torch.Tensor) -> None:
         )
     if hasattr(p, "ds_id"):
         raise ConfigError(
-            f"{name} is partitioned by DeepSpeed ZeRO 3, its matrix is gone: use ZeRO stage 0, or FSDP2's fully_shard"
+            f"{name} is partitioned by DeepSpeed ZeRO 3, its matrix is gone: use ZeroPolarGrad of "
+            "polargrad_dist.integrations.deepspeed, or FSDP2's fully_shard"
         )
 
 

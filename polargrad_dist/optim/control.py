@@ -16,7 +16,7 @@ from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.parts import lengths
 
 if TYPE_CHECKING:
-    from polargrad_dist.optim.buckets import Batch
+    from polargrad_dist.optim.batch import Batch
     from polargrad_dist.optim.facts import Facts
 
 

@@ -69,10 +69,6 @@ class Facts:
             yield
             self.seconds[role] += time.perf_counter() - began
 
-    def _flag(self, numbers: list[int], ok: Tensor) -> None:
-        """Remembers what is not finite, unless the step was not to happen anyway."""
-        self._flags.append((numbers, ok if self.ok is None else ok | ~self.ok.to(ok.device)))
-
     def total_seconds(self, role: str) -> float:
         """Time of the rules' matrix work for a role on this rank."""
         for its_role, start, end in self._events:
@@ -88,7 +84,7 @@ class Facts:
         nothing = torch.full_like(answer.scale, NAN)
         columns = [nothing if x is None else x.to(nothing.dtype) for x in known]
         self._spectra.append((numbers, torch.stack(columns, 1)))
-        self._flag(numbers, ok)
+        self._flags.append((numbers, ok))
         if self.keep.intersection(numbers):
             for i, number in enumerate(numbers):
                 if number in self.keep:
@@ -100,13 +96,13 @@ class Facts:
             [root.nuclear_norm, root.sigma_max, root.sigma_min, torch.full_like(root.nuclear_norm, NAN)]
         )
         self._spectra.append(([member.index], known[None]))
-        self._flag([member.index], ok[None])
+        self._flags.append(([member.index], ok[None]))
         if S is not None:
             self.kept_gram[member.index] = (S, root.X)
 
     def finite(self, members: Sequence[Member], ok: Tensor) -> None:
         """Takes whether the gradients of elementwise parameters are finite: ok (members,)."""
-        self._flag([m.index for m in members], ok)
+        self._flags.append(([m.index for m in members], ok))
 
     def failed(self, member: Member, error: Exception) -> None:
         """Takes an error of a rule, which all ranks will raise together."""
@@ -119,14 +115,19 @@ class Facts:
             self.failure, self.error = (kind, member.index), error
 
     def send(self) -> None:
-        """Sends the flags on their way to the host, one message per device; `worst` reads them."""
+        """Sends the flags on their way to the host, one message per device; `worst` reads them.
+
+        Of a step that was not to happen anyway nothing is told.
+        """
         by_device: dict[torch.device, list[tuple[list[int], Tensor]]] = defaultdict(list)
         for numbers, ok in self._flags:
             by_device[ok.device].append((numbers, ok.reshape(-1)))
-        self._arriving = [
-            ([number for numbers, _ in flags for number in numbers], Late(torch.cat([ok for _, ok in flags])))
-            for flags in by_device.values()
-        ]
+        self._arriving = []
+        for device, flags in by_device.items():
+            good = torch.cat([ok for _, ok in flags])
+            if self.ok is not None:
+                good |= ~self.ok.to(device)
+            self._arriving.append(([number for numbers, _ in flags for number in numbers], Late(good)))
 
     def worst(self) -> tuple[int, int]:
         """(kind, parameter) of the worst failure on this rank, (0, 0) without.
@@ -136,9 +137,10 @@ class Facts:
         if self.failure[0] == 0:
             if self._arriving is None:
                 self.send()
+            assert self._arriving is not None
             bad = [
                 number
-                for numbers, flags in self._arriving or []
+                for numbers, flags in self._arriving
                 for number, ok in zip(numbers, flags.read(), strict=True)
                 if not ok
             ]

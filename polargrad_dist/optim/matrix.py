@@ -88,7 +88,7 @@ class Polar:
         """Whether `root` serves: the direction is the matrix times a root of its Gram matrix, which shards can apply."""
         if type(self) is not Polar or len(split.matrices) != 1 or split.rows < split.cols:
             return False
-        if group["center_rows"] or self.owner_states(group):
+        if (group["center_rows"] and split.transposed) or self.owner_states(group):
             return False
         truncated = self.bounded(group) and dtype != torch.float64
         if not (group["oracle"] in ("auto", "gram") or truncated) or split.stacked:
@@ -165,6 +165,14 @@ class Polar:
         factor = (scale * -group["lr"]).to(wide)
         step = direction.to(wide, memory_format=torch.contiguous_format)
         return step * factor if step is direction else step.mul_(factor)
+
+    def has_plain_momentum(self, group: Group) -> bool:
+        """Whether `momentum` is the moving average of gradients, which a larger kernel may then contain."""
+        return type(self).momentum is Polar.momentum and group["momentum"] == "momentum_first"
+
+    def is_plain(self, group: Group) -> bool:
+        """Whether `apply` is nothing but the product of direction and scale, which a larger kernel may then contain."""
+        return type(self).apply is Polar.apply and group["momentum"] != "polar_first"
 
 
 class AdamW:

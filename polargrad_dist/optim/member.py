@@ -121,21 +121,57 @@ class Member:
 
 
 CPU = torch.device("cpu")
+# A GPU has memory for larger pieces, and each costs it a dozen launches.
+CPU_BUCKET, GPU_BUCKET = 32 << 20, 256 << 20
 
 
 @dataclass
 class Travel:
     """How things travel in a step: counted by ``traffic``, in ``dtype`` (None: the parameters'), ``device`` computes.
 
-    ``ok`` (0-d bool on the device) says whether the step is to happen at all, None for yes.
+    ``wish`` is the bytes of a collective, None for what suits the device. ``ok`` (0-d bool on the device) says whether the
+    step is to happen at all, None for yes; ``shrink`` (0-d) multiplies all gradients, None for 1.
     """
 
     traffic: Traffic
     dtype: torch.dtype | None
-    limit: int
+    wish: int | None
     device: torch.device = CPU
     reducer: ShardReducer | None = None
     ok: Tensor | None = None
+    shrink: Tensor | None = None
+    numbers: dict[float, Tensor] = field(default_factory=dict)
+
+    def number(self, value: float) -> Tensor:
+        """A number of the groups as a 0-d fp64 tensor on the device: a kernel would be compiled anew for each float."""
+        if value not in self.numbers:
+            self.numbers[value] = torch.full((), value, dtype=torch.float64, device=self.device)
+        return self.numbers[value]
+
+    def begin(self, ok: Tensor | None, shrink: Tensor | None) -> None:
+        """A step begins."""
+        self.ok, self.shrink = ok, shrink
+        self.numbers.clear()
+
+    @property
+    def limit(self) -> int:
+        """Bytes of a collective."""
+        return self.wish or (CPU_BUCKET if self.device.type == "cpu" else GPU_BUCKET)
+
+    @property
+    def backend(self) -> str | None:
+        """What compiles elementwise steps: inductor on a GPU, where every launch and every pass over memory counts."""
+        return "inductor" if self.device.type == "cuda" else None
+
+    def sure(self, ok: Tensor) -> Tensor:
+        """``ok`` of each matrix, and of the step."""
+        return ok if self.ok is None else ok & self.ok.to(ok.device)
+
+    def shrunk(self, grads: list[Tensor]) -> list[Tensor]:
+        """Gradients of one dtype as the step takes them."""
+        if self.shrink is None:
+            return grads
+        return list(torch._foreach_mul(grads, self.shrink.to(grads[0].device, grads[0].dtype)))
 
     def gradient(self, member: Member) -> Tensor:
         """The reduced gradient of a parameter's optimizer shard, as (slices, rows, columns)."""

@@ -1,12 +1,12 @@
 """PolarGrad: one optimizer for every role of a model, on one device and on many, however its parameters are placed.
 
-What lives here is what a user touches: groups, clipping, the order of a step, the plan and the facts. The step of a bucket is
-in `buckets`, the mathematics of a rule in `matrix` and `parts`, placement in `world`, saving and loading in `state`.
+What lives here is what a user touches: groups, clipping, the order of a step, the plan and the facts. The step of a bucket
+is in `batch`, `owned` and `shards`, the mathematics of a rule in `matrix` and `parts`, placement in `world`, saving and
+loading in `state`.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,24 +16,23 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from polargrad_dist.distributed.plan import Entry, Plan
+from polargrad_dist.distributed.plan import Plan
 from polargrad_dist.distributed.teams import local
 from polargrad_dist.distributed.transport import Agreement, Traffic
 from polargrad_dist.errors import ConfigError
+from polargrad_dist.optim.alike import check_alike, redistribute
 from polargrad_dist.optim.checks import Checks, check_keys, check_parameter, check_travel, check_values
 from polargrad_dist.optim.control import refuse_zero
 from polargrad_dist.optim.facts import Facts
 from polargrad_dist.optim.failures import raise_together
 from polargrad_dist.optim.groups import DEFAULTS, completed, routed
 from polargrad_dist.optim.member import Member, Travel
+from polargrad_dist.optim.parts import by_kind, shrinking, sum_of_squares
 from polargrad_dist.optim.routing import route
 from polargrad_dist.optim.rules import OptimizerConfig, Rule
 from polargrad_dist.optim.running import run
 from polargrad_dist.optim.state import NamedState
 from polargrad_dist.optim.world import World
-
-COPIES_CHECKED = 1000  # steps between looks at whether copies are still equal
-RATES_CHECKED = 50  # and at whether all ranks have the same learning rates
 
 
 class PolarGrad(NamedState, torch.optim.Optimizer):
@@ -50,7 +49,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         gradients: "all_reduced", or "reduce_scatter": the optimizer reduces gradients itself, the model stays out of DDP.
         comm_dtype: type in which momenta, directions and updates travel, as a dtype or its name; None for that of the
             parameters, which then travel themselves.
-        bucket_mb: MiB of matrices, and of weights, per collective.
+        bucket_mb: MiB of matrices, and of weights, per collective; None for 32, on a GPU 256.
         **rule: every other field of `Rule` for groups that do not set it (momentum defaults to "none"), and:
         split_sizes: rows of the matrices that a fused parameter holds one below the other, each stepped on its own.
         num_heads: likewise, for equal blocks.
@@ -79,7 +78,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         norm_group: dist.ProcessGroup | None = None,
         gradients: str = "all_reduced",
         comm_dtype: torch.dtype | str | None = None,
-        bucket_mb: float = 32.0,
+        bucket_mb: float | None = None,
         **rule: Any,
     ):
         if gradients not in ("all_reduced", "reduce_scatter"):
@@ -97,7 +96,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             )
         self.traffic = Traffic()
         dtype = check_travel(comm_dtype, bucket_mb)
-        self._travel = Travel(self.traffic, dtype, max(1, int(bucket_mb * 2**20)))
+        wish = None if bucket_mb is None else max(1, int(bucket_mb * 2**20))
+        self._travel = Travel(self.traffic, dtype, wish)
         self._gradients, self._norm_group = gradients, norm_group
         self._world = self._new_world(process_group)
         self._checks = Checks()
@@ -224,8 +224,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scales all gradients to a global Euclidean norm of at most ``max_norm``; returns the norm before, 0-d fp64.
 
-        The norm is over all parameters and ranks (of ``norm_group``), each element counted once, and has the same bits on
-        every rank. With an infinite ``max_norm`` it only measures.
+        Over all parameters and ranks (of ``norm_group``), each element counted once, with the same bits on every rank. With
+        an infinite ``max_norm`` it only measures.
         """
         if not max_norm >= 0:
             raise ConfigError(f"max_norm is {max_norm}, expected a number >= 0")
@@ -235,7 +235,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             raise problem
         self.finish_reductions()
         if self._world.meshes:
-            self._redistribute()
+            redistribute(self._world)
         counted, grads = [], []
         for m in self.works:
             reduced = self._travel.reducer is not None
@@ -247,51 +247,33 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
                 counted.append(grad if reduced else m.gradient())
         norm = self._norm(counted)
         if max_norm < float("inf"):
-            # A non-finite norm leaves finite gradients alone, so that the culprit can still be found.
-            coefficient = torch.where(norm.isfinite(), torch.clamp(max_norm / (norm + 1e-6), max=1.0), 1.0)
-            for dtype, device in {(g.dtype, g.device) for g in grads}:
-                alike = [g for g in grads if g.dtype == dtype and g.device == device]
-                torch._foreach_mul_(alike, coefficient.to(device, dtype))
+            shrink = shrinking(norm, max_norm)
+            if shrink.device.type != "cpu" or float(shrink) != 1.0:
+                for alike in by_kind(grads):
+                    torch._foreach_mul_(alike, shrink.to(alike[0].device, alike[0].dtype))
         return norm
 
     def _norm(self, counted: list[torch.Tensor]) -> torch.Tensor:
         """The Euclidean norm over all ranks of what each counts, the same bits on each."""
-        parts = [x.float() if x.element_size() < 4 else x for x in counted if x.numel()]
-        square = torch.zeros((), dtype=torch.float64, device=self._travel.device)
-        if parts:
-            square = torch.stack([x.to(square) for x in torch._foreach_norm(parts)]).square().sum()
+        square = sum_of_squares(counted, self._travel.device)
         group = self._norm_group or self._world.group
         if group is not None and group.size() > 1:
             square = self.traffic.all_gather(square, group).wait().sum()
         return square.sqrt()
 
-    def _redistribute(self) -> None:
-        """Brings gradients that are placed otherwise than their parameters (sequence parallelism) to where those are."""
-        if self.agreement is None:
-            return
-        here = torch.zeros(len(self._world.entries), dtype=torch.int32)
-        for m in self.works:
-            here[m.index] = m.misplaced
-        somewhere = self.agreement.largest(here.clone())
-        if not somewhere.any():
-            return
-        unlike = [m.entry.name for m in self.works if somewhere[m.index] and not here[m.index]]
-        if int(self.agreement.largest(torch.tensor([len(unlike)]))):
-            name = unlike[0] if unlike else self._world.entries[int(somewhere.nonzero()[0])].name
-            raise ConfigError(
-                f"the gradient of {name} is placed in one way on some ranks and in another, or missing, on others: give "
-                "every rank the same computation, or zero gradients"
-            )
-        for m in sorted(self.works, key=lambda m: m.index):
-            if here[m.index]:
-                m.p.grad = m.p.grad.redistribute(m.p.device_mesh, m.p.placements)  # type: ignore[union-attr, attr-defined]
-
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, ok: torch.Tensor | None = None) -> Any:
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        ok: torch.Tensor | None = None,
+        shrink: torch.Tensor | None = None,
+    ) -> Any:
         """Steps every parameter that has a gradient on some rank; returns the closure's loss.
 
         ``ok``, a 0-d bool on the device and the same on all ranks, says whether the step is to happen without the host
-        having to know: where it is false weights and state stay as they are, bit for bit.
+        having to know: where it is false weights and state stay as they are, bit for bit. ``shrink``, a 0-d tensor there,
+        multiplies all gradients as they are read, as clipping does with a pass of its own.
 
         Each rank must call it. Raises on all of them together when a rule failed on one, or gave something not finite.
         """
@@ -304,10 +286,10 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         if self._travel.reducer:
             self._travel.reducer.finish()
         present = self._agreed()
-        self._check_copies()
+        check_alike(self._world, self.param_groups, self._steps)
         facts = self._facts = Facts(self._keep, ok=ok)
         self._keep = frozenset()
-        self._travel.ok = ok
+        self._travel.begin(ok, shrink)
         facts.sums = self._world.sums()
         batches, orders = self._world.schedule(present)
         with torch.autocast(self._travel.device.type, enabled=False):
@@ -349,7 +331,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         if failed:
             self._raise_together()
         if max(somewhere, default=0) > 1:
-            self._redistribute()
+            redistribute(world)
         return tuple(map(bool, somewhere))
 
     def _raise_together(self) -> None:
@@ -370,45 +352,6 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         """Raises what the last step failed with, which on a GPU the next one would raise. Waits; all ranks call it."""
         if self.late:
             self._raise_together()
-
-    def _check_copies(self) -> None:
-        """At the first two steps and now and then: what differs between ranks would go on doing so in silence."""
-        if self._world.agreement is None:
-            return
-        if (self._steps <= 2 or self._steps % RATES_CHECKED == 0) and (unlike := self._unlike()) is not None:
-            raise ConfigError(
-                f"the learning rate or another number of parameter group {unlike.group} differs between ranks, expected "
-                "the same on all: step the same scheduler on every rank"
-            )
-        if self._steps > 2 and self._steps % COPIES_CHECKED:
-            return
-        what, name = self._world.differing() or (None, "")
-        if what is None:
-            return
-        if what == 0:
-            raise ConfigError(
-                f"{name} differs between ranks that should hold copies of it: give them the same weights before the first "
-                "step (DistributedDataParallel does so when it wraps the model, fully_shard does not)"
-            )
-        raise ConfigError(
-            f"the gradient of {name} differs between ranks that hold copies of it: wrap the model in "
-            "DistributedDataParallel, average the gradients before step(), or use gradients='reduce_scatter'; where only "
-            "some ranks train together, give their process_group"
-        )
-
-    def _unlike(self) -> Entry | None:
-        """The first parameter whose group has other numbers on another rank; ranks may have other groups than their peers."""
-        assert self.agreement is not None
-        nowhere = torch.iinfo(torch.int64).min
-        found = torch.full((2, len(self._world.entries)), nowhere)
-        digests = {
-            id(group): zlib.crc32(repr(self._checks.numbers(group)).encode()) for group in self.param_groups
-        }
-        for m in self.works:
-            found[:, m.index] = torch.tensor([digests[id(m.group)], -digests[id(m.group)]])
-        high, low = self.agreement.largest(found)
-        differ = (high != -low) & (high != nowhere)
-        return self._world.entries[int(differ.nonzero()[0])] if differ.any() else None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ConfigError(

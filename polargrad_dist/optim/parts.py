@@ -9,11 +9,13 @@ tuned Muon needs 3,250.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from polargrad_dist.polar.oracle import is_finite
 
 Momentum = Callable[[Tensor, Tensor, float, bool], Tensor]
 Scale = Callable[[int, int, Tensor, float], Tensor | float]
@@ -100,6 +102,31 @@ def lengths(group: Mapping[str, Any], sums: Tensor, shared: Tensor) -> tuple[Ten
     return grow, torch.where(after > 0, weight / after, 1.0)
 
 
+def by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Tensors of one dtype and device together, in their order, as multi-tensor kernels take them."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for x in tensors:
+        kinds.setdefault((x.dtype, x.device), []).append(x)
+    return list(kinds.values())
+
+
+def sum_of_squares(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Of all elements, 0-d fp64 on ``device``; of each tensor in at least fp32."""
+    square = torch.zeros((), dtype=torch.float64, device=device)
+    for alike in by_kind(x for x in tensors if x.numel()):
+        wide = torch.promote_types(alike[0].dtype, torch.float32)
+        square = square + torch.stack(torch._foreach_norm(alike, dtype=wide)).to(square).square().sum()
+    return square
+
+
+def shrinking(norm: Tensor, max_norm: float) -> Tensor:
+    """What gradients of this norm are multiplied by so that it is at most ``max_norm``; 0-d fp64.
+
+    A non-finite norm leaves finite gradients alone, so that the culprit can still be found.
+    """
+    return torch.where(is_finite(norm), torch.clamp(max_norm / (norm + 1e-6), max=1.0), 1.0)
+
+
 def decay_and_step(weights: list[Tensor], steps: list[Tensor], decay: float, cautious: bool) -> None:
     """w = (1 - decay) w + step, in place; ``cautious`` decays only the entries that the step also shrinks."""
     if decay and cautious:
@@ -108,6 +135,44 @@ def decay_and_step(weights: list[Tensor], steps: list[Tensor], decay: float, cau
     elif decay:
         torch._foreach_mul_(weights, 1 - decay)
     torch._foreach_add_(weights, steps)
+
+
+def selected_ema(m: Tensor, grad: Tensor, beta: Tensor, shrink: Tensor, ok: Tensor, nesterov: bool) -> Tensor:
+    """`ema` with a gradient of any dtype, times ``shrink``, and where ``ok`` alone; beta, shrink and ok are 0-d.
+
+    One kernel where it is compiled.
+    """
+    grad = grad.to(m.dtype) * shrink.to(m.dtype)
+    new = torch.where(ok, torch.lerp(m, grad, (1 - beta).to(m.dtype)), m)
+    m.copy_(new)
+    return torch.lerp(grad, new, beta.to(m.dtype)) if nesterov else new
+
+
+def selected_step(
+    old: Tensor,
+    low: Tensor | None,
+    direction: Tensor,
+    scale: Tensor | None,
+    lr: Tensor,
+    decay: Tensor | None,
+    ok: Tensor,
+    cautious: bool,
+) -> Tensor:
+    """(1 - decay) old - lr · scale · direction where ``ok``, else old; in the dtype of old. One kernel where it is compiled.
+
+    low: low bits of bf16 weights, brought up to date in place. scale: broadcast against direction; None where that is the
+    step itself. lr, decay: 0-d; decay None for none.
+    """
+    direction = direction.to(torch.promote_types(direction.dtype, torch.float32))
+    x = join_bf16(old, low) if low is not None else old.to(direction.dtype)
+    step = direction if scale is None else direction * (scale * -lr).to(direction.dtype)
+    moved = x
+    if decay is not None and cautious:
+        moved = x - decay.to(x.dtype) * (x * (x * step < 0).to(x.dtype))
+    elif decay is not None:
+        moved = x * (1 - decay).to(x.dtype)
+    x = torch.where(ok, moved + step, x)
+    return split_bf16(x, low) if low is not None else x.to(old.dtype)
 
 
 def join_bf16(high: Tensor, low: Tensor) -> Tensor:

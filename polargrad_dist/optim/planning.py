@@ -30,14 +30,26 @@ def entry(group: Mapping[str, Any], number: int, name: str, p: torch.Tensor, fou
             laid_out(shape, *where, (0,)),
             (root_cost(split.cols, group["oracle"], group["steps"]),),
         )
-        flags = {"bounded": rule.bounded(group), "pauses": rule.pauses(group)}
+        flags = {
+            "bounded": rule.bounded(group),
+            "centred": group["center_rows"],
+            "pauses": rule.pauses(group),
+        }
         return Entry(*common, "tall", p.dtype, states, layout, found.ranks, split, costs, **flags)
     layout = laid_out(shape, *where, cuttable(shape, group["flatten"]))
     by_size = {size: rule.cost(size, group) for size in set(sizes)}
-    in_order = bool(rule.owner_states(group))
+    owner_states = rule.owner_states(group)
+    kept = {
+        size: sum(math.prod(shape_of(*size)) for shape_of in owner_states.values()) for size in set(sizes)
+    }
     costs = tuple(by_size[size] for size in sizes)
-    flags = {"pauses": rule.pauses(group), "wide": group["oracle"] not in POLYNOMIAL}
-    return Entry(*common, "owner", p.dtype, states, layout, found.ranks, split, costs, in_order, **flags)
+    more: dict[str, Any] = {
+        "in_order": bool(owner_states),
+        "pauses": rule.pauses(group),
+        "wide": group["oracle"] not in POLYNOMIAL,
+        "kept": tuple(kept[size] for size in sizes) if owner_states else (),
+    }
+    return Entry(*common, "owner", p.dtype, states, layout, found.ranks, split, costs, **more)
 
 
 def split_of(group: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Split:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from polargrad_dist.distributed.transport import Started
-from polargrad_dist.optim.buckets import Batch
+from polargrad_dist.optim.batch import Batch
 from polargrad_dist.optim.facts import Facts
 
 

@@ -7,15 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from polargrad_dist.compiled import run_compiled
 from polargrad_dist.distributed.plan import ROOT_NUMBERS
 from polargrad_dist.distributed.schedule import Bucket
 from polargrad_dist.distributed.transport import pack_triangle, unpack_triangle
-from polargrad_dist.optim.buckets import Batch, Steps
+from polargrad_dist.optim.batch import Batch, Steps
 from polargrad_dist.optim.control import controlled, share_nuclear
 from polargrad_dist.optim.facts import Facts
 from polargrad_dist.optim.member import Member, Travel
 from polargrad_dist.optim.parts import join_bf16, split_bf16
-from polargrad_dist.polar import apply_rows, gram_matrix, norm_bound, norm_parts
+from polargrad_dist.polar import RowFactor, gram_matrix, norm_bound, norm_parts
+from polargrad_dist.polar.oracle import is_finite, rows_at_once
 
 
 class Tall(Batch):
@@ -29,10 +31,16 @@ class Tall(Batch):
 
     def run(self, facts: Facts) -> Steps:
         """The matrix's step."""
-        kept, e, device = self.kept(), self.entry, self.travel.device
+        e, device = self.entry, self.travel.device
         n, owner = e.shape[1], e.owners[0]
         with facts.clock(e.role, device):
-            A = self.rule.momentum(self.states, self.gradients(), self.group)[0, 0]
+            A = self.momentum()[0, 0]
+        if e.centred:
+            total = A.sum(0, dtype=torch.float64).to(device)
+            if self.team.group is not None:
+                total = yield self.travel.traffic.all_reduce(total, self.team.group)
+            A = A - (total / e.shape[0]).to(A)
+        with facts.clock(e.role, device):
             S = gram_matrix(A.to(device))
             columns, largest = norm_parts(A.to(device)) if e.bounded else (S[:0, 0], S.new_zeros(()))
         if self.team.group is None:
@@ -40,29 +48,40 @@ class Tall(Batch):
         else:
             at, traffic = self.team.order.index(owner), self.travel.traffic
             rows = [largest.view(1) if place == self.place else S.new_zeros(1) for place in range(self.slots)]
-            sums = yield traffic.reduce(torch.cat([pack_triangle(S), columns, *rows]), at, self.team.group)
+            packed = run_compiled(pack_triangle, self._backend, S)
+            sums = yield traffic.reduce(torch.cat([packed, columns, *rows]), at, self.team.group)
             message = S.new_empty((n * n if e.bounded else self.triangle) + ROOT_NUMBERS)
             if self.place == owner:
                 packed, columns, slots = sums.split([self.triangle, len(columns), len(rows)])
                 largest = slots.amax() if e.bounded else largest
-                X, numbers = self._root(unpack_triangle(packed, n), columns, largest, facts)
-                message = torch.cat([X.reshape(-1) if e.bounded else pack_triangle(X), numbers])
+                S = run_compiled(unpack_triangle, self._backend, packed, n)
+                X, numbers = self._root(S, columns, largest, facts)
+                packed = X.reshape(-1) if e.bounded else run_compiled(pack_triangle, self._backend, X)
+                message = torch.cat([packed, numbers])
             message = yield traffic.broadcast(message, at, self.team.group)
             root, numbers = message[:-ROOT_NUMBERS], message[-ROOT_NUMBERS:]
-            X = root.view(n, n) if e.bounded else unpack_triangle(root, n)
+            X = root.view(n, n) if e.bounded else run_compiled(unpack_triangle, self._backend, root, n)
         precise = self.group["lower"] < 1e-4  # strict: directions that an fp32 product would lose
         numbers = numbers.to(self.first.device)
+        good = self.travel.sure(numbers[3] > 0)
+        factor, first, D = RowFactor(X, A.dtype, precise=precise), 0, A[:0]
         if e.pauses:
-            D = apply_rows(A.to(device), X, precise=precise).to(self.first.device)
-            yield from controlled(self, D[None, None], numbers[0], numbers[3] > 0, facts)
-            return self.settle(kept)
+            D = factor.apply(A.to(device)).to(self.first.device)
+            yield from controlled(self, D[None, None], numbers[0], good, facts)
+            return self.settle()
         for part in self.bucket.portions:
-            with facts.clock(e.role, device):
-                D = apply_rows(A[part.rows].to(device), X, precise=precise).to(self.first.device)
-            changed = self.advance(part, D[None, None], numbers[0], numbers[3] > 0)
+            start, stop, _ = part.rows.indices(len(A))
+            if stop > first + len(D):  # as many rows at a time as suit the device, however few are shared
+                first = start
+                with facts.clock(e.role, device):
+                    D = factor.apply(A[first : max(stop, first + rows_at_once(A))].to(device)).to(
+                        self.first.device
+                    )
+            shard = D[None, None, start - first : stop - first]
+            changed = self.advance(part, shard, numbers[0], good)
             if changed is not None:
                 self.arrived(part, (yield self.share(part, changed)))
-        self.settle(kept)
+        self.settle()
 
     def _root(self, S: Tensor, columns: Tensor, largest: Tensor, facts: Facts) -> tuple[Tensor, Tensor]:
         """X (n, n), and ROOT_NUMBERS: scale, largest and smallest singular value, whether it may be used."""
@@ -74,7 +93,7 @@ class Tall(Batch):
         except Exception as error:  # as in `Owned.directed`
             facts.failed(self.first, error)
             return torch.zeros_like(S), S.new_zeros(ROOT_NUMBERS)
-        ok = root.nuclear_norm.isfinite()
+        ok = is_finite(root.nuclear_norm)
         facts.learnt_root(self.first, root, ok, given)
         if self.group["scale"] == "nuclear_shared":
             share_nuclear(self, root.nuclear_norm, scale, ok, facts)
@@ -95,8 +114,8 @@ class Elementwise(Batch):
         """Steps the weights; returns what the copies are to be given, (items, 1, rows, columns)."""
         weights = [m.weight() for m in self.members]
         dtype, ok = self.first.state_dtype, self.travel.ok
-        grads = [self.travel.gradient(m).to(dtype) for m in self.members]
-        finite = torch.stack(torch._foreach_norm(grads)).isfinite()
+        grads = self.travel.shrunk([self.travel.gradient(m).to(dtype) for m in self.members])
+        finite = is_finite(torch.stack(torch._foreach_norm(grads)))
         facts.finite(self.members, finite)
         sure = finite.all() if ok is None else finite.all() & ok.to(finite.device)
         host = sure.device.type == "cpu" and ok is None
@@ -110,7 +129,11 @@ class Elementwise(Batch):
             old = torch.cat([w.reshape(-1) for w in weights])
             if self.entry.dtype == torch.bfloat16:
                 low = torch.cat([m.held("low_bits").reshape(-1) for m in self.members])
-            x = join_bf16(old, low) if low is not None else old.to(dtype, copy=True)
+            x = (
+                old.to(dtype, copy=True)
+                if low is None
+                else run_compiled(join_bf16, self._backend, old, low, dynamic=True)
+            )
             values = [
                 v.view(w.shape) for v, w in zip(x.split([w.numel() for w in weights]), weights, strict=True)
             ]
@@ -129,7 +152,9 @@ class Elementwise(Batch):
         sizes = [w.numel() for w in weights]
         if self.shares and self.travel.dtype is not None and old.element_size() >= 4:
             return (x - old).to(self.travel.dtype).view(len(weights), *weights[0].shape)
-        new = split_bf16(x, low) if low is not None else x.to(old.dtype)
+        new = (
+            x.to(old.dtype) if low is None else run_compiled(split_bf16, self._backend, x, low, dynamic=True)
+        )
         if low is not None:
             held = [m.held("low_bits") for m in self.members]
             torch._foreach_copy_(held, [v.view(h.shape) for v, h in zip(low.split(sizes), held, strict=True)])

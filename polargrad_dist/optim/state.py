@@ -25,7 +25,7 @@ from polargrad_dist.optim.checks import FIXED, check_values, fixed_part
 from polargrad_dist.optim.member import Member
 from polargrad_dist.optim.world import World
 
-TORCH_CHECKPOINT = "torch.distributed.checkpoint.state_dict"
+TORCH_CHECKPOINT = "torch.distributed.checkpoint."
 LAYOUT = {"transposed": False}  # keys that saved groups of earlier versions lack, with what they meant
 
 
@@ -75,8 +75,8 @@ class NamedState:
         """Puts the whole state together in host memory of rank ``to``, whose ``state_dict()`` then returns it.
 
         The protocol of torch's ``ZeroRedundancyOptimizer``: all ranks call this before one of them saves. ``to`` counts the
-        ranks of the optimizer. What was put together is dropped at the next step or load; the other ranks' ``state_dict()``
-        stays their own part. On one rank there is nothing to do.
+        ranks of the optimizer. It takes one all-gather for each state. What was put together is dropped at the next step or
+        load; the other ranks' ``state_dict()`` stays their own part. On one rank there is nothing to do.
 
         Raises ``CheckpointError``, on all ranks, when rank ``to`` stores nothing of some parameter.
         """
@@ -140,9 +140,8 @@ class NamedState:
         packed = self._packed()
         if not any(isinstance(value, DTensor) for _, _, value in self._states()):
             return packed  # whole on every rank
-        part = packed | {"place": self._place_of_rank()}
         if asked_by_torch_checkpoint():
-            return part
+            return packed  # DTensors, of which it takes every rank's part
         if self._consolidated:
             return packed | {"state": {i: dict(states) for i, states in self._consolidated.items()}}
         if self._consolidated is None and self._steps and not self._warned:
@@ -153,7 +152,7 @@ class NamedState:
                 "full_state_dict() (docs/integrations.md has Accelerate, Transformers and Lightning)",
                 stacklevel=2,
             )
-        return part
+        return packed | {"place": self._place_of_rank()}
 
     def _adopt(self) -> None:
         """Takes up parameters that were swapped before the first step: their state is made only then."""
@@ -305,10 +304,10 @@ def _part(m: Member, key: str, saved: Tensor, mine: Tensor) -> Tensor:
 
 
 def asked_by_torch_checkpoint() -> bool:
-    """Whether torch's ``get_optimizer_state_dict`` or ``set_optimizer_state_dict`` is asking, through whatever wrapper."""
+    """Whether `torch.distributed.checkpoint` is asking, through whatever wrapper."""
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_globals.get("__name__") == TORCH_CHECKPOINT:
+        if frame.f_globals.get("__name__", "").startswith(TORCH_CHECKPOINT):
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False

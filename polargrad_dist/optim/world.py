@@ -17,8 +17,9 @@ from polargrad_dist.distributed.schedule import in_order as resumed
 from polargrad_dist.distributed.teams import Groups, Placing, Team, placing, widest
 from polargrad_dist.distributed.transport import Agreement
 from polargrad_dist.errors import ConfigError
-from polargrad_dist.optim.buckets import Batch, Owned
+from polargrad_dist.optim.batch import Batch
 from polargrad_dist.optim.member import Member, Travel
+from polargrad_dist.optim.owned import Owned
 from polargrad_dist.optim.planning import entry
 from polargrad_dist.optim.shards import Elementwise, Tall
 from polargrad_dist.optim.sums import Sums

@@ -2,7 +2,7 @@
 
 from .api import Polar, PolarInfo, polar
 from .cost import choose_method, cost, root_cost
-from .gram import apply_rows, gram_matrix
+from .gram import RowFactor, apply_rows, gram_matrix
 from .homogenize import Homogenized, homogenize
 from .polynomial import polar_express_coefficients
 from .qdwh import gram_qdwh, norm_bound, norm_parts
@@ -16,6 +16,7 @@ __all__ = [
     "InverseSqrt",
     "Polar",
     "PolarInfo",
+    "RowFactor",
     "apply_rows",
     "choose_method",
     "compress_rows",

@@ -39,6 +39,8 @@ def gram_matrix(rows: Tensor, *, scale: Tensor | None = None) -> Tensor:
                 block.addmm_(left, right)
             else:
                 block.add_(left @ right)
+    if rows.device.type != "cpu":
+        return (S + S.mT) / 2
     for j in range(0, n, width):
         square = S[..., j : j + width, j : j + width]
         square.copy_(square.triu() + square.triu(1).mT)
@@ -67,30 +69,42 @@ def apply_rows(
             1e-7·σ_max/σ: right for the default `lower`, not below it. On a GPU with fast fp64 it is used anyway.
         dtype: of the result when `out` is not given; that of the rows by default.
     """
-    work = torch.float64 if precise or multiplies_in_fp64(rows) else torch.float32
     if not (isinstance(scale, float) and scale == 1.0):
         X = X.to(torch.float64) * scale
-    up: Tensor | None = None
-    if work == torch.float32:
-        down, up = _range_of_fp32(X)
-        X = X * down
-    # Most of a well-conditioned X is its diagonal. Added last, it rounds once; inside the product, every later
-    # term of the sum would round at its size, which costs a digit.
-    diagonal = X.diagonal(dim1=-2, dim2=-1)[..., None, :].to(work)
-    rest = X.to(work, copy=True)
-    rest.diagonal(dim1=-2, dim2=-1).zero_()
-    target = torch.empty_like(rows, dtype=dtype) if out is None else out
-    for chunk in row_chunks(rows):
-        A = rows[..., chunk, :].to(work)
-        if up is not None:
-            A = A * up
-        with without_tf32(rows.device):
-            product = (A @ rest).addcmul_(A, diagonal)
-        if out is None:
-            target[..., chunk, :] = product
-        else:
-            target[..., chunk, :] += product
-    return target
+    return RowFactor(X, rows.dtype, precise=precise).apply(rows, out=out, dtype=dtype)
+
+
+class RowFactor:
+    """The right factor X of `apply_rows`, made ready once for several stretches of rows of one dtype."""
+
+    def __init__(self, X: Tensor, dtype: torch.dtype, *, precise: bool = False):
+        """X: (…, n, n). dtype: of the rows."""
+        fp64 = precise or multiplies_in_fp64(dtype, X.device)
+        self.work = torch.float64 if fp64 else torch.float32
+        self.up: Tensor | None = None
+        if not fp64:
+            down, self.up = _range_of_fp32(X)
+            X = X * down
+        # Most of a well-conditioned X is its diagonal. Added last, it rounds once; inside the product, every later
+        # term of the sum would round at its size, which costs a digit.
+        self.diagonal = X.diagonal(dim1=-2, dim2=-1)[..., None, :].to(self.work)
+        self.rest = X.to(self.work, copy=True)
+        self.rest.diagonal(dim1=-2, dim2=-1).zero_()
+
+    def apply(self, rows: Tensor, *, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """rows·X (…, m, n) in ``dtype``, by default that of the rows; with `out`, added to it."""
+        target = torch.empty_like(rows, dtype=dtype) if out is None else out
+        for chunk in row_chunks(rows):
+            A = rows[..., chunk, :].to(self.work)
+            if self.up is not None:
+                A = A * self.up
+            with without_tf32(rows.device):
+                product = (A @ self.rest).addcmul_(A, self.diagonal)
+            if out is None:
+                target[..., chunk, :] = product
+            else:
+                target[..., chunk, :] += product
+        return target
 
 
 def _range_of_fp32(X: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,9 +122,9 @@ def _range_of_fp32(X: Tensor) -> tuple[Tensor, Tensor]:
     return scale, scale.reciprocal().float()
 
 
-def multiplies_in_fp64(rows: Tensor) -> bool:
-    """Whether a product with these rows is in fp64 anyway: fp64 data, or a GPU where it costs the same."""
-    return rows.dtype == torch.float64 or fast_fp64(rows.device)
+def multiplies_in_fp64(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a product with rows of this type is in fp64 anyway: fp64 data, or a GPU where it costs the same."""
+    return dtype == torch.float64 or fast_fp64(device)
 
 
 def fast_fp64(device: torch.device) -> bool:

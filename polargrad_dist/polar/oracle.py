@@ -42,11 +42,20 @@ class Oracle(NamedTuple):
     residual: Tensor | None = None
 
 
+def rows_at_once(rows: Tensor) -> int:
+    """How many rows of (…, m, n) are worked on at a time: about 2^18 elements of a matrix, 2^24 on a GPU."""
+    return max(256, CHUNK_ELEMENTS.get(rows.device.type, GPU_CHUNK_ELEMENTS) // max(rows.shape[-1], 1))
+
+
 def row_chunks(rows: Tensor) -> list[slice]:
-    """Slices that cut the m rows of (…, m, n) into pieces of about 2^18 elements of a matrix, 2^24 on a GPU."""
-    m, n = rows.shape[-2:]
-    size = max(256, CHUNK_ELEMENTS.get(rows.device.type, GPU_CHUNK_ELEMENTS) // max(n, 1))
+    """Slices that cut the m rows of (…, m, n) into such pieces."""
+    m, size = rows.shape[-2], rows_at_once(rows)
     return [slice(start, min(start + size, m)) for start in range(0, m, size)]
+
+
+def is_finite(x: Tensor) -> Tensor:
+    """isfinite of few numbers, in two operations where torch takes four."""
+    return (x - x) == 0
 
 
 def largest_entry(A: Tensor) -> Tensor:
@@ -64,7 +73,7 @@ def inverse_scale(peak: Tensor) -> Tensor:
     mantissa, _ = torch.frexp(peak)
     bound = 2.0 ** (1000 if peak.dtype == torch.float64 else 126)
     scale = (mantissa / peak).clamp(1 / bound, bound)
-    return torch.where((peak > 0) & peak.isfinite(), scale, 1.0)
+    return torch.where((peak > 0) & is_finite(peak), scale, 1.0)
 
 
 def working_copy(A: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ def gram(A: Tensor, options: Options) -> Oracle:
         A, scale = working_copy(A)
     found = inverse_sqrt(gram_matrix(A), lower=options.lower, root=options.root)
     X = found.X
-    precise = options.lower < STRICT or A.shape[1] < 4 * A.shape[2] or multiplies_in_fp64(A)
+    precise = options.lower < STRICT or A.shape[1] < 4 * A.shape[2] or multiplies_in_fp64(A.dtype, A.device)
     U = apply_rows(A, X, precise=precise, dtype=options.out_dtype)
     back = 1.0 if scale is None else 1 / scale[:, 0, 0]
     return Oracle(

@@ -78,12 +78,10 @@ def dry_run(
     traffic = plan.traffic()
     own = sum(row["parameters"] for row in memory[:1])
     if ranks > 1 and optimizer.gradients == "all_reduced":
-        zero = {0: "2P", 1: "3P", 2: "2P", 3: "3P"}[
-            stage
-        ] + f" in ZeRO stage {stage}'s gathers and reductions"
-        what = {"ddp": "2P by DDP's all-reduce", "deepspeed": zero}.get(
-            name, "3P in FSDP2's gathers and reductions"
-        )
+        what = {
+            "ddp": "2P by DDP's all-reduce",
+            "deepspeed": f"{3 if stage == 3 else 2}P in the gathers and reductions of ZeRO stage {stage}",
+        }.get(name, "3P in FSDP2's gathers and reductions")
         whole = own if name == "ddp" else count * 4 if name == "deepspeed" else own * (ranks // replicas)
         print(f"communication per step, gradients: {what}, P = {whole:,} bytes")
     for kind, size in traffic.items():

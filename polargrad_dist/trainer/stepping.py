@@ -19,6 +19,7 @@ from polargrad_dist.diagnostics import Diagnostics
 from polargrad_dist.distributed.late import Late
 from polargrad_dist.errors import PolarError, TrainingError
 from polargrad_dist.optim import PolarGrad
+from polargrad_dist.optim.parts import shrinking
 from polargrad_dist.optim.schedules import Rates
 from polargrad_dist.trainer.config import TrainerConfig
 from polargrad_dist.trainer.guard import Guard
@@ -88,11 +89,13 @@ class Stepper:
         self.optimizer.zero_grad()
         mean = self._backward(batches)
         self._look()  # at the step before, while the device works on this one's gradients
-        with self.phases("optimizer"):
-            norm = self.optimizer.clip_grad_norm_(self.config.clip_norm or math.inf)
-        shared = self._shared(mean, norm, leave.asked)
         looked = self.diagnostics.due(self.progress.step + 1)
-        if self.late and not looked:
+        unseen = self.late and not looked
+        with self.phases("optimizer"):  # an unseen step shrinks gradients as it reads them
+            limit = math.inf if unseen else self.config.clip_norm or math.inf
+            norm = self.optimizer.clip_grad_norm_(limit)
+        shared = self._shared(mean, norm, leave.asked)
+        if unseen:
             self._step_unseen(mean, norm, shared)
         else:
             self.hear(self._step_seen(mean, norm, shared, looked))
@@ -138,7 +141,8 @@ class Stepper:
         ok = shared[0].isfinite() & (shared[2] == 0)
         own = torch.stack([norm.to(mean.device), mean.double()])
         figures = Late(torch.cat([shared, own, *[x.to(mean.device, torch.float64) for x in largest]]))
-        self._step_optimizer(ok=ok)
+        clip = self.config.clip_norm
+        self._step_optimizer(ok=ok, shrink=shrinking(norm, clip) if clip else None)
         self.wrapped.after(self.progress.step + 1)
         self._unseen = Unseen(self.progress.step + 1, self.progress.sample, names, figures, self.phases.cut())
 

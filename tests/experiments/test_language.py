@@ -25,15 +25,69 @@ def test_the_length_that_ends_at_the_target_is_read_off_between_the_lengths_that
     assert race.steps_to(2.0, [(100, math.inf)]) is None
 
 
-def test_every_racer_has_the_same_number_of_trials_and_a_rule_that_can_be_run(tmp_path):
+def fake_losses(jobs, stage):
+    """A bowl around a point of each racer's own, off its grid, a little lower with every step of the run."""
+    out = {}
+    for key, job in jobs.items():
+        values = dict(job.overrides)
+        hidden, ends = (math.log(float(values[f"optimizer.{role}.lr"])) for role in ("hidden", "embed"))
+        adam = values.get("optimizer.hidden.algorithm") == "adamw"
+        centre = (math.log(0.05), math.log(0.1)) if adam else (math.log(0.02), math.log(6.0))
+        bowl = (hidden - centre[0]) ** 2 + (ends - centre[1]) ** 2
+        out[key] = (
+            3
+            + 0.3 * adam
+            + bowl / 10
+            + 100 / int(values["trainer.steps"])
+            + int(values["trainer.seed"]) / 1e4
+        )
+    return out
+
+
+def test_every_racer_has_the_same_budget_goes_beyond_edges_and_can_be_run(tmp_path):
     from train import parse_run
 
-    assert {len(r.hidden) * len(r.ends) for r in race.RACERS} == {9}
-    for racer in race.RACERS:
-        config, _, _ = parse_run(race.job(racer, (0.01, 0.1), 40, 0, tmp_path).arguments)
+    swept = race.sweep(list(race.RACERS), 64, 160, tmp_path, fake_losses)
+    assert set(swept) == {r.name for r in race.RACERS}
+    for found in swept.values():
+        assert len(found.tried) == (3 if found.racer.kin else 9 + 4 + 2 * race.FURTHER), found.racer.name
+        config, _, _ = parse_run(race.job(found.racer, found.best, 64, 160, 0, tmp_path).arguments)
         config.optimizer.check()
-        assert config.optimizer.hidden.lr == 0.01
-        assert config.optimizer.embed.lr == config.optimizer.rule("head").lr == 0.1
+        config.trainer.check(1)
+        assert config.optimizer.hidden.lr == found.best[0]
+        assert config.optimizer.embed.lr == config.optimizer.rule("head").lr == found.best[1]
+        adam = found.racer.adam
+        assert (config.optimizer.hidden.betas[0] if adam[0] else config.optimizer.hidden.beta) == found.best[
+            2
+        ]
+        assert (config.optimizer.embed.betas[0] if adam[1] else config.optimizer.embed.beta) == found.best[3]
+    muon = swept["Muon + PolarSGDM"]
+    assert muon.best[1] > max(muon.racer.ends), "the best lies beyond the grid"
+    report = {"races": {"one": race.judge(swept, 64, 160, [2, 3], tmp_path, fake_losses)}}
+    racers = report["races"]["one"]["racers"]
+    assert racers["AdamW"]["steps_to_target"] is None
+    steps = racers["Muon + PolarSGDM"]["steps_to_target"]
+    assert all(96 <= s < 160 for s in steps)
+    assert "Muon + PolarSGDM" in race.table(report)
+
+
+def test_points_move_by_ratios_of_rates_and_of_a_momentum_s_distance_from_one():
+    point = (0.02, 0.4, 0.95, 0.5)
+    assert race.moved(point, 0, True, 3.0) == (0.06, 0.4, 0.95, 0.5)
+    assert race.moved(point, 2, True, 2.0) == pytest.approx((0.02, 0.4, 0.975, 0.5))
+    assert race.moved(point, 3, False, 2.0) == (0.02, 0.4, 0.95, 0.0)
+
+
+@pytest.mark.slow
+def test_the_race_runs_for_real_and_again_from_what_has_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(race, "FURTHER", 0)
+    monkeypatch.setitem(race.COMMON, "data.cache", str(tmp_path / "cache"))
+    arguments = (tmp_path, [2], 40, 2, ["Muon + PolarSGDM"], (16,), (40,))
+    first = race.run(*arguments)
+    (found,) = first["races"].values()
+    assert found["racers"].keys() == {"AdamW", "Muon + PolarSGDM"}
+    assert all(3 < loss < 8 for r in found["racers"].values() for loss in r["losses"])
+    assert race.run(*arguments) == first
 
 
 @pytest.mark.parametrize("name", paper.EXPERIMENTS)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
@@ -82,6 +83,27 @@ def test_a_consolidated_state_is_whole_on_the_rank_that_saves_until_it_changes(m
     alone.load_state_dict(saved)
     for loaded in run_ranks(_loading, 2, mode, results[0]["saved"]):
         assert _same(loaded, alone.state_dict()["state"])
+
+
+def _saving(rank: int, world: int, mode: str, folder: str) -> dict:
+    """The optimizer handed to torch's checkpoint as it is, as any object with a ``state_dict``."""
+    _, optimizer = _stepped(mode, rank, world)
+    optimizer.consolidate_state_dict()
+    assert _warned(lambda: dcp.save({"optimizer": optimizer}, checkpoint_id=folder)) == []
+    return optimizer.full_state_dict()["state"]
+
+
+def _reading(rank: int, world: int, mode: str, folder: str) -> dict:
+    optimizer = build(mode, BAG, RULE)[1]
+    dcp.load({"optimizer": optimizer}, checkpoint_id=folder)
+    return optimizer.full_state_dict()["state"]
+
+
+def test_torchs_checkpoint_takes_the_optimizer_itself_to_another_number_of_ranks(tmp_path):
+    saved, _ = run_ranks(_saving, 2, "ddp", str(tmp_path))
+    assert _same(_reading(0, 1, "single", str(tmp_path)), saved)
+    for loaded in run_ranks(_reading, 3, "fsdp", str(tmp_path)):
+        assert _same(loaded, saved)
 
 
 def _loading(rank: int, world: int, mode: str, saved: bytes) -> dict:
@@ -170,3 +192,39 @@ def test_other_optimizers_are_refused_by_name():
         consolidate_before_save(SimpleNamespace())
     with pytest.raises(ConfigError, match="found a AdamW, expected a PolarGrad"):
         ConsolidateBeforeSave().on_train_begin(None, None, None, optimizer=adamw)
+
+
+@pytest.mark.parametrize(
+    ("control", "strategy", "only_model", "calls"),
+    [
+        ({"should_save": True}, "steps", False, 1),
+        ({"should_save": True}, "steps", True, 0),
+        ({"should_save": False}, "steps", False, 0),
+        ({"should_save": False, "should_evaluate": True}, "best", False, 1),
+        ({"should_save": False, "should_evaluate": True}, "steps", False, 0),
+    ],
+)
+@pytest.mark.parametrize("event", ["on_step_end", "on_epoch_end"])
+def test_the_callback_puts_the_state_together_where_a_save_may_follow(
+    monkeypatch, control, strategy, only_model, calls, event
+):
+    from polargrad_dist.integrations import transformers
+
+    called = []
+    optimizer = SimpleNamespace(consolidate_state_dict=lambda: called.append(1))
+    monkeypatch.setattr(transformers, "AcceleratorState", SimpleNamespace)
+    arguments = SimpleNamespace(save_strategy=strategy, save_only_model=only_model)
+    control = SimpleNamespace(**({"should_evaluate": False} | control))
+    getattr(transformers.ConsolidateBeforeSave(), event)(arguments, None, control, optimizer=optimizer)
+    assert len(called) == calls
+
+
+def test_saves_on_a_signal_are_refused_where_several_processes_would_have_to_take_part(monkeypatch):
+    from polargrad_dist.integrations.transformers import ConsolidateBeforeSave
+
+    optimizer = PolarGradM([nn.Parameter(torch.ones(2, 2))], lr=0.1)
+    arguments = SimpleNamespace(enable_jit_checkpoint=True)
+    ConsolidateBeforeSave().on_train_begin(arguments, None, None, optimizer=optimizer)
+    monkeypatch.setattr(PolarGrad, "agreement", "several")
+    with pytest.raises(ConfigError, match="enable_jit_checkpoint is true on several processes"):
+        ConsolidateBeforeSave().on_train_begin(arguments, None, None, optimizer=optimizer)

@@ -8,6 +8,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import models.loss
 from models.loss import loss_sum, soft_capped
+from polargrad_dist import compiled
 from tests.models.tiny import ALL, awake, tiny
 
 CAPS = ["none", "tanh", "algebraic"]
@@ -108,16 +109,16 @@ def test_only_the_gradients_that_are_asked_for_are_worked_out(frozen, monkeypatc
 def test_without_a_compiler_the_loss_runs_uncompiled_and_says_so_once(monkeypatch, caplog):
     from torch._inductor.exc import InductorError
 
-    def broken(function, backend):
+    def broken(*_):
         def call(*args):
             raise InductorError(RuntimeError("no working C++ compiler"), None)
 
         return call
 
-    monkeypatch.setattr(models.loss, "_compiled", broken)
-    monkeypatch.setattr(models.loss._uncompiled, "reason", "")
+    monkeypatch.setattr(compiled, "_compiled", broken)
+    monkeypatch.setattr(compiled._uncompiled, "reason", "")
     hidden, weight, targets = example()
-    with caplog.at_level(logging.WARNING, logger="models.loss"):
+    with caplog.at_level(logging.WARNING, logger="polargrad_dist.compiled"):
         losses = [float(loss_sum(hidden, weight, targets, backend="inductor").detach()) for _ in range(3)]
     assert losses == [float(loss_sum(hidden, weight, targets).detach())] * 3
     assert len(caplog.records) == 1
@@ -126,8 +127,10 @@ def test_without_a_compiler_the_loss_runs_uncompiled_and_says_so_once(monkeypatc
 
 def test_compiling_the_blocks_compiles_the_loss(monkeypatch):
     seen = []
-    plain_run = models.loss._run
-    monkeypatch.setattr(models.loss, "_run", lambda f, how, *a: (seen.append(how), plain_run(f, None, *a))[1])
+    plain_run = models.loss.run_compiled
+    monkeypatch.setattr(
+        models.loss, "run_compiled", lambda f, how, *a: (seen.append(how), plain_run(f, None, *a))[1]
+    )
     model = tiny("gpt2-small")
     tokens = torch.randint(0, 95, (1, 40))
     model(tokens, tokens)

@@ -39,6 +39,7 @@ PARTS = {
 # By the Gram matrix of rows that stay where they are.
 TALL = {
     "hyperball, tall": {"control": "hyperball", "scale": "none", "oracle": "auto"},
+    "center_rows, tall": {"center_rows": True, "oracle": "auto", "beta": 0.5},
     "nuclear_shared, tall": {"scale": "nuclear_shared", "oracle": "auto", "floor": 0.05},
 }
 EVERY = PARTS | TALL
@@ -103,6 +104,14 @@ def test_every_part_gives_the_weights_of_one_process_on_a_mesh_of_four():
     for number, name in enumerate(EVERY):
         one = train(0, 1, "single", BAG, BASE | EVERY[name])
         assert all(distance(one["parameters"], r[number]["parameters"]) < 1e-9 for r in results), name
+
+
+def test_the_plan_counts_what_owners_keep():
+    _, optimizer = build("single", BAG, BASE | PARTS["all"])
+    state = optimizer.named_state()
+    counted = sum(t.nbytes for name, t in state.items() if not name.endswith(".step") and "bias" not in name)
+    bias = 2 * 7 * 8
+    assert optimizer.plan().memory()[0]["optimizer"] == counted + bias
 
 
 def _in_bf16(rank: int, world: int) -> list[dict]:

@@ -1,6 +1,7 @@
 """EMA-Nesterov and the average of the last weights: their formulas, on two ranks, resumed, and read from a checkpoint."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,12 +73,26 @@ def test_a_run_is_ema_nesterov_around_adamw_and_validates_the_average(tmp_path):
     checkpoint = find_checkpoint(tmp_path)
     assert checkpoint.averaged == 0.6
     assert max(float((checkpoint.read(f"model/{n}") - x).abs().max()) for n, x in used.items()) < 2e-6
+    last = replace(checkpoint, last=True)
+    assert all(torch.allclose(last.read(f"model/{n}"), p.detach(), atol=2e-6) for n, p in params.items())
     with torch.no_grad():
         for name, p in params.items():
             p.copy_(used[name])
         expected = float(model(*next(iter(plain.data.validation.batches()))))
     assert validations(tmp_path)[12] == pytest.approx(expected, abs=1e-5)
     assert sorted(validations(tmp_path)) == [3, 6, 9, 11, 12]
+
+
+@pytest.mark.parametrize(("words", "last"), [([], False), (["--weights", "last"], True)])
+def test_the_export_writes_what_was_validated_or_the_last_weights(tmp_path, monkeypatch, words, last):
+    from tools import export
+
+    given = []
+    trainer(settings(tmp_path / "run", steps=2, average=AverageConfig(start=1))).fit()
+    monkeypatch.setattr(export, "export", lambda checkpoint, out, **rest: given.append(checkpoint))
+    monkeypatch.setattr("sys.argv", ["export", str(tmp_path / "run"), str(tmp_path / "out"), *words])
+    assert export.main() == 0
+    assert [checkpoint.averaged for checkpoint in given] == [0.0 if last else 1.0]
 
 
 def _run(rank: int, world: int, folder: str, strategy: StrategyConfig) -> None:

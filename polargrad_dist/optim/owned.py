@@ -1,186 +1,27 @@
-"""The step of a bucket: one coroutine that yields each collective it starts and is resumed with what came back.
+"""Whole matrices: momentum on this rank's shards, matrices to their owners, directions back.
 
-`Owned`: momentum on this rank's shards, whole matrices to their owners, directions back, weights stepped, shared between
-copies. Where nothing has to travel the same code works on views of what is here. (`Tall` and `Elementwise`, whose elements
-stay where they lie, are in `shards`.)
+Where nothing has to travel the same code works on views of what is here. (`Tall` and `Elementwise`, whose elements stay where
+they lie, are in `shards`.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from polargrad_dist.distributed.layout import Cut3, overlap, volume
 from polargrad_dist.distributed.plan import NUMBERS
-from polargrad_dist.distributed.schedule import Bucket, Portion
+from polargrad_dist.distributed.schedule import Bucket
 from polargrad_dist.distributed.transport import Started
 from polargrad_dist.errors import ConfigError
+from polargrad_dist.optim.batch import Batch, Steps
 from polargrad_dist.optim.control import controlled, share_nuclear
 from polargrad_dist.optim.facts import Facts
 from polargrad_dist.optim.matrix import Direction
-from polargrad_dist.optim.member import Member, Travel, joined, slices
-from polargrad_dist.optim.parts import decay_and_step, join_bf16, split_bf16
-
-Steps = Generator[Started | None, Tensor, None]
-
-
-def next_of(steps: Steps, arrived: Tensor | None) -> Started | None:
-    """Resumes a bucket with what arrived; the collective that it starts next, None at its end."""
-    try:
-        return steps.send(arrived)  # type: ignore[arg-type]
-    except StopIteration:
-        return None
-
-
-class Batch:
-    """This rank's shards of a bucket's parameters, stacked: (items, slices, rows, columns)."""
-
-    def __init__(self, bucket: Bucket, members: Sequence[Member], travel: Travel):
-        """``members`` are the bucket's parameters, item by item; this rank is of their team."""
-        self.bucket, self.members, self.travel = bucket, list(members), travel
-        first = self.first = members[0]
-        self.entry, self.team, self.rule, self.group = first.entry, first.team, first.rule, first.group
-        self.place, item = self.team.place, bucket.items[0]
-        whole = self.entry.split is None or (item.first, item.last) == (0, self.entry.split.stack)
-        self.slab = slice(None) if whole else slice(item.first, item.last)
-        self.states: dict[str, Tensor] = {}
-        self.loose: list[tuple[list[Tensor], Tensor]] = []
-        self.shares = bucket.shares
-        # Which matrix row i of the numbers is of; which row each (item, slice, row, column) takes, None for item by item.
-        self.arrival: list[tuple[int, int]] = [(0, 0)]
-        self.index: Tensor | None = None
-        if self.shares:
-            self._find_copies()
-
-    def run(self, facts: Facts) -> Steps:
-        """The bucket's step."""
-        raise AssertionError("each kind of bucket has its own")
-
-    def _join(self, keys: Sequence[str]) -> None:
-        """Stacks these states: their own memory where they lie together, else copies that are written back."""
-        for key in keys:
-            views = [m.held(key)[self.slab] for m in self.members]
-            self.states[key], together = joined(views)
-            if not together:
-                self.loose.append((views, self.states[key]))
-
-    def _find_copies(self) -> None:
-        """The shards of all who store the same elements, within what each stores, in the order of their group."""
-        order = self.team.copy_order
-        self.boxes = [self.first.window_of(place) for place in order]
-        shapes = {tuple(b - a for a, b in box) for box in self.boxes}
-        axes = [axis for axis in range(3) if len({box[axis] for box in self.boxes}) > 1]
-        self.longest = {
-            id(part): max(volume(self._portion_of(part, box)) for box in self.boxes)
-            for part in self.bucket.portions
-        }
-        self.axis = axes[0] if len(shapes) == len(axes) == 1 and order == sorted(order) else None
-
-    def gradients(self) -> Tensor:
-        """The gradients of the shards in the dtype of the state; not to be changed."""
-        grads = [self.travel.gradient(m)[self.slab] for m in self.members]
-        stack = torch.stack(grads) if len(grads) > 1 else grads[0].unsqueeze(0)
-        return stack.to(self.first.state_dtype)
-
-    def advance(self, part: Portion, D: Tensor, scale: Tensor, ok: Tensor) -> Tensor | None:
-        """Steps the weights of a portion along its direction, where ``ok``; returns what the copies are to be given.
-
-        ``scale`` and ``ok`` are broadcast against D (items, slices, rows, columns).
-        """
-        return self.moved(part, self.rule.apply(self.states_of(part), D, scale, self.group), ok)
-
-    def states_of(self, part: Portion) -> dict[str, Tensor]:
-        return {k: v[part.items, :, part.rows] for k, v in self.states.items() if k != "low_bits"}
-
-    def spread(self, numbers: Tensor) -> Tensor:
-        """Numbers of each matrix in the order of `arrival`, to be broadcast against (items, slices, rows, columns)."""
-        return numbers.view(-1, 1, 1, 1, *numbers.shape[1:]) if self.index is None else numbers[self.index]
-
-    def moved(self, part: Portion, step: Tensor, ok: Tensor, shrink: Tensor | None = None) -> Tensor | None:
-        """Adds a portion's step to its weights where ``ok``, then multiplies them; returns what copies are to be given."""
-        low = self.states["low_bits"][part.items, :, part.rows] if "low_bits" in self.states else None
-        weights = [m.weight()[self.slab, part.rows] for m in self.members[part.items]]
-        decay, cautious = self.group["lr"] * self.group["weight_decay"], self.group["control"] == "cautious"
-        sure = self.travel.ok is None and ok.device.type == "cpu" and bool(ok.all())
-        if sure and not self.shares and weights[0].element_size() >= 4 and shrink is None:
-            decay_and_step(weights, list(step.to(weights[0].dtype).unbind(0)), decay, cautious)
-            return None
-        old = torch.stack(weights) if len(weights) > 1 else weights[0].unsqueeze(0)
-        fresh = (
-            len(weights) > 1 and self.travel.dtype is None
-        )  # a copy already, of which nobody needs the old values
-        x = join_bf16(old, low) if low is not None else old.to(self.first.state_dtype, copy=not fresh)
-        before = None if sure else x.clone()
-        decay_and_step([x], [step.to(x.dtype)], decay, cautious)
-        if shrink is not None:
-            x.mul_(shrink)
-        if before is not None:
-            x = torch.where(ok if self.travel.ok is None else ok & self.travel.ok.to(ok.device), x, before)
-        return self._written(weights, old, x, low)
-
-    def _written(self, weights: list[Tensor], old: Tensor, x: Tensor, low: Tensor | None) -> Tensor | None:
-        """Puts new weights x into the parameters, or returns what is to be shared: them, or their difference to ``old``."""
-        if self.shares and self.travel.dtype is not None and old.element_size() >= 4:
-            return (x - old).to(self.travel.dtype)
-        new = split_bf16(x, low) if low is not None else x.to(old.dtype)
-        if self.shares:
-            return new
-        torch._foreach_copy_(weights, list(new.unbind(0)))
-        return None
-
-    def share(self, part: Portion, message: Tensor) -> Started:
-        """Starts giving this rank's shards, or their updates, to those who store copies: (copies, items, longest)."""
-        longest = self.longest[id(part)]
-        flat = message.to(self.travel.device).reshape(len(message), -1)
-        if flat.shape[1] < longest:
-            flat = torch.cat([flat, flat.new_zeros(len(flat), longest - flat.shape[1])], 1)
-        assert self.team.copies is not None
-        return self.travel.traffic.all_gather(flat, self.team.copies)
-
-    def _portion_of(self, part: Portion, box: Cut3) -> Cut3:
-        """What a portion takes of a copy's shard, within what that copy stores."""
-        depth, (top, bottom), across = box
-        first, last, _ = part.rows.indices(bottom - top)
-        depth = depth if self.slab == slice(None) else (self.slab.start, self.slab.stop)
-        return depth, (top + first, top + max(first, last)), across
-
-    def arrived(self, part: Portion, gathered: Tensor) -> None:
-        """Writes what all copies have worked out."""
-        stored = [m.stored() for m in self.members[part.items]]
-        ours, theirs = [], []
-        if self.axis is not None:
-            for w, messages in zip(stored, gathered.unbind(1), strict=True):
-                ours.append(
-                    w.unflatten(self.axis, (len(self.boxes), -1)).movedim(self.axis, 0)[
-                        :, self.slab, part.rows
-                    ]
-                )
-                theirs.append(messages.view(ours[-1].shape))
-        else:
-            for box, messages in zip(self.boxes, gathered, strict=True):
-                cut = self._portion_of(part, box)
-                for w, message in zip(stored, messages, strict=True):
-                    ours.append(w[slices(cut)])
-                    theirs.append(message[: volume(cut)].view(ours[-1].shape))
-        if gathered.dtype == self.entry.dtype and not (self.travel.dtype and self.entry.itemsize >= 4):
-            torch._foreach_copy_(ours, theirs)
-        else:
-            torch._foreach_add_(ours, [x.to(ours[0].device, self.entry.dtype) for x in theirs])
-
-    def kept(self) -> dict[str, Tensor]:
-        """Copies of the states, where the step may turn out not to happen."""
-        sure = self.travel.ok is None
-        return {} if sure else {k: v.clone() for k, v in self.states.items() if k != "low_bits"}
-
-    def settle(self, kept: dict[str, Tensor]) -> None:
-        """Undoes the states where the step was not to happen, and writes back those that do not lie together."""
-        for key, old in kept.items():
-            assert self.travel.ok is not None
-            self.states[key].copy_(torch.where(self.travel.ok.to(old.device), self.states[key], old))
-        for views, stack in self.loose:
-            torch._foreach_copy_(views, list(stack.unbind(0)))
+from polargrad_dist.optim.member import Member, Travel, slices
+from polargrad_dist.polar.oracle import is_finite
 
 
 class Owned(Batch):
@@ -244,8 +85,7 @@ class Owned(Batch):
 
     def run(self, facts: Facts) -> Steps:
         """The bucket's step."""
-        kept = self.kept()
-        A = self.rule.momentum(self.states, self.gradients(), self.group)
+        A = self.momentum()
         shape = A.shape
         if self.entry.travels:
             started = self._to_owners(A.to(self.travel.device, self.momentum_dtype))
@@ -259,17 +99,18 @@ class Owned(Batch):
             direction = self._as_shards(D, shape)
             numbers = numbers if self.mine else numbers.new_ones(1, NUMBERS)  # of no elements here
             del A, D
-        numbers = self.spread(numbers).to(self.first.device)
+        scales, good = self.spread(numbers).to(self.first.device).unbind(-1)
+        good = self.travel.sure(good > 0)
         direction = direction.to(self.first.device)
         if self.entry.pauses:
-            yield from controlled(self, direction, numbers[..., 0], numbers[..., 1] > 0, facts)
-            return self.settle(kept)
+            yield from controlled(self, direction, scales, good, facts)
+            return self.settle()
         for part in self.bucket.portions:
-            own = numbers[part.items, :, part.rows if numbers.shape[2] > 1 else slice(None)]
-            message = self.advance(part, direction[part.items, :, part.rows], own[..., 0], own[..., 1] > 0)
+            own = part.items, slice(None), part.rows if good.shape[2] > 1 else slice(None)
+            message = self.advance(part, direction[part.items, :, part.rows], scales[own], good[own])
             if message is not None:
                 self.arrived(part, (yield self.share(part, message)))
-        self.settle(kept)
+        self.settle()
 
     def directed(self, batches: list[Tensor], facts: Facts) -> tuple[list[Tensor], Tensor]:
         """The rule, on this rank's matrices: their directions, and (matrices, NUMBERS) in fp64.
@@ -310,8 +151,8 @@ class Owned(Batch):
                 f"{tuple(answer.scale.shape)} for matrices {tuple(A.shape)}, expected {tuple(A.shape)} and {(len(A),)}"
             )
         ok = answer.D.sum((-2, -1)) if answer.nuclear_norm is None else answer.nuclear_norm
-        ok = ok.isfinite() & answer.scale.isfinite()
-        keep = ok if self.travel.ok is None else ok & self.travel.ok.to(ok.device)
+        ok = is_finite(ok) & is_finite(answer.scale)
+        keep = self.travel.sure(ok)
         for key, value in held.items():
             value[rows] = torch.where(
                 keep.view(-1, *[1] * (value.ndim - 1)), answer.state[key].to(value.dtype), value[rows]

@@ -1,0 +1,127 @@
+"""What one optimizer step starts on a GPU, as each of 8 ranks: `python -m benchmarks.launches [--json FILE]`. Needs no GPU.
+
+The models' parameters at their full sizes on the meta device, in a group of PyTorch's "fake" backend with 8 ranks of which
+this process is one, take the way of a GPU through the optimizer, with the trainer's flag and clipping. Counted are
+operations on the device: views and empty tensors left out, a foreach call and a function that inductor makes one kernel of
+(tests/optim/test_fused.py) once. A foreach call over many elements, and some products, are several kernels on a GPU, so the
+figure is a count of calls that `python -m benchmarks.gpu ranks` has still to confirm there. Not measured on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from benchmarks.gpu.ranks import WORLD, fake_group
+from benchmarks.harness import Row, arguments, report
+from benchmarks.step import FREE
+from models import ModelConfig, build_model
+from polargrad_dist import OptimizerConfig, PolarGrad
+from polargrad_dist.distributed import transport
+from polargrad_dist.optim import adamw_rule, facts, fused, member, optimizer, shards
+from polargrad_dist.optim.parts import shrinking
+from polargrad_dist.polar import gram
+
+TARGETS = {"gpt2-small": 400, "gpt2-medium": 600, "qwen2.5": 600}
+NO_KERNEL = (*FREE, "promote_types", "scalar_tensor", "result_type")
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations on the meta device by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.__name__.split(".")[0]
+        given = [x for a in (*args, *kwargs.values()) for x in (a if isinstance(a, list | tuple) else [a])]
+        tensors = [x for x in given if isinstance(x, torch.Tensor)]
+        made = str(kwargs.get("device")) == "meta"
+        busy = any(x.numel() and x.device.type == "meta" for x in tensors) if tensors else made
+        if busy and name not in NO_KERNEL:
+            self.names[name] += 1
+        return func(*args, **kwargs)
+
+
+def rules() -> dict[str, OptimizerConfig]:
+    """The two recipes of the paper's language models."""
+    ends = adamw_rule()
+    return {"Muon + AdamW": replace(OptimizerConfig(), embed=ends), "Muon + PolarSGDM": OptimizerConfig()}
+
+
+def launches(architecture: str, config: OptimizerConfig, rank: int) -> Counter[str]:
+    """Operations of one step of this rank, by name."""
+    model = build_model(ModelConfig(architecture), device="meta")
+    for table in getattr(model, "tables", []):  # as on a GPU
+        table.bfloat16()
+    for p in model.parameters():
+        p.grad = torch.empty_like(p)
+    with fake_group(rank), as_a_gpu():
+        made = PolarGrad.from_config(model, config, process_group=dist.group.WORLD)
+        ok = torch.ones((), dtype=torch.bool, device="meta")
+
+        def step() -> None:
+            norm = made.clip_grad_norm_(float("inf"))
+            made.step(ok=ok, shrink=shrinking(norm, 1.0))
+
+        step()
+        with Launches() as seen:
+            step()
+    return seen.names
+
+
+@contextmanager
+def as_a_gpu() -> Iterator[None]:
+    """The meta device is taken for a GPU with fast fp64 products; what it cannot do is left out."""
+
+    def one_kernel(function: Callable[..., Any], backend: Any, *args: Any, dynamic: Any = None) -> Any:
+        torch.empty(1, device="meta").sin()  # stands for it
+        with _disable_current_modes():
+            return function(*args)
+
+    with ExitStack() as stack:
+        for where, name, instead in (
+            (optimizer, "check_parameter", lambda *_: None),  # parameters without memory are refused
+            (optimizer, "check_alike", lambda *_: None),
+            (transport, "_host_twin", lambda group, _: group),
+            (torch, "autocast", lambda *_, **__: nullcontext()),
+            (facts, "Late", lambda _: None),
+            (facts.Facts, "worst", lambda _: (0, 0)),
+            (gram, "fast_fp64", lambda _: True),
+            (member.Travel, "backend", "inductor"),
+            (fused, "run_compiled", one_kernel),
+            (shards, "run_compiled", one_kernel),
+        ):
+            stack.enter_context(mock.patch.object(where, name, instead))
+        yield
+
+
+def counted() -> list[Row]:
+    """The most of all ranks, for each model and recipe."""
+    rows = []
+    for architecture, target in TARGETS.items():
+        for name, config in rules().items():
+            figures = [launches(architecture, config, rank).total() for rank in range(WORLD)]
+            what = f"calls per step and rank, {architecture}, {name}, {WORLD} ranks"
+            figure = f"{max(figures)}, least {min(figures)}"
+            rows.append(Row(what, figure, f"target {target}", max(figures) / target, "≤ 1"))
+    return rows
+
+
+def main() -> None:
+    options = arguments("What one optimizer step starts on a GPU, counted without one.").parse_args()
+    report("launches", counted(), options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Elementwise passes as one kernel each, by torch.compile, and uncompiled where it finds no compiler."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+Backend = str | Callable[..., Any]
+log = logging.getLogger(__name__)
+
+
+class _Uncompiled:
+    """Why compiling was given up in this process, if it was."""
+
+    reason = ""
+
+
+_uncompiled = _Uncompiled()
+
+
+def run_compiled(
+    function: Callable[..., Any], backend: Backend | None, *args: Any, dynamic: bool | None = None
+) -> Any:
+    """Calls a function of tensors compiled by ``backend`` of torch.compile; as it is where that is None.
+
+    ``dynamic`` is torch.compile's: true for one kernel for all sizes. Without a compiler (Triton's on a GPU, C++ on a CPU) a
+    warning is logged once, and everything runs uncompiled from then on.
+    """
+    if backend is None or _uncompiled.reason:
+        return function(*args)
+    try:
+        return _compiled(function, backend, dynamic)(*args)
+    except _no_compiler() as error:  # raised before the kernel runs, so what it would overwrite is as it was
+        _uncompiled.reason = str(error).splitlines()[0]
+        log.warning(
+            "torch.compile found no working compiler (%s): loss and optimizer steps run uncompiled, at several times the "
+            "memory traffic",
+            _uncompiled.reason,
+        )
+        return function(*args)
+
+
+@cache
+def _compiled(function: Callable[..., Any], backend: Backend, dynamic: bool | None) -> Callable[..., Any]:
+    import torch._dynamo
+
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(
+        limits.recompile_limit, 64
+    )  # kinds of shapes and dtypes; beyond, compiling is an error
+    return torch.compile(function, fullgraph=True, backend=backend, dynamic=dynamic)
+
+
+def _no_compiler() -> tuple[type[Exception], ...]:
+    """What torch.compile raises without a compiler; imported here, since that takes a second."""
+    from torch._dynamo.exc import BackendCompilerFailed
+    from torch._inductor.exc import InductorError
+
+    return BackendCompilerFailed, InductorError

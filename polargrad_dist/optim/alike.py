@@ -1,0 +1,85 @@
+"""What has to be alike on all ranks: how gradients are placed, the numbers of groups, weights and gradients of copies.
+
+Every function is a collective.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from polargrad_dist.distributed.plan import Entry
+from polargrad_dist.distributed.transport import Agreement
+from polargrad_dist.errors import ConfigError
+from polargrad_dist.optim.checks import Checks
+from polargrad_dist.optim.world import World
+
+COPIES_CHECKED = 1000  # steps between looks at whether copies are still equal
+RATES_CHECKED = 50  # and at whether all ranks have the same learning rates
+
+
+def redistribute(world: World) -> None:
+    """Brings gradients that are placed otherwise than their parameters (sequence parallelism) to where those are."""
+    if world.agreement is None:
+        return
+    here = torch.zeros(len(world.entries), dtype=torch.int32)
+    for m in world.members:
+        here[m.index] = m.misplaced
+    somewhere = world.agreement.largest(here.clone())
+    if not somewhere.any():
+        return
+    unlike = [m.entry.name for m in world.members if somewhere[m.index] and not here[m.index]]
+    if int(world.agreement.largest(torch.tensor([len(unlike)]))):
+        name = unlike[0] if unlike else world.entries[int(somewhere.nonzero()[0])].name
+        raise ConfigError(
+            f"the gradient of {name} is placed in one way on some ranks and in another, or missing, on others: give "
+            "every rank the same computation, or zero gradients"
+        )
+    for m in sorted(world.members, key=lambda m: m.index):
+        if here[m.index]:
+            m.p.grad = m.p.grad.redistribute(m.p.device_mesh, m.p.placements)  # type: ignore[union-attr, attr-defined]
+
+
+def check_alike(world: World, groups: Sequence[Mapping[str, Any]], step: int) -> None:
+    """At the first two steps and now and then: what differs between ranks would go on doing so in silence.
+
+    Raises ``ConfigError`` on all of them.
+    """
+    if world.agreement is None:
+        return
+    due = step <= 2 or step % RATES_CHECKED == 0
+    if due and (unlike := other_numbers(world, world.agreement, groups)) is not None:
+        raise ConfigError(
+            f"the learning rate or another number of parameter group {unlike.group} differs between ranks, expected "
+            "the same on all: step the same scheduler on every rank"
+        )
+    if step > 2 and step % COPIES_CHECKED:
+        return
+    what, name = world.differing() or (None, "")
+    if what is None:
+        return
+    if what == 0:
+        raise ConfigError(
+            f"{name} differs between ranks that should hold copies of it: give them the same weights before the first "
+            "step (DistributedDataParallel does so when it wraps the model, fully_shard does not)"
+        )
+    raise ConfigError(
+        f"the gradient of {name} differs between ranks that hold copies of it: wrap the model in "
+        "DistributedDataParallel, average the gradients before step(), or use gradients='reduce_scatter'; where only "
+        "some ranks train together, give their process_group"
+    )
+
+
+def other_numbers(world: World, agreement: Agreement, groups: Sequence[Mapping[str, Any]]) -> Entry | None:
+    """The first parameter whose group has other numbers on another rank; ranks may have other groups than their peers."""
+    nowhere = torch.iinfo(torch.int64).min
+    found = torch.full((2, len(world.entries)), nowhere)
+    digests = {id(group): zlib.crc32(repr(Checks.numbers(group)).encode()) for group in groups}
+    for m in world.members:
+        found[:, m.index] = torch.tensor([digests[id(m.group)], -digests[id(m.group)]])
+    high, low = agreement.largest(found)
+    differ = (high != -low) & (high != nowhere)
+    return world.entries[int(differ.nonzero()[0])] if differ.any() else None

@@ -134,7 +134,7 @@ class Chart {
     for (const series of this.chart.series) {
       const x = this.places(series.run, series.s);
       if (!x || this.state.hidden.has(series.run)) continue;
-      const last = Math.max(...this.state.runs.map((run, k) => Math.max(0, ...this.chart.series.filter((s) => s.run === k).map((s) => s.s[s.s.length - 1]))));
+      const last = Math.max(...this.chart.series.map((one) => one.s[one.s.length - 1]));
       const window = series.smooth ? last * this.state.smoothing : 0;
       const y = window ? smoothed(series.s, series.y, window) : series.y;
       found.push({ series, x, y, raw: window ? series.y : null, colour: this.state.colour(series) });
@@ -175,7 +175,8 @@ class Chart {
     this.shown = this.curves();
     this.logButton.setAttribute("aria-pressed", this.log);
     this.drawKey();
-    const height = this.chart.large ? Math.max(230, Math.min(360, this.width * 0.52)) : Math.max(150, Math.min(210, this.width * 0.5));
+    const [least, most] = this.chart.large ? [230, 360] : [150, 210];
+    const height = Math.round(Math.max(least, Math.min(most, this.width * 0.52)));
     const svg = element("svg", { width: this.width, height, viewBox: `0 0 ${this.width} ${height}`, role: "img", "aria-label": this.chart.title });
     this.plot.prepend(svg);
     this.svg = svg;
@@ -353,7 +354,6 @@ class Chart {
     const copy = this.svg.cloneNode(true);
     copy.setAttribute("xmlns", SVG);
     copy.querySelectorAll(".cross").forEach((one) => one.remove());
-    element("rect", { width: "100%", height: "100%", fill: style.getPropertyValue("--card") }, null);
     const rules = [...document.styleSheets].flatMap((sheet) => [...sheet.cssRules]).map((rule) => rule.cssText).filter((text) => text.startsWith("svg "));
     const sheet = element("style", {}, null, rules.join("\n").replaceAll("svg .", "."));
     copy.prepend(sheet);

@@ -1,0 +1,21 @@
+"""For mkdocs (mkdocs.yml, hooks): links from a page to a file outside docs/ lead to the repository.
+
+In a checkout and on GitHub they are relative; a site holds the pages alone.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """The page with ``](../path)`` as an absolute link, where the file exists; others are left for mkdocs to warn of."""
+
+    def absolute(link: re.Match[str]) -> str:
+        return f"]({config['repo_url']}/blob/main/{link[1]})" if (ROOT / link[1]).exists() else link[0]
+
+    return re.sub(r"\]\(\.\./([\w./-]+)\)", absolute, markdown)

@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
 from models.config import Sizes
-from models.loss import SoftCap, loss_sum, soft_capped
+from models.loss import PIECE, SoftCap, loss_sum, soft_capped
 from models.sampling import choose
 from polargrad_dist.compiled import Backend
 from polargrad_dist.errors import ConfigError
@@ -90,6 +90,11 @@ class LanguageModel(nn.Module, ABC):
         backend = self.loss_backend or ("inductor" if hidden.device.type == "cuda" else None)
         total = loss_sum(hidden.flatten(0, 1), weight, targets.flatten(), self.soft_cap, backend=backend)
         return total / (targets != -100).sum()
+
+    def loss_bytes(self, tokens: int, itemsize: int) -> int:
+        """Memory that the loss of so many tokens needs for a moment on a GPU: one piece of the logits."""
+        vocabulary = self.get_output_embeddings().weight.shape[0]
+        return min(tokens, max(1, PIECE["cuda"] // vocabulary)) * vocabulary * itemsize
 
     def check_length(self, tokens: torch.Tensor) -> None:
         """Raises ``ConfigError`` for sequences longer than the model's."""

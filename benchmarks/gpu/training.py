@@ -1,4 +1,4 @@
-"""Section 5: the trainer on synthetic shards: 20 steps, an exact resume, and a loss that is NaN once."""
+"""Section 5: the trainer on synthetic shards: 20 steps, an exact resume, a loss that is NaN once, memory that runs out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -23,13 +24,14 @@ SEQUENCES = 8
 
 
 def run(setting: Setting) -> list[Line]:
-    """Each of the three in a run directory of its own, on one rank."""
+    """Each case in a run directory of its own, on one rank."""
     from polargrad_dist.trainer import join
 
     world = join(setting.device.type)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            return [*twenty_steps(Path(folder), world, setting), *one_bad_loss(Path(folder), world, setting)]
+            cases = (twenty_steps, one_bad_loss, oracle_out_of_memory, batch_too_large)
+            return [line for case in cases for line in case(Path(folder), world, setting)]
     finally:
         world.close()
 
@@ -64,8 +66,67 @@ def one_bad_loss(folder: Path, world: Any, setting: Setting) -> list[Line]:
     ]
 
 
-def fit(folder: Path, name: str, world: Any, setting: Setting, spoilt: int | None = None) -> list[Tensor]:
-    """Trains, or resumes, in ``folder/name``; the weights at the end, on the CPU."""
+def oracle_out_of_memory(folder: Path, world: Any, setting: Setting) -> list[Line]:
+    """An oracle finds no memory once, after a save: the run ends with that error, and goes on from the checkpoint."""
+    from polargrad_dist.optim.matrix import RULES
+
+    direction, calls = RULES["polar"].direction, []
+
+    def full(*args: Any) -> Any:
+        calls.append(1)
+        if (folder / "oracle" / "checkpoints").exists() and len(calls) > 1:
+            raise torch.OutOfMemoryError("no memory, for the test")
+        return direction(*args)
+
+    raised = False
+    with mock.patch.object(RULES["polar"], "direction", full):
+        try:
+            fit(folder, "oracle", world, setting)
+        except torch.OutOfMemoryError:
+            raised = True
+    kept = sorted(path.name for path in (folder / "oracle" / "checkpoints").glob("step-*"))
+    weights = fit(folder, "oracle", world, setting)
+    on = raised and kept == [f"step-{SAVED:08}"] and all(bool(w.isfinite().all()) for w in weights)
+    what = "ends the run, which goes on from the checkpoint before"
+    return [Line(SECTION, "an oracle out of memory", what, float(on), "", "1", on)]
+
+
+def batch_too_large(folder: Path, world: Any, setting: Setting) -> list[Line]:
+    """A batch for which there is no memory ends the run before its first step; the same run directory takes smaller ones."""
+    gpu, raised = setting.device.type == "cuda", False
+    if gpu:  # the weights and no more
+        free = torch.cuda.mem_get_info(setting.device)[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, 3e9 / free), setting.device)
+    try:
+        fit(folder, "batch", world, setting, crowded=not gpu)
+    except torch.OutOfMemoryError:
+        raised = True
+    finally:
+        if gpu:
+            torch.cuda.set_per_process_memory_fraction(1.0, setting.device)
+            torch.cuda.empty_cache()
+    weights = fit(folder, "batch", world, setting, micro_batch=SEQUENCES // 4)
+    on = raised and all(bool(w.isfinite().all()) for w in weights)
+    return [
+        Line(
+            SECTION, "a batch that does not fit", "ends the run, a quarter of it fits", float(on), "", "1", on
+        )
+    ]
+
+
+def fit(
+    folder: Path,
+    name: str,
+    world: Any,
+    setting: Setting,
+    spoilt: int | None = None,
+    crowded: bool = False,
+    micro_batch: int = SEQUENCES,
+) -> list[Tensor]:
+    """Trains, or resumes, in ``folder/name``; the weights at the end, on the CPU.
+
+    spoilt: the forward pass whose loss is NaN. crowded: the first one finds no memory, as on a GPU that is full.
+    """
     from data import DataConfig, open_data
     from data.shards import write_shard
     from models import ModelConfig, build_model
@@ -88,7 +149,7 @@ def fit(folder: Path, name: str, world: Any, setting: Setting, spoilt: int | Non
         run_dir=str(folder / name),
         steps=STEPS,
         global_batch=SEQUENCES,
-        micro_batch=SEQUENCES,
+        micro_batch=micro_batch,
         sequence_length=length,
         precision="fp32" if setting.reduced else "bf16-mixed",
         compile=setting.device.type == "cuda",
@@ -101,13 +162,15 @@ def fit(folder: Path, name: str, world: Any, setting: Setting, spoilt: int | Non
         DataConfig(source="shards", paths=[str(shard)], validation_fraction=0),
         sequence_length=length,
         global_batch=SEQUENCES,
-        micro_batch=SEQUENCES,
+        micro_batch=micro_batch,
         rank=world.rank,
         world=world.size,
         all_gather=world.gather,
     )
     if spoilt is not None:
         spoil(model, spoilt)
+    if crowded:
+        model.register_forward_pre_hook(no_memory)
     Trainer(config, OptimizerConfig(), model, data, world, {}).fit()
     return [p.detach().cpu().clone() for p in model.parameters()]
 
@@ -122,6 +185,10 @@ def spoil(model: nn.Module, step: int) -> None:
         return loss * math.nan if calls == step else loss
 
     model.register_forward_hook(hook)
+
+
+def no_memory(*_: Any) -> None:
+    raise torch.OutOfMemoryError("no memory, for the test")
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:

@@ -84,6 +84,12 @@ class Polar:
         whitening = soap.cost(*shape) if group["precondition"] == "soap" else 0.0
         return cost(shape, group["oracle"], group["steps"]) + whitening
 
+    def cost_on(self, device_type: str, shape: tuple[int, int], group: Group) -> float:
+        """`cost` on a kind of device; that of a rule which says its own is the same on all."""
+        if type(self).cost is not Polar.cost:
+            return self.cost(shape, group)
+        return cost(shape, group["oracle"], group["steps"], device_type=device_type)
+
     def tall(self, group: Group, split: Split, dtype: torch.dtype) -> bool:
         """Whether `root` serves: the direction is the matrix times a root of its Gram matrix, which shards can apply."""
         if type(self) is not Polar or len(split.matrices) != 1 or split.rows < split.cols:

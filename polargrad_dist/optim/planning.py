@@ -15,8 +15,19 @@ from polargrad_dist.optim.matrix import POLYNOMIAL, rule_of
 from polargrad_dist.polar import root_cost
 
 
-def entry(group: Mapping[str, Any], number: int, name: str, p: torch.Tensor, found: Placing) -> Entry:
-    """One parameter of group ``number``, lying as ``found``, its owners not yet dealt."""
+def entry(
+    group: Mapping[str, Any],
+    number: int,
+    name: str,
+    p: torch.Tensor,
+    found: Placing,
+    device_type: str | None = None,
+) -> Entry:
+    """One parameter of group ``number``, lying as ``found``, its owners not yet dealt.
+
+    device_type: where its matrices are computed, whose costs they are dealt by; None for where the parameter is.
+    """
+    device = device_type or (found.mesh.device_type if found.mesh is not None else p.device.type)
     rule, shape = rule_of(group), tuple(p.shape)
     common = (name, shape, number, group["role"], rule.describe(group), float(group["lr"]))
     states, where = len(rule.states(group)), (found.sizes, found.cuts)
@@ -28,7 +39,7 @@ def entry(group: Mapping[str, Any], number: int, name: str, p: torch.Tensor, fou
     if rule.tall(group, split, p.dtype) and all(cut in (0, None) for cut in found.cuts):
         layout, costs = (
             laid_out(shape, *where, (0,)),
-            (root_cost(split.cols, group["oracle"], group["steps"]),),
+            (root_cost(split.cols, group["oracle"], group["steps"], device_type=device),),
         )
         flags = {
             "bounded": rule.bounded(group),
@@ -37,7 +48,7 @@ def entry(group: Mapping[str, Any], number: int, name: str, p: torch.Tensor, fou
         }
         return Entry(*common, "tall", p.dtype, states, layout, found.ranks, split, costs, **flags)
     layout = laid_out(shape, *where, cuttable(shape, group["flatten"]))
-    by_size = {size: rule.cost(size, group) for size in set(sizes)}
+    by_size = {size: rule.cost_on(device, size, group) for size in set(sizes)}
     owner_states = rule.owner_states(group)
     kept = {
         size: sum(math.prod(shape_of(*size)) for shape_of in owner_states.values()) for size in set(sizes)
@@ -66,10 +77,12 @@ def plan_for(
     shards: int = 1,
     gradients: str = "all_reduced",
     comm_dtype: torch.dtype | None = None,
+    device_type: str = "cpu",
 ) -> Plan:
     """The plan of the groups that `route` returned, on tensors of any device, meta included.
 
-    ``shards`` ranks hold the rows of one replica, as FSDP2 cuts them; ``replicas`` such replicas hold copies.
+    Matrices are dealt by their costs on ``device_type``. ``shards`` ranks hold the rows of one replica, as FSDP2 cuts them;
+    ``replicas`` such replicas hold copies.
     """
     plan = Plan(replicas * shards, gradients, comm_dtype.itemsize if comm_dtype is not None else None)
     dims = [(size, cut) for size, cut in ((shards, 0), (replicas, None)) if size > 1]
@@ -77,5 +90,5 @@ def plan_for(
     found = Placing(tuple(size for size, _ in dims), tuple(cut for _, cut in dims), ranks)
     items = [(group, n, name, p) for n, group in enumerate(groups)
              for name, p in zip(group["param_names"], group["params"], strict=True)]  # fmt: skip
-    plan.add([entry(*item, found) for item in items])
+    plan.add([entry(*item, found, device_type) for item in items])
     return plan

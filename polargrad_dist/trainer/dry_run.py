@@ -1,4 +1,4 @@
-"""What a run would be, on N ranks, without building it: parameters, routing, owners, memory, traffic."""
+"""What a run would be, on N ranks, without building it: parameters, routing, owners, memory, traffic, time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from torch import nn
 from polargrad_dist.distributed.plan import Plan
 from polargrad_dist.integrations.fragments import planned
 from polargrad_dist.optim import OptimizerConfig, plan_for, route
+from polargrad_dist.optim.member import CPU_BUCKET, GPU_BUCKET
 from polargrad_dist.trainer.config import TrainerConfig
+from polargrad_dist.trainer.estimate import DEVICES, SHARE, Work, activations
 
 
 def by_role(plan: Plan) -> str:
@@ -53,6 +55,7 @@ def dry_run(
     stage = trainer.strategy.zero_stage_or_default
     replicas = {"ddp": ranks, "fsdp": 1, "hsdp": trainer.strategy.replicas, "deepspeed": ranks}[name]
     comm = None if optimizer.comm_dtype is None else getattr(torch, optimizer.comm_dtype)
+    shards = ranks // replicas
     groups = route(model, optimizer)
     if name == "deepspeed" and stage > 0:
         plan = planned(groups, stage, ranks, comm)
@@ -60,9 +63,10 @@ def dry_run(
         plan = plan_for(
             groups,
             replicas=replicas,
-            shards=ranks // replicas,
+            shards=shards,
             gradients=optimizer.gradients,
             comm_dtype=comm,
+            device_type="cpu" if trainer.device == "cpu" else "cuda",
         )
     count = sum(p.numel() for p in model.parameters())
     print(plan.table() if full else by_role(plan))
@@ -75,6 +79,9 @@ def dry_run(
     for part in ("parameters", "gradients", "optimizer"):
         sizes = [row[part] for row in memory]
         print(f"bytes per rank, {part}: {min(sizes):,} to {max(sizes):,} ({max(sizes) / 2**30:.2f} GiB)")
+    lasting = max(sum(row.values()) for row in memory)
+    peak = lasting + _for_a_moment(build, model, optimizer, trainer)
+    print(f"bytes per rank, at the peak: {peak:,} ({peak / 2**30:.2f} GiB), estimated, not measured")
     traffic = plan.traffic()
     own = sum(row["parameters"] for row in memory[:1])
     if ranks > 1 and optimizer.gradients == "all_reduced":
@@ -86,4 +93,44 @@ def dry_run(
         print(f"communication per step, gradients: {what}, P = {whole:,} bytes")
     for kind, size in traffic.items():
         print(f"communication per step and rank, optimizer's {kind}: {size:,} bytes")
+    if hasattr(model, "flops_per_token"):
+        tokens = trainer.tokens_per_step / ranks
+        gradients = (2 if name == "ddp" else 3) * own * (1 if name == "ddp" else shards) if ranks > 1 else 0
+        work = Work(
+            model=model.flops_per_token(trainer.sequence_length) * tokens,  # type: ignore[operator]
+            oracle=max(plan.loads.values(), default=0.0),
+            moved=3.0 * lasting,
+            travelling=gradients + sum(traffic.values()),
+        )
+        for device in DEVICES if trainer.device != "cpu" else ():
+            seconds = work.seconds(device, trainer.precision)
+            fits = "" if peak < device.memory else "; does not fit into its memory"
+            print(
+                f"time per step, {ranks} x {device.name}: about {1e3 * seconds:,.0f} ms, "
+                f"{trainer.tokens_per_step / seconds:,.0f} tokens/s (model at {SHARE:.0%} of the peak, not measured{fits})"
+            )
     return 0
+
+
+def _for_a_moment(
+    build: Callable[..., nn.Module], model: nn.Module, optimizer: OptimizerConfig, trainer: TrainerConfig
+) -> int:
+    """Bytes that a step needs beside what lasts: activations and a piece of the logits, or the optimizer's buffers."""
+    try:
+        kept = activations(build, trainer)
+        print(f"bytes per rank, activations of a micro-batch: {kept:,} ({kept / 2**30:.2f} GiB), uncompiled")
+    except Exception as error:  # whatever a model of one's own does with tensors that hold nothing
+        reason = " ".join(str(error).split())[:200]
+        print(
+            f"bytes per rank, activations: not known, since the model does not run without memory ({reason})"
+        )
+        kept = 0
+    piece = 0
+    if hasattr(model, "loss_bytes"):
+        itemsize = 4 if trainer.precision == "fp32" else 2
+        piece = model.loss_bytes(trainer.micro_batch * trainer.sequence_length, itemsize)  # type: ignore[operator]
+        print(f"bytes per rank, a piece of the logits: {piece:,}")
+    default = CPU_BUCKET if trainer.device == "cpu" else GPU_BUCKET
+    buffers = 3 * (default if optimizer.bucket_mb is None else int(optimizer.bucket_mb * 2**20))
+    print(f"bytes per rank, the optimizer's buffers: {buffers:,}")
+    return max(kept + piece, buffers)

@@ -15,7 +15,7 @@ from tests.gloo import run_ranks
 
 GROUPS = {
     "Muon, decay": {"oracle": "newton_schulz", "scale": "muon", "nesterov": True, "weight_decay": 0.1},
-    "nuclear, cautious": {"oracle": "svd", "cautious": True, "weight_decay": 0.1},
+    "nuclear, cautious": {"oracle": "svd", "control": "cautious", "weight_decay": 0.1},
     "polar first": {"momentum": "polar_first", "weight_decay": 0.1},
     "heavy ball": {"momentum": "heavy_ball"},
     "by rows": {"row_sharded": True, "oracle": "gram", "beta": 0.5},

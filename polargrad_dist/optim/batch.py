@@ -33,6 +33,8 @@ class Batch:
         self.states: dict[str, Tensor] = {}
         self.loose: list[tuple[list[Tensor], Tensor]] = []
         self._kept: dict[str, Tensor] = {}
+        # What compiles elementwise steps; nothing does where the weights are offloaded.
+        self.backend = travel.backend if first.device == travel.device else None
         self.shares = bucket.shares
         # Which matrix row i of the numbers is of; which row each (item, slice, row, column) takes, None for item by item.
         self.arrival: list[tuple[int, int]] = [(0, 0)]
@@ -69,7 +71,7 @@ class Batch:
         """The gradients of the shards in the dtype of the state; not to be changed."""
         grads = self._own_gradients()
         stack = (torch.stack(grads) if len(grads) > 1 else grads[0].unsqueeze(0)).to(self.first.state_dtype)
-        return self.travel.shrunk([stack])[0]
+        return stack if self.travel.shrink is None else self.travel.shrunk([stack])[0]
 
     def _own_gradients(self) -> list[Tensor]:
         return [self.travel.gradient(m)[self.slab] for m in self.members]
@@ -77,8 +79,8 @@ class Batch:
     def momentum(self) -> Tensor:
         """What the rule's direction is given: the momentum of this rank's shards, stacked."""
         group, travel = self.group, self.travel
-        if self._backend is None or travel.ok is None or not self.rule.has_plain_momentum(group):
-            self._kept = self.kept()
+        if self.backend is None or travel.ok is None or not self.rule.has_plain_momentum(group):
+            self._kept = {} if travel.ok is None else self.kept()
             return self.rule.momentum(self.states, self.gradients(), group)
         self._kept = {}
         return averaged(travel, self.states["momentum"], self._own_gradients(), group)
@@ -89,7 +91,7 @@ class Batch:
         ``scale`` and ``ok`` are broadcast against D (items, slices, rows, columns).
         """
         states = self.states_of(part)
-        if self._backend is None:
+        if self.backend is None:
             return self.moved(part, self.rule.apply(states, D, scale, self.group), ok)
         plain = self.rule.is_plain(self.group)
         step = D if plain else self.rule.apply(states, D, scale, self.group).to(self.first.state_dtype)
@@ -131,11 +133,6 @@ class Batch:
         if before is not None:
             x = torch.where(ok, x, before)
         return self._written(weights, old, x, low)
-
-    @property
-    def _backend(self) -> str | None:
-        """What compiles elementwise steps; nothing does where the weights are offloaded."""
-        return self.travel.backend if self.first.device == self.travel.device else None
 
     def _written(self, weights: list[Tensor], old: Tensor, x: Tensor, low: Tensor | None) -> Tensor | None:
         """`_put` of new weights x in the dtype of the state."""
@@ -194,9 +191,8 @@ class Batch:
             torch._foreach_add_(ours, [x.to(ours[0].device, self.entry.dtype) for x in theirs])
 
     def kept(self) -> dict[str, Tensor]:
-        """Copies of the states, where the step may turn out not to happen."""
-        sure = self.travel.ok is None
-        return {} if sure else {k: v.clone() for k, v in self.states.items() if k != "low_bits"}
+        """Copies of the states, since the step may turn out not to happen."""
+        return {k: v.clone() for k, v in self.states.items() if k != "low_bits"}
 
     def settle(self) -> None:
         """Undoes the states where the step was not to happen, and writes back those that do not lie together."""

@@ -48,19 +48,19 @@ class Tall(Batch):
         else:
             at, traffic = self.team.order.index(owner), self.travel.traffic
             rows = [largest.view(1) if place == self.place else S.new_zeros(1) for place in range(self.slots)]
-            packed = run_compiled(pack_triangle, self._backend, S)
+            packed = run_compiled(pack_triangle, self.backend, S)
             sums = yield traffic.reduce(torch.cat([packed, columns, *rows]), at, self.team.group)
             message = S.new_empty((n * n if e.bounded else self.triangle) + ROOT_NUMBERS)
             if self.place == owner:
                 packed, columns, slots = sums.split([self.triangle, len(columns), len(rows)])
                 largest = slots.amax() if e.bounded else largest
-                S = run_compiled(unpack_triangle, self._backend, packed, n)
+                S = run_compiled(unpack_triangle, self.backend, packed, n)
                 X, numbers = self._root(S, columns, largest, facts)
-                packed = X.reshape(-1) if e.bounded else run_compiled(pack_triangle, self._backend, X)
+                packed = X.reshape(-1) if e.bounded else run_compiled(pack_triangle, self.backend, X)
                 message = torch.cat([packed, numbers])
             message = yield traffic.broadcast(message, at, self.team.group)
             root, numbers = message[:-ROOT_NUMBERS], message[-ROOT_NUMBERS:]
-            X = root.view(n, n) if e.bounded else run_compiled(unpack_triangle, self._backend, root, n)
+            X = root.view(n, n) if e.bounded else run_compiled(unpack_triangle, self.backend, root, n)
         precise = self.group["lower"] < 1e-4  # strict: directions that an fp32 product would lose
         numbers = numbers.to(self.first.device)
         good = self.travel.sure(numbers[3] > 0)
@@ -132,7 +132,7 @@ class Elementwise(Batch):
             x = (
                 old.to(dtype, copy=True)
                 if low is None
-                else run_compiled(join_bf16, self._backend, old, low, dynamic=True)
+                else run_compiled(join_bf16, self.backend, old, low, dynamic=True)
             )
             values = [
                 v.view(w.shape) for v, w in zip(x.split([w.numel() for w in weights]), weights, strict=True)
@@ -153,7 +153,7 @@ class Elementwise(Batch):
         if self.shares and self.travel.dtype is not None and old.element_size() >= 4:
             return (x - old).to(self.travel.dtype).view(len(weights), *weights[0].shape)
         new = (
-            x.to(old.dtype) if low is None else run_compiled(split_bf16, self._backend, x, low, dynamic=True)
+            x.to(old.dtype) if low is None else run_compiled(split_bf16, self.backend, x, low, dynamic=True)
         )
         if low is not None:
             held = [m.held("low_bits") for m in self.members]

@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from polargrad_dist.distributed.layout import overlap
 from polargrad_dist.distributed.schedule import Portion
 from polargrad_dist.errors import ConfigError
+from polargrad_dist.optim.member import slices
 from polargrad_dist.optim.parts import lengths
 
 if TYPE_CHECKING:
     from polargrad_dist.optim.batch import Batch
     from polargrad_dist.optim.facts import Facts
+    from polargrad_dist.optim.world import World
 
 
 def controlled(batch: Batch, D: Tensor, scale: Tensor, ok: Tensor, facts: Facts) -> Generator[Any, Any, None]:
@@ -75,18 +78,22 @@ def share_nuclear(batch: Batch, norms: Tensor | None, scale: Tensor, ok: Tensor,
     facts.sums.add_nuclear(batch.entry, torch.where(ok, norms * scale, 0))
 
 
-def refuse_zero(members: Any, facts: Facts) -> None:
-    """Notes a failure for a weight of control "hyperball" that is zero although it has a gradient."""
-    assert facts.sums is not None
-    for m in members:
-        if not m.entry.pauses or m.group["control"] != "hyperball":
+def refuse_zero(world: World) -> None:
+    """Raises ``ConfigError``, on all ranks, for a matrix of zeros with control "hyperball". A collective."""
+    rows = world.sum_rows
+    seen = torch.zeros(len(rows), dtype=torch.int32)
+    for m in world.members:
+        if not m.entry.pauses or m.entry.split is None:
             continue
-        sums = facts.sums.values[facts.sums.places([(m.entry, i) for i in range(len(m.entry.costs))])]
-        if bool(((sums[:, 0] == 0) & (sums[:, 2] > 0)).any()):
-            facts.failed(
-                m,
-                ConfigError(
-                    f"{m.entry.name} holds a matrix of zeros with control 'hyperball', which keeps norms and so could never "
-                    "step it, expected a start other than zero, or control 'decay'"
-                ),
+        here, weight = m.entry.rectangles[m.team.place], m.weight()
+        for i, matrix in enumerate(m.entry.split.matrices):
+            free = m.group["control"] != "hyperball"
+            seen[rows[m.entry.key, i]] = free or bool(weight[slices(overlap(here, matrix))].any())
+    if world.agreement is not None:
+        world.agreement.largest(seen)
+    for e in world.entries:
+        if e.pauses and not all(seen[rows[e.key, i]] for i in range(len(e.costs))):
+            raise ConfigError(
+                f"{e.name} holds a matrix of zeros with control 'hyperball', which keeps norms and so could never step it, "
+                "expected a start other than zero, or control 'decay'"
             )

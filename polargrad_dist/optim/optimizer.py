@@ -161,6 +161,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             self.state,
         )  # fmt: skip
         self._placed = [id(p) for group in self.param_groups for p in group["params"]]
+        if self._world.sum_rows:
+            refuse_zero(self._world)
 
     def _check_placed(self) -> ConfigError | None:
         """Adopts parameters that were swapped before the first step, as Accelerate's FSDP2 does; later ones are an error."""
@@ -306,8 +308,6 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             return
         if group is not None and group.size() > 1:
             sums.values = self.traffic.all_gather(sums.values, group).wait().sum(0)
-        if self._steps == 1:
-            refuse_zero(self.works, self._facts)
 
     def _agreed(self) -> tuple[bool, ...]:
         """Which parameters have a gradient on some rank; raises together what keeps a rank from stepping."""

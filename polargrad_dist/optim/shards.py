@@ -152,9 +152,7 @@ class Elementwise(Batch):
         sizes = [w.numel() for w in weights]
         if self.shares and self.travel.dtype is not None and old.element_size() >= 4:
             return (x - old).to(self.travel.dtype).view(len(weights), *weights[0].shape)
-        new = (
-            x.to(old.dtype) if low is None else run_compiled(split_bf16, self.backend, x, low, dynamic=True)
-        )
+        new = x.to(old.dtype) if low is None else run_compiled(split_bf16, self.backend, x, low, dynamic=True)
         if low is not None:
             held = [m.held("low_bits") for m in self.members]
             torch._foreach_copy_(held, [v.view(h.shape) for v, h in zip(low.split(sizes), held, strict=True)])

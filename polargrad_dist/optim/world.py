@@ -43,7 +43,7 @@ class World:
         self.meshes = False
         self._counted: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._groups = Groups()
-        self._sum_rows: dict[tuple[Any, int], int] = {}
+        self.sum_rows: dict[tuple[Any, int], int] = {}
         self._schedules: dict[tuple[bool, ...], tuple[list[Batch], list[list[int]]]] = {}
 
     @property
@@ -62,7 +62,7 @@ class World:
         self.plan.add(merged)
         first = len(self.entries)
         self.entries += merged
-        self._sum_rows = sum_rows(self.entries)
+        self.sum_rows = sum_rows(self.entries)
         numbers = {e.key: first + i for i, e in enumerate(merged)}
         # Experts on several meshes of their own are copies of each other: their norm counts once.
         for e in merged:
@@ -220,7 +220,7 @@ class World:
 
     def sums(self) -> Sums | None:
         """Room for what steps wait for, where some do."""
-        rows = self._sum_rows
+        rows = self.sum_rows
         return Sums(rows, self._counted, self.travel.device) if rows else None
 
     def schedule(self, present: tuple[bool, ...]) -> tuple[list[Batch], list[list[int]]]:

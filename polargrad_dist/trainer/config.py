@@ -277,6 +277,11 @@ class TrainerConfig:
         self.diagnostics.check()
         self.schedule.check(self.steps)
         check_around(self.lookahead, self.average)
+        if self.lookahead.beta and self.precision == "bf16":
+            raise ConfigError(
+                f"trainer.lookahead.beta is {self.lookahead.beta} with precision 'bf16', whose weights would round the "
+                "look-ahead away, expected 'bf16-mixed' or 'fp32'"
+            )
         check_launcher(self, world)
 
     def _check_deepspeed(self) -> None:
@@ -305,6 +310,16 @@ class TrainerConfig:
                 "take a higher stage",
             ),
             (not strategy.reshard_after_forward, "strategy.reshard_after_forward false", "it is for FSDP2"),
+            (
+                self.lookahead.beta,
+                "lookahead.beta above 0",
+                "set it to 0, or use strategy 'ddp' or 'fsdp', whose weights are the model's own",
+            ),
+            (
+                stage == 3 and self.average.start is not None,
+                "average.start at ZeRO stage 3",
+                "take a lower stage, or use strategy 'fsdp'",
+            ),
         ):
             if there:
                 raise ConfigError(

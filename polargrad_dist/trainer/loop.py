@@ -325,6 +325,7 @@ class Trainer:
         if path is None:
             return
         tensors = self.tensors()
+        self.wrapped.check_saved(path)
         loaded = self.store.load(path, tensors)
         self.placed.restored(tensors)
         if (where := poisoned(self.world, tensors)) is not None:

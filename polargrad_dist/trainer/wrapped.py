@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from polargrad_dist.errors import CheckpointError
 from polargrad_dist.optim.around import Average, EmaNesterov
 from polargrad_dist.optim.routing import clean_name
+from polargrad_dist.trainer.checkpoint.manifest import Manifest
 from polargrad_dist.trainer.config import TrainerConfig
 
 
@@ -27,6 +30,16 @@ class Wrapped:
         moves = self.lookahead.moves if self.lookahead else {}
         mean = self.average.mean if self.average else {}
         return {f"lookahead/{k}": v for k, v in moves.items()} | {f"average/{k}": v for k, v in mean.items()}
+
+    def check_saved(self, path: Path) -> None:
+        """Raises ``CheckpointError`` for a checkpoint without what is configured here, which cannot begin in the middle."""
+        saved = {name.partition("/")[0] for name in Manifest.read(path).tensors}
+        for kind, key in (("lookahead", "trainer.lookahead.beta"), ("average", "trainer.average.start")):
+            if any(name.startswith(f"{kind}/") for name in self.tensors()) and kind not in saved:
+                raise CheckpointError(
+                    f"{path} was saved without {key}, which cannot begin in the middle of a run: leave it out, or start anew "
+                    "in another trainer.run_dir"
+                )
 
     def before(self, step: int, factor: float) -> None:
         """Before the gradients of ``step``, counted from 0."""

@@ -65,6 +65,7 @@ def start(
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it; launchers set it
     if not dist.is_initialized():
         dist.init_process_group(
             "gloo" if world.device.type == "cpu" else "nccl", rank=0, world_size=1, store=dist.HashStore()

@@ -151,7 +151,7 @@ def test_a_weight_of_zeros_cannot_keep_its_norm_and_a_pause_cannot_come_later():
     p = torch.nn.Parameter(torch.zeros(3, 3))
     p.grad = torch.eye(3)
     with pytest.raises(ConfigError, match="holds a matrix of zeros with control 'hyperball'"):
-        PolarGrad([p], control="hyperball", scale="none").step()
+        PolarGrad([p], control="hyperball", scale="none")
     optimizer = PolarGrad([p], scale="muon")
     optimizer.param_groups[0]["floor"] = 0.1
     with pytest.raises(ConfigError, match="at construction or never"):

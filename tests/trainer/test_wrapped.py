@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from polargrad_dist.errors import ConfigError
+from polargrad_dist import PolarGrad
+from polargrad_dist.errors import CheckpointError, ConfigError
 from polargrad_dist.optim import OptimizerConfig, adamw_rule
 from polargrad_dist.optim.around import AverageConfig, EmaNesterov, LookaheadConfig
 from polargrad_dist.optim.schedules import RoleSchedule, ScheduleConfig
@@ -162,3 +163,39 @@ def test_undo_gives_back_the_bits():
 def test_what_makes_no_sense_is_refused(tmp_path, changes, said):
     with pytest.raises(ConfigError, match=said):
         trainer(settings(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lookahead": LookaheadConfig(beta=0.6), "precision": "bf16"}, "would round the look-ahead away"),
+        (
+            {"lookahead": LookaheadConfig(beta=0.6), "strategy": StrategyConfig("deepspeed", zero_stage=1)},
+            "lookahead.beta above 0 with strategy 'deepspeed'",
+        ),
+        (
+            {"average": AverageConfig(start=1), "strategy": StrategyConfig("deepspeed", zero_stage=3)},
+            "average.start at ZeRO stage 3 with strategy 'deepspeed'",
+        ),
+    ],
+)
+def test_weights_that_it_could_not_move_are_refused(tmp_path, changes, said):
+    with pytest.raises(ConfigError, match=said):
+        settings(tmp_path, **changes).check(1)
+
+
+def test_an_average_cannot_begin_in_the_middle_of_a_run(tmp_path):
+    trainer(settings(tmp_path, steps=2)).fit()
+    later = trainer(settings(tmp_path, steps=4, average=AverageConfig(start=1), allow_changes=True))
+    with pytest.raises(CheckpointError, match=r"was saved without trainer\.average\.start"):
+        later.fit()
+
+
+@pytest.mark.parametrize("change", [{"lr": 0.0}, {}])
+def test_a_matrix_of_zeros_is_refused_before_any_step(change):
+    p, q = torch.nn.Parameter(torch.ones(4, 6)), torch.nn.Parameter(torch.zeros(4, 6))
+    options = {"control": "hyperball", "scale": "none", "momentum": "momentum_first"} | change
+    optimizer = PolarGrad([p], **options)
+    with pytest.raises(ConfigError, match="holds a matrix of zeros"):
+        optimizer.add_param_group({"params": [q]})
+    assert len(optimizer.param_groups) == 1

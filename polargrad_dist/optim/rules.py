@@ -32,7 +32,8 @@ class Rule:
     """How the parameters of one role are stepped.
 
     Args:
-        lr: base learning rate; with scale "nuclear" it multiplies the nuclear norm, so values near 1e-3 x Muon's are usual.
+        lr: base learning rate; with scale "nuclear" it multiplies the nuclear norm nu of the momentum, and lr * nu of about
+            0.5 is a first guess (docs/choosing-rules.md): far above 1e-3 in small models.
         algorithm: "polar" for matrices, "adamw" for anything, or the name of a registered rule.
         momentum: "none" (C.1), "momentum_first" (C.2, Muon's order), "polar_first" (C.3) or "heavy_ball" (C.4).
         beta: momentum coefficient of the polar algorithm, in [0, 1).

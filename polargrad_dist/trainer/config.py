@@ -32,11 +32,12 @@ class StrategyConfig:
     """
 
     name: Literal["ddp", "fsdp", "hsdp", "deepspeed"] = "ddp"
-    zero_stage: int | None = None
     replicas: int = 1
     reshard_after_forward: bool = True
     cpu_offload: bool = False
     timeout_minutes: float = 10.0
+    # Last: earlier versions had the fields before it in this order.
+    zero_stage: int | None = None
 
     @property
     def zero_stage_or_default(self) -> int:

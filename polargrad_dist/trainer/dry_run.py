@@ -31,7 +31,7 @@ def by_role(plan: Plan) -> str:
             f"{role:<12}{int(count):>15,}{int(matrices):>10,}  {rule:<{width}}{lr:>10.3g}{cost / 1e9:>12,.2f}"
         )
     lines.append(f"oracle work per rank, max/mean over {plan.world} ranks: {plan.imbalance:.3f}")
-    lines.append("every matrix with its owner: --dry_run_full in the place of --dry_run")
+    lines.append("every matrix with its owner: --dry_run_full in place of --dry_run")
     return "\n".join(lines)
 
 

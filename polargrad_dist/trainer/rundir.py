@@ -165,7 +165,7 @@ def tell_launcher() -> None:
 def expect(folder: Path, *names: str) -> None:
     """Raises ``ConfigError`` for a folder that is no run directory: one without these files."""
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is no folder, expected the run directory (trainer.run_dir) of a run")
+        raise ConfigError(f"{folder} is not a folder, expected the run directory (trainer.run_dir) of a run")
     for name in names:
         if not (folder / name).is_file():
             raise ConfigError(

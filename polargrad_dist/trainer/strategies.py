@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -107,12 +108,15 @@ def place(model: nn.Module, config: TrainerConfig, world: World, reduces: bool) 
         for tensor in [*model.parameters(), *model.buffers()]:
             dist.broadcast(tensor.data, 0)
         return Placed(model, nullcontext, autocast)
+    # Buffers are what a model computes alike on every rank. (Their key has another name since torch 2.13.)
+    known = inspect.signature(DistributedDataParallel).parameters
+    still = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     wrapped = DistributedDataParallel(
         model,
         device_ids=[world.device] if world.device.type == "cuda" else None,
         # Gradients lie in the buckets that are reduced: one copy of them, and no copying.
         gradient_as_bucket_view=True,
-        broadcast_buffers=False,
+        **{still: False},
     )
     return Placed(wrapped, wrapped.no_sync, autocast)
 

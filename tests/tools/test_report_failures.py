@@ -21,7 +21,7 @@ def test_folders_that_are_no_run_are_refused_in_one_sentence(tmp_path, monkeypat
     (broken / "config.yaml").write_bytes(b"\xff\xfe: [")
     out = tmp_path / "report.html"
     for folder, said in (
-        (tmp_path / "absent", "is no folder"),
+        (tmp_path / "absent", "is not a folder"),
         (tmp_path / "empty", "holds no config.yaml"),
         (half, "holds no metrics.jsonl"),
         (broken, "cannot be read as a configuration"),

@@ -5,8 +5,9 @@ import pytest
 from tests.soak import grown, soak
 
 
-def test_twenty_seconds_of_training_grow_nothing(tmp_path):
-    assert soak(tmp_path / "run", 20.0) == []
+@pytest.mark.timeout(600)
+def test_three_minutes_of_training_grow_nothing(tmp_path):
+    assert soak(tmp_path / "run", 180.0) == []
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ class Trainer:
         facts = facts_of(*given, self.run_id, self.progress.step)
         self._on_main(lambda: write_facts(self.run_dir, facts))
         if self.world.is_main:
-            log.info("\n%s", header(facts))
+            log.info("this run:\n%s", header(facts))
 
     def _outcome(self, saved: bool, left: LeaveRequest | None) -> Outcome:
         """The exit code, and a line in the log where the run did not end as planned."""

@@ -61,7 +61,7 @@ def test_killed_on_two_ranks_and_gone_on_with_on_one_and_on_two_it_sees_the_same
         kill([*workers(run), psutil.Process(run.pid)])
         run.wait()
     log = (run_dir / "log.txt").read_text()
-    assert re.findall(r"rank 0 INFO (\d) ranks, each with (\d) micro-batches of (\d)", log) == [
+    assert re.findall(r"^batch .*: (\d) ranks? x (\d) x (\d)$", log, re.MULTILINE) == [
         ("2", "1", "2"),
         ("1", "1", "4"),
         ("2", "1", "2"),
@@ -87,7 +87,7 @@ def test_a_machine_that_is_lost_is_gone_on_without_and_taken_in_again(folder, to
     wait_for_step(run_dir, alone, out.read_text)
     second = torchrun(out, arguments, NODE_RANK=1, RESTARTS=5, **places)
     assert [machine.wait(timeout=400) for machine in (first, second)] == [0, 0], out.read_text()[-3000:]
-    ranks = re.findall(r"rank 0 INFO (\d) ranks, each with", (run_dir / "log.txt").read_text())
+    ranks = re.findall(r"^batch .*: (\d) rank", (run_dir / "log.txt").read_text(), re.MULTILINE)
     assert [n for i, n in enumerate(ranks) if i == 0 or n != ranks[i - 1]] == ["2", "1", "2"]
     assert sorted(records(run_dir)) == list(range(1, 3001))
 

@@ -46,7 +46,7 @@ format: setup
 
 # The documentation site in site/, every link checked; `.venv/bin/mkdocs serve` shows it while one writes.
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 bench: setup
 	$(BIN)/python -m benchmarks

@@ -25,10 +25,13 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
-# Exports load in Transformers 4.57 too: that version in an environment of its own.
+# Exports load in Transformers 4.57 too: that version lies in an environment of its own, before the packages of this one.
 test-transformers4: setup
-	$(PYTHON) -m venv $(VENV)/transformers4
-	$(VENV)/transformers4/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers==4.57.*'
+	$(PYTHON) -m venv --without-pip $(VENV)/transformers4
+	site=$$($(VENV)/transformers4/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target "$$site" \
+	  'transformers==4.57.*' 'tokenizers>=0.22,<=0.23' 'huggingface-hub>=0.34,<1.0' && \
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$site/packages.pth"
 	POLARGRAD_TRANSFORMERS4=$(CURDIR)/$(VENV)/transformers4/bin/python $(BIN)/python -m pytest -m slow tests/tools/test_export.py
 
 test-all: setup

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data import DataConfig, open_data
+from data.sources import missing_paths
 from models import ModelConfig, adopt, build_model
 from polargrad_dist.optim import OptimizerConfig
 from polargrad_dist.trainer import Outcome, Trainer, TrainerConfig, join, seed_everything
@@ -74,6 +75,8 @@ def main() -> int:
     if show is not None:
         trainer = config.trainer.for_world(show.ranks)
         _, _, build = checked(config, configuration, trainer, show.ranks)
+        for path in missing_paths(config.data):
+            print(f"data.paths: {path} does not exist on this machine, where a run would be refused\n")
         return dry_run(build, config.optimizer, config.trainer, show.ranks, show.full)
     return pretrain(config, configuration).exit_code
 

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data.config import DataConfig
+from data.config import DataConfig, SourceConfig
 from data.hub import HubSource
 from data.pieces import Piece, Source, document_hash, document_pieces, stamp, text_field
 from data.remote import PACKED, File, find_remote, is_remote, kind, opened, size_of, unpacked_size
@@ -205,6 +205,24 @@ class FileSource:
         read = read_json_lines if kind(path) in LINES else read_parquet
         documents = read(path, self._field, self._raw)
         return (piece for where, text in documents for piece in document_pieces(text, self._fraction, where))
+
+
+def missing_paths(config: DataConfig) -> list[str]:
+    """Named files, folders and globs that match nothing on this machine. Raises ConfigError where none is named."""
+    missing: list[str] = []
+    sources: list[SourceConfig | DataConfig] = [*config.sources] or [config]
+    for source in sources:
+        if source.source not in ("files", "shards"):
+            continue
+        if not source.paths:
+            raise ConfigError(
+                f"data.paths is empty with data.source {source.source!r}; name files, folders or globs."
+            )
+        for pattern in source.paths:
+            path = Path(pattern).expanduser()
+            if not (is_remote(pattern) or path.exists() or glob.glob(str(path), recursive=True)):
+                missing.append(pattern)
+    return missing
 
 
 def find_local(paths: list[str], key: str, suffixes: tuple[str, ...]) -> list[Path]:

@@ -110,13 +110,15 @@ def place(model: nn.Module, config: TrainerConfig, world: World, reduces: bool) 
         return Placed(model, nullcontext, autocast)
     # Buffers are what a model computes alike on every rank. (Their key has another name since torch 2.13.)
     known = inspect.signature(DistributedDataParallel).parameters
-    still = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    still: dict[str, Any] = {
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+    }
     wrapped = DistributedDataParallel(
         model,
         device_ids=[world.device] if world.device.type == "cuda" else None,
         # Gradients lie in the buckets that are reduced: one copy of them, and no copying.
         gradient_as_bucket_view=True,
-        **{still: False},
+        **still,
     )
     return Placed(wrapped, wrapped.no_sync, autocast)
 

@@ -153,6 +153,16 @@ def test_a_dry_run_of_each_paper_run_shows_its_exact_parameter_count(config, cou
     assert "max/mean over 8 ranks" in found.stdout
 
 
+def test_a_dry_run_says_which_data_are_not_there(tmp_path):
+    command = ("--config", "configs/quickstart.yaml", "--dry_run", "1", "--data.source", "files")
+    refused = train(*command)
+    assert refused.returncode == 2
+    assert "data.paths is empty with data.source 'files'" in refused.stderr
+    found = train(*command, "--data.paths", f"['{tmp_path}/none.txt']")
+    assert found.returncode == 0
+    assert f"data.paths: {tmp_path}/none.txt does not exist on this machine" in found.stdout
+
+
 def test_a_dry_run_has_a_line_per_role_and_the_full_one_a_line_per_matrix():
     command = ("--config", "configs/quickstart.yaml")
     short = train(*command, "--dry_run", "2").stdout

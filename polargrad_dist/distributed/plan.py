@@ -154,13 +154,14 @@ def deal(entries: Sequence[Entry], loads: dict[int, float]) -> None:
 
     items = []
     dealt = [e for e in whole if e.key in twins]
+    stacks = in_order(dealt)
     for e in dealt:
         for i, places in enumerate([] if e.in_order else e.candidates()):
             if len(places) == 1:
                 give(e, i, places[0])
             else:
                 items.append((e, i))
-    for alike in in_order(dealt).values():
+    for alike in stacks.values():
         where = index_of(ranks := alike[0][0].ranks)
         for k, (e, i) in enumerate(alike):
             give(e, i, where[sorted(ranks)[k // -(-len(alike) // len(ranks))]])

@@ -5,22 +5,23 @@ It works with the stacked shards of a bucket, and knows of the ranks only that `
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from polargrad_dist.distributed.layout import overlap
+from polargrad_dist.distributed.plan import Entry, sum_rows
 from polargrad_dist.distributed.schedule import Portion
+from polargrad_dist.distributed.transport import Agreement
 from polargrad_dist.errors import ConfigError
-from polargrad_dist.optim.member import slices
+from polargrad_dist.optim.member import Member, slices
 from polargrad_dist.optim.parts import lengths
 
 if TYPE_CHECKING:
     from polargrad_dist.optim.batch import Batch
     from polargrad_dist.optim.facts import Facts
-    from polargrad_dist.optim.world import World
 
 
 def controlled(batch: Batch, D: Tensor, scale: Tensor, ok: Tensor, facts: Facts) -> Generator[Any, Any, None]:
@@ -78,20 +79,25 @@ def share_nuclear(batch: Batch, norms: Tensor | None, scale: Tensor, ok: Tensor,
     facts.sums.add_nuclear(batch.entry, torch.where(ok, norms * scale, 0))
 
 
-def refuse_zero(world: World) -> None:
-    """Raises ``ConfigError``, on all ranks, for a matrix of zeros with control "hyperball". A collective."""
-    rows = world.sum_rows
+def refuse_zero(members: Sequence[Member], entries: Sequence[Entry], agreement: Agreement | None) -> None:
+    """Raises ``ConfigError``, on all ranks, for a matrix of zeros with control "hyperball". A collective.
+
+    ``entries`` are the parameters of all ranks, ``members`` those that are stored here.
+    """
+    rows = sum_rows(entries)
+    if not rows:
+        return
     seen = torch.zeros(len(rows), dtype=torch.int32)
-    for m in world.members:
+    for m in members:
         if not m.entry.pauses or m.entry.split is None:
             continue
         here, weight = m.entry.rectangles[m.team.place], m.weight()
+        free = m.group["control"] != "hyperball"
         for i, matrix in enumerate(m.entry.split.matrices):
-            free = m.group["control"] != "hyperball"
             seen[rows[m.entry.key, i]] = free or bool(weight[slices(overlap(here, matrix))].any())
-    if world.agreement is not None:
-        world.agreement.largest(seen)
-    for e in world.entries:
+    if agreement is not None:
+        agreement.largest(seen)
+    for e in entries:
         if e.pauses and not all(seen[rows[e.key, i]] for i in range(len(e.costs))):
             raise ConfigError(
                 f"{e.name} holds a matrix of zeros with control 'hyperball', which keeps norms and so could never step it, "

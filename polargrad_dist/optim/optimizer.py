@@ -22,7 +22,6 @@ from polargrad_dist.distributed.transport import Agreement, Traffic
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.alike import check_alike, redistribute
 from polargrad_dist.optim.checks import Checks, check_keys, check_parameter, check_travel, check_values
-from polargrad_dist.optim.control import refuse_zero
 from polargrad_dist.optim.facts import Facts
 from polargrad_dist.optim.failures import raise_together
 from polargrad_dist.optim.groups import DEFAULTS, completed, routed
@@ -161,8 +160,6 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             self.state,
         )  # fmt: skip
         self._placed = [id(p) for group in self.param_groups for p in group["params"]]
-        if self._world.sum_rows:
-            refuse_zero(self._world)
 
     def _check_placed(self) -> ConfigError | None:
         """Adopts parameters that were swapped before the first step, as Accelerate's FSDP2 does; later ones are an error."""

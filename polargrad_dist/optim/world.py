@@ -18,6 +18,7 @@ from polargrad_dist.distributed.teams import Groups, Placing, Team, placing, wid
 from polargrad_dist.distributed.transport import Agreement
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.batch import Batch
+from polargrad_dist.optim.control import refuse_zero
 from polargrad_dist.optim.member import Member, Travel
 from polargrad_dist.optim.owned import Owned
 from polargrad_dist.optim.planning import entry
@@ -59,21 +60,24 @@ class World:
         meshes = torch.tensor([any(f.mesh is not None for f in found.values())], dtype=torch.int32)
         self.meshes |= bool(self.agreement.largest(meshes) if self.agreement else meshes)
         merged = self._merged(mine)
-        self.plan.add(merged)
-        first = len(self.entries)
-        self.entries += merged
-        self.sum_rows = sum_rows(self.entries)
-        numbers = {e.key: first + i for i, e in enumerate(merged)}
-        # Experts on several meshes of their own are copies of each other: their norm counts once.
-        for e in merged:
-            self._counted.setdefault(e.name, e.key)
+        numbers = {e.key: len(self.entries) + i for i, e in enumerate(merged)}
         teams = self._make_groups(merged)
         new = []
         for e, (number, group, _, p) in zip(mine, given, strict=True):
             if e.key in teams:
                 place, whole, copies = teams[e.key]
                 team = Team(found[id(p)], place, whole, copies, self.travel.device.type)
-                new.append(Member(numbers[e.key], e, p, group, team, state[p], number))
+                new.append(Member(numbers[e.key], e, p, group, team, {}, number))
+        # What may be refused comes first: nothing of it stays behind.
+        refuse_zero(new, merged, self.agreement)
+        self.plan.add(merged)
+        self.entries += merged
+        self.sum_rows = sum_rows(self.entries)
+        # Experts on several meshes of their own are copies of each other: their norm counts once.
+        for e in merged:
+            self._counted.setdefault(e.name, e.key)
+        for m in new:
+            m.state = state[m.p]
         self._make_state(new)
         self.members += new
         self._schedules.clear()

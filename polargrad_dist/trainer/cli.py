@@ -197,10 +197,9 @@ def _in_words(kind: str) -> str:
 
 
 def run(main: Callable[[], int]) -> None:
-    """Exits with ``main``'s code; a foreseen error is one sentence and exit code 2 where a user can mend it, else 1."""
-    with contextlib.suppress(
-        OSError, ValueError, AttributeError
-    ):  # a stderr that is no file has no place for it
+    """Exits with the code of ``main``. A known error is one sentence, and exit code 2 if the user can fix it, else 1."""
+    # It needs a stderr that is a real file.
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         faulthandler.enable()
     try:
         code = main()

@@ -135,7 +135,7 @@ class LoggingConfig:
 
 @dataclass
 class SafetyConfig:
-    """What happens on bad days.
+    """When a step is skipped, and when a run gives up.
 
     Args:
         max_skipped: skipped steps in a row after which the run ends, the last good checkpoint intact.

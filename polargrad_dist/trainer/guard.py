@@ -64,7 +64,7 @@ class Guard:
         """Raises ``TrainingError`` on all ranks when weights or optimizer state of one are not finite."""
         if (where := poisoned(self.world, tensors)) is not None:
             raise TrainingError(
-                f"{what}: {where} is not finite, and no later step can mend it; {self.way_back(sample)}"
+                f"{what}: {where} is not finite, which no later step can repair; {self.way_back(sample)}"
             )
 
     def way_back(self, sample: int | None = None) -> str:

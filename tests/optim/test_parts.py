@@ -169,3 +169,21 @@ def test_a_step_that_is_not_to_happen_leaves_every_state_alone():
         optimizer.step(ok=torch.tensor(step != 2))
     after = optimizer.named_state() | {n: whole(p) for n, p in model.named_parameters()}
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("lr", [0.0, 0.1])
+def test_a_refused_matrix_of_zeros_leaves_an_optimizer_that_goes_on(lr):
+    p, q = torch.nn.Parameter(torch.ones(4, 6)), torch.nn.Parameter(torch.zeros(4, 6))
+    optimizer = PolarGrad([p], control="hyperball", scale="none", momentum="momentum_first", lr=lr)
+    for x in (p, q):
+        x.grad = torch.randn(4, 6)
+    optimizer.step()
+    with pytest.raises(ConfigError, match="holds a matrix of zeros"):
+        optimizer.add_param_group({"params": [q]})
+    before = optimizer.full_state_dict()
+    assert len(before["state"]) == len(before["param_groups"]) == len(optimizer.works) == 1
+    optimizer.step()
+    q.data.fill_(1.0)
+    optimizer.add_param_group({"params": [q]})
+    optimizer.step()
+    assert torch.linalg.matrix_norm(q.detach()) == pytest.approx(24**0.5)

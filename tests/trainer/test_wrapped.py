@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from polargrad_dist import PolarGrad
 from polargrad_dist.errors import CheckpointError, ConfigError
 from polargrad_dist.optim import OptimizerConfig, adamw_rule
 from polargrad_dist.optim.around import AverageConfig, EmaNesterov, LookaheadConfig
@@ -189,13 +188,3 @@ def test_an_average_cannot_begin_in_the_middle_of_a_run(tmp_path):
     later = trainer(settings(tmp_path, steps=4, average=AverageConfig(start=1), allow_changes=True))
     with pytest.raises(CheckpointError, match=r"was saved without trainer\.average\.start"):
         later.fit()
-
-
-@pytest.mark.parametrize("change", [{"lr": 0.0}, {}])
-def test_a_matrix_of_zeros_is_refused_before_any_step(change):
-    p, q = torch.nn.Parameter(torch.ones(4, 6)), torch.nn.Parameter(torch.zeros(4, 6))
-    options = {"control": "hyperball", "scale": "none", "momentum": "momentum_first"} | change
-    optimizer = PolarGrad([p], **options)
-    with pytest.raises(ConfigError, match="holds a matrix of zeros"):
-        optimizer.add_param_group({"params": [q]})
-    assert len(optimizer.param_groups) == 1

@@ -14,7 +14,7 @@ from polargrad_dist.distributed.teams import local
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.matrix import RULES, rule_of
 from polargrad_dist.optim.member import Member
-from polargrad_dist.optim.rules import Rule
+from polargrad_dist.optim.rules import ROLES, Rule
 
 RULE_KEYS = tuple(key for key in Rule.__dataclass_fields__ if key != "options")
 GROUP_KEYS = (
@@ -52,7 +52,10 @@ def check_keys(group: Mapping[str, Any], where: str) -> None:
     known = (*GROUP_KEYS, *getattr(RULES.get(str(group.get("algorithm"))), "options", ()))
     for key in group:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
+            # Roles are arguments of PolarGrad itself; "learning_rate" is nearer to nothing here than to what it means.
+            near = (
+                ["lr"] if key == "learning_rate" else difflib.get_close_matches(str(key), (*known, *ROLES), 1)
+            )
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
             raise ConfigError(f"{where} has the key {key!r}, which no rule reads: {hint}")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.optimizer import PolarGrad
 from polargrad_dist.optim.rules import Rule
 
@@ -17,6 +18,11 @@ from polargrad_dist.optim.rules import Rule
 def _named(params: Any, lr: float, rule: dict[str, Any], more: dict[str, Any]) -> PolarGrad:
     """A name's rule for all parameters given; of a model, for its hidden matrices, the other roles keeping their own."""
     if isinstance(params, nn.Module):
+        if "hidden" in more:
+            raise ConfigError(
+                "hidden is the role whose rule this name sets, expected its fields as arguments of their own: "
+                "Muon(model, lr=0.02)"
+            )
         fields = {key: more.pop(key) for key in list(more) if key in Rule.__dataclass_fields__}
         return PolarGrad(params, hidden={"lr": lr, "momentum": "none"} | HIDDEN | rule | fields, **more)
     return PolarGrad(params, lr, **(rule | more))

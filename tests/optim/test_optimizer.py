@@ -420,3 +420,17 @@ def test_a_step_that_is_not_to_happen_changes_no_bit_and_one_that_is_changes_as_
             assert all(torch.equal(t, states[n]) for n, t in two.named_state().items())
     assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), told.parameters(), strict=True))
     assert all(torch.equal(t, two.named_state()[n]) for n, t in one.named_state().items())
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda m: PolarGrad(m, hiden={"lr": 0.1}), "did you mean 'hidden'"),
+        (lambda m: PolarGrad(m, hidden={"learning_rate": 0.1}), "did you mean 'lr'"),
+        (lambda m: Muon(m, ns_steps=5), "did you mean 'steps'"),
+        (lambda m: Muon(m, hidden={"lr": 0.1}), "expected its fields as arguments of their own"),
+    ],
+)
+def test_a_first_guess_is_answered_with_what_was_meant(make, said):
+    with pytest.raises(ConfigError, match=said):
+        make(torch.nn.Sequential(torch.nn.Embedding(10, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 10)))

@@ -26,8 +26,8 @@ from benchmarks.step import FREE
 from models import ModelConfig, build_model
 from polargrad_dist import OptimizerConfig, PolarGrad
 from polargrad_dist.distributed import transport
-from polargrad_dist.optim import facts, fused, member, optimizer, shards
-from polargrad_dist.optim.parts import shrinking
+from polargrad_dist.optim import bucket, elements, facts, optimizer
+from polargrad_dist.optim.elements import shrinking
 from polargrad_dist.polar import gram
 from train import parse_run
 
@@ -102,9 +102,9 @@ def as_a_gpu() -> Iterator[None]:
             (facts, "Late", lambda _: None),
             (facts.Facts, "worst", lambda _: (0, 0)),
             (gram, "fast_fp64", lambda _: True),
-            (member.Travel, "backend", "inductor"),
-            (fused, "run_compiled", one_kernel),
-            (shards, "run_compiled", one_kernel),
+            (bucket.Travel, "backend", "inductor"),
+            (elements, "run_compiled", one_kernel),
+            (bucket, "run_compiled", one_kernel),
         ):
             stack.enter_context(mock.patch.object(where, name, instead))
         yield

@@ -107,7 +107,7 @@ def row_sharded(name: str, a: Tensor, setting: Setting) -> list[Line]:
 
 def low_bits(setting: Setting) -> Line:
     """Weights split into bf16 and what it rounds off, and joined again: on the device the same bits as on the CPU."""
-    from polargrad_dist.optim.parts import join_bf16, split_bf16
+    from polargrad_dist.optim.elements import join_bf16, split_bf16
 
     values = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))
     values[:4] = torch.tensor([0.0, -0.0, 1e-38, 3e38])

@@ -21,7 +21,7 @@ from benchmarks.gpu.steps import TINY
 from models import ModelConfig, build_model
 from polargrad_dist import OptimizerConfig, PolarGrad
 from polargrad_dist.optim import adamw_rule, muon_rule, polarsgdm_rule
-from polargrad_dist.optim.parts import shrinking
+from polargrad_dist.optim.elements import shrinking
 
 SECTION = "ranks"
 WORLD = 8

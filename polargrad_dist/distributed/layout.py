@@ -38,6 +38,11 @@ def overlap(a: Box, b: Box) -> Box:
     return tuple(out)
 
 
+def slices(box: Box) -> tuple[slice, ...]:
+    """A box as an index."""
+    return tuple(slice(first, last) for first, last in box)
+
+
 @dataclass(frozen=True)
 class Layout:
     """A tensor of ``shape`` on the ranks of a mesh.

@@ -7,12 +7,16 @@ presence, on an empty shard or on who owns what. `Traffic` counts what was start
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from polargrad_dist.distributed.layout import Cut3, Split, overlap, slices, volume
+from polargrad_dist.distributed.plan import NUMBERS
 
 # torch 2.13 renames the collectives on one tensor and warns about the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -86,6 +90,166 @@ class Traffic:
         self.calls["broadcast"] += 1
         self.bytes["broadcast"] += x.nbytes
         return Started(x, dist.broadcast(x, group=group, group_src=src, async_op=True))
+
+
+class Exchange:
+    """The matrices of a bucket on their way between the shards of all ranks and their owners, there and back.
+
+    ``boxes`` are the shards of each rank of the group within every item of the bucket, as ranges of (slice, row, column),
+    ``owned`` the matrices that each owns: (item, number within ``split``). ``rank`` is this one's place in both. Shards are
+    stacked: (items, slices, rows, columns). Pieces go rank by rank, in the order of the matrices at their owner.
+    """
+
+    def __init__(
+        self,
+        traffic: Traffic,
+        group: dist.ProcessGroup | None,
+        split: Split,
+        owned: Sequence[list[tuple[int, int]]],
+        boxes: Sequence[Cut3],
+        rank: int,
+    ):
+        self.traffic, self.group, self.split = traffic, group, split
+        self.owned, mine, here = owned, owned[rank], boxes[rank]
+        self.shapes = [split.stored_shape(j) for _, j in mine]
+        # The same pieces go to an owner and come back: of all matrices what lies here, of those owned here what lies where.
+        parts = [[(i, overlap(here, split.matrices[j])) for i, j in own] for own in owned]
+        self.pieces = [[(i, slices(part)) for i, part in own] for own in parts]
+        self.here = self.pieces[rank]
+        self.gaps = [[overlap(split.matrices[j], box) for _, j in mine] for box in boxes]
+        self.sent = [sum(volume(part) for _, part in own) for own in parts]
+        self.received = [sum(map(volume, cuts)) for cuts in self.gaps]
+        self.numbers = [
+            8 * NUMBERS * len(own) for own in owned
+        ]  # bytes that each owner sends beside its directions
+        axes = [axis for axis in range(3) if len({box[axis] for box in boxes}) > 1]
+        in_turn = [ij for own in owned for ij in own]
+        # Then all pieces are of one shape, in the order of ranks, and put together by moving one dimension.
+        self.even = (
+            len({tuple(b - a for a, b in box) for box in boxes}) == 1
+            and list(boxes) == sorted(boxes)
+            and in_turn == [(i, 0) for i in range(len(in_turn))]
+            and len(split.matrices) == len(axes) == 1
+        )
+        self.axis = axes[0] if axes else 0
+        self.piece = [b - a for a, b in here][1:]
+        # Whether shards that hold whole matrices are nothing but matrices of one shape, one after the other.
+        self.in_a_row = (
+            bool(mine) and len(split.runs) == 1 and not (split.transposed and split.runs[0][1] > 1)
+        )
+
+    def to_owners(self, A: torch.Tensor) -> Started:
+        """Starts sending this rank's pieces of all matrices, from its shards A."""
+        if self.even:
+            flat = A.reshape(-1)
+        else:
+            flat = A.new_empty(sum(self.sent))
+            _copy(flat, [A[i][cut] for own in self.pieces for i, cut in own], into_views=False)
+        assert self.group is not None
+        return self.traffic.all_to_all(flat, self.sent, self.received, self.group)
+
+    def matrices(self, received: torch.Tensor) -> list[torch.Tensor]:
+        """What is owned here put together, matrices of one shape as (k, m, n), in at least fp32."""
+        wide = torch.promote_types(received.dtype, torch.float32)
+        if self.even:
+            parts = received.view(len(self.gaps), len(self.shapes), *self.piece).movedim(0, self.axis)
+            return [parts.reshape(len(self.shapes), self.split.rows, self.split.cols).to(wide)]
+        batches = self._room(received)
+        _copy(received, self._gap_views(batches), into_views=True)
+        return [batch.to(wide) for batch in batches]
+
+    def to_shards(self, D: list[torch.Tensor], numbers: torch.Tensor) -> Started:
+        """Starts sending each rank its pieces of the directions D, behind the numbers (matrices, NUMBERS) of what is owned
+        here."""
+        bits, ranks = numbers.reshape(-1).view(D[0].dtype), len(self.gaps)
+        if self.even:
+            stored = D[0].flatten(1).unsqueeze(-1) if self.split.flattened else D[0]
+            parts = stored.unflatten(self.axis, (ranks, -1)).movedim(self.axis, 0).reshape(ranks, -1)
+            flat = torch.cat([bits.expand(ranks, -1), parts], 1).view(-1)
+        else:
+            flat, views = D[0].new_empty(ranks * len(bits) + sum(self.received)), self._gap_views(D)
+            count = len(self.shapes)
+            pieces = [x for k in range(ranks) for x in (bits, *views[k * count : (k + 1) * count])]
+            _copy(flat, pieces, into_views=False)
+        size = bits.element_size()
+        back = [count // size + sent for count, sent in zip(self.numbers, self.sent, strict=True)]
+        given = [len(bits) + received for received in self.received]
+        assert self.group is not None
+        return self.traffic.all_to_all(flat, given, back, self.group)
+
+    def shards(self, received: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's shards of the directions, and the numbers of all matrices in the order of their owners."""
+        size = received.element_size()
+        sizes = [
+            n for count, sent in zip(self.numbers, self.sent, strict=True) for n in (count // size, sent)
+        ]
+        stretches = received.split(sizes)
+        numbers = torch.cat(stretches[::2]).view(torch.float64).view(-1, NUMBERS)
+        if self.even:
+            return torch.cat(stretches[1::2]).view(shape), numbers
+        D = received.new_empty(shape)
+        for own, stretch in zip(self.pieces, stretches[1::2], strict=True):
+            _copy(stretch, [D[i][cut] for i, cut in own], into_views=True)
+        return D, numbers
+
+    def whole_here(self, A: torch.Tensor) -> list[torch.Tensor]:
+        """The matrices of shards that hold them whole, as `matrices`: views where they follow one another."""
+        if self.in_a_row:
+            return [A.reshape(-1, *self.shapes[0])]
+        batches = self._room(A)
+        if self.here:
+            matrices = [m for batch in batches for m in batch]
+            torch._foreach_copy_(matrices, [A[i][cut].squeeze(0) for i, cut in self.here])
+        return batches
+
+    def as_shards(self, D: list[torch.Tensor], shape: torch.Size) -> torch.Tensor:
+        """The directions of `whole_here` as shards."""
+        if self.in_a_row:
+            return D[0].reshape(shape)
+        out = D[0].new_zeros(shape)
+        if self.here:
+            places = [out[i][cut].squeeze(0) for i, cut in self.here]
+            torch._foreach_copy_(places, [d for batch in D for d in batch])
+        return out
+
+    def _room(self, like: torch.Tensor) -> list[torch.Tensor]:
+        """Room for what is owned here, matrices of one shape together; one empty batch where there are none."""
+        kinds = list(dict.fromkeys(self.shapes)) or [(1, 1)]
+        return [like.new_empty(self.shapes.count(shape), *shape) for shape in kinds]
+
+    def _gap_views(self, batches: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Of what is owned here, rank by rank, the pieces that lie there; of a flattened matrix stretches of elements."""
+        stored = [batch.flatten(1).unsqueeze(-1) if self.split.flattened else batch for batch in batches]
+        matrices = [matrix.unsqueeze(0) for batch in stored for matrix in batch]
+        return [m[slices(cut)] for cuts in self.gaps for m, cut in zip(matrices, cuts, strict=True)]
+
+
+def _copy(flat: torch.Tensor, views: list[torch.Tensor], *, into_views: bool) -> None:
+    """The views in turn from stretches of ``flat``, or the other way round."""
+    if views:
+        pieces = zip(flat.split([v.numel() for v in views]), views, strict=True)
+        stretches = [piece.view(v.shape) for piece, v in pieces]
+        torch._foreach_copy_(views, stretches) if into_views else torch._foreach_copy_(stretches, views)
+
+
+class Late:
+    """A copy of a tensor on its way to the host; from a GPU through pinned memory, so that nothing waits for its queue."""
+
+    def __init__(self, x: torch.Tensor):
+        self._event: Any = None
+        if x.device.type == "cuda":
+            self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self._host.copy_(x, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._host = x.clone()
+
+    def tolist(self) -> list[Any]:
+        """The numbers, as nested lists; waits until the work that was queued before the copy is done."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.tolist()
 
 
 class Agreement:

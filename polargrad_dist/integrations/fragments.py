@@ -19,8 +19,8 @@ from polargrad_dist.distributed.layout import Stretches, volume
 from polargrad_dist.distributed.plan import Entry, Plan
 from polargrad_dist.distributed.teams import Placing
 from polargrad_dist.errors import ConfigError
+from polargrad_dist.optim.bucket import Member, Travel
 from polargrad_dist.optim.matrix import rule_of
-from polargrad_dist.optim.member import Member, Travel
 from polargrad_dist.optim.optimizer import PolarGrad
 from polargrad_dist.optim.planning import entry, split_of
 from polargrad_dist.optim.world import World
@@ -261,7 +261,7 @@ class FragmentPolarGrad(PolarGrad):
                 world.view(m)
                 moved = True
         if moved:
-            world.forget()
+            world.schedules.clear()
 
     def _count(self, live: set[int]) -> None:
         """Keeps the step count of elementwise rules with the vector, where it is saved."""

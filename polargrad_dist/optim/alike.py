@@ -14,11 +14,11 @@ import torch
 from polargrad_dist.distributed.plan import Entry
 from polargrad_dist.distributed.transport import Agreement
 from polargrad_dist.errors import ConfigError
-from polargrad_dist.optim.checks import Checks
+from polargrad_dist.optim.checks import numbers
 from polargrad_dist.optim.world import World
 
-COPIES_CHECKED = 1000  # steps between looks at whether copies are still equal
-RATES_CHECKED = 50  # and at whether all ranks have the same learning rates
+RATES_CHECKED = 50  # steps between looks at whether all ranks have the same learning rates
+COPIES_CHECKED = 20 * RATES_CHECKED  # and at whether copies are still equal
 
 
 def redistribute(world: World) -> None:
@@ -44,14 +44,13 @@ def redistribute(world: World) -> None:
 
 
 def check_alike(world: World, groups: Sequence[Mapping[str, Any]], step: int) -> None:
-    """At the first two steps and now and then: what differs between ranks would go on doing so in silence.
+    """At the first two steps and every `RATES_CHECKED`: what differs between ranks would go on doing so in silence.
 
     Raises ``ConfigError`` on all of them.
     """
     if world.agreement is None:
         return
-    due = step <= 2 or step % RATES_CHECKED == 0
-    if due and (unlike := other_numbers(world, world.agreement, groups)) is not None:
+    if (unlike := other_numbers(world, world.agreement, groups)) is not None:
         raise ConfigError(
             f"the learning rate or another number of parameter group {unlike.group} differs between ranks, expected "
             "the same on all: step the same scheduler on every rank"
@@ -77,7 +76,7 @@ def other_numbers(world: World, agreement: Agreement, groups: Sequence[Mapping[s
     """The first parameter whose group has other numbers on another rank; ranks may have other groups than their peers."""
     nowhere = torch.iinfo(torch.int64).min
     found = torch.full((2, len(world.entries)), nowhere)
-    digests = {id(group): zlib.crc32(repr(Checks.numbers(group)).encode()) for group in groups}
+    digests = {id(group): zlib.crc32(repr(numbers(group)).encode()) for group in groups}
     for m in world.members:
         found[:, m.index] = torch.tensor([digests[id(m.group)], -digests[id(m.group)]])
     high, low = agreement.largest(found)

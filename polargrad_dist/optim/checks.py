@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from polargrad_dist.distributed.teams import local
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.matrix import RULES, rule_of
-from polargrad_dist.optim.member import Member
 from polargrad_dist.optim.rules import ROLES, Rule
 
 RULE_KEYS = tuple(key for key in Rule.__dataclass_fields__ if key != "options")
@@ -123,69 +121,44 @@ def fixed_part(group: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(tuple(v) if isinstance(v := group[key], list) else v for key in FIXED)
 
 
-class Checks:
-    """What keeps a rank from stepping; a group is looked at again only where it has changed."""
+def numbers(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """All of a group that may change between steps."""
+    return tuple(
+        float(v) if isinstance(v, torch.Tensor) and v.numel() == 1 and v.device.type == "cpu" else v
+        for k, v in group.items()
+        if k not in ("params", "param_names", "initial_lr", *FIXED)
+    )
 
-    def __init__(self) -> None:
-        self._fixed: list[tuple[Any, ...]] = []
-        self._pauses: list[bool] = []
-        self._seen: list[tuple[Any, ...]] = []
-        self._states: list[tuple[torch.Tensor, int]] = []
 
-    def add(self, group: Mapping[str, Any]) -> None:
-        """Takes note of a group as it is at construction."""
-        self._fixed.append(fixed_part(group))
-        self._pauses.append(rule_of(group).pauses(group))
-        self._seen.append(self.numbers(group))
+class Watch:
+    """A parameter group as it was at construction, and its numbers when it was last found good."""
 
-    @staticmethod
-    def numbers(group: Mapping[str, Any]) -> tuple[Any, ...]:
-        """All that may change between steps."""
-        return tuple(
-            float(v) if isinstance(v, torch.Tensor) and v.numel() == 1 and v.device.type == "cpu" else v
-            for k, v in group.items()
-            if k not in ("params", "param_names", "initial_lr", *FIXED)
-        )
+    def __init__(self, number: int, group: Mapping[str, Any]):
+        self.number, self.fixed, self.numbers = number, fixed_part(group), numbers(group)
+        self.pauses = rule_of(group).pauses(group)
 
-    def complaint(self, groups: Sequence[Mapping[str, Any]]) -> ConfigError | None:
-        """A value that makes no sense, one that may not change, a gradient that cannot be taken."""
-        for number, group in enumerate(groups):
-            if (now := self.numbers(group)) != self._seen[number]:
-                try:
-                    check_values(group, f"parameter group {number}")
-                except ConfigError as error:
-                    return error
-                if rule_of(group).pauses(group) != self._pauses[number]:
-                    return ConfigError(
-                        f"parameter group {number} has scale {group['scale']!r} and floor {group['floor']}, which need other "
-                        "sums over ranks than before, expected scale 'nuclear_shared', or a floor above 0, at construction "
-                        "or never: build a new optimizer"
-                    )
-                self._seen[number] = now
-            if missing := [key for key in FIXED if key not in group]:
+    def complaint(self, group: Mapping[str, Any]) -> ConfigError | None:
+        """Of the group as it is now a value that makes no sense, or one that may not change."""
+        where = f"parameter group {self.number}"
+        if missing := [key for key in FIXED if key not in group]:
+            return ConfigError(f"{where} has lost its {missing[0]!r}, expected every key it had")
+        if (now := numbers(group)) != self.numbers:
+            try:
+                check_values(group, where)
+            except ConfigError as error:
+                return error
+            if rule_of(group).pauses(group) != self.pauses:
                 return ConfigError(
-                    f"parameter group {number} has lost its {missing[0]!r}, expected every key it had"
+                    f"{where} has scale {group['scale']!r} and floor {group['floor']}, which need other sums over ranks than "
+                    "before, expected scale 'nuclear_shared', or a floor above 0, at construction or never: build a new "
+                    "optimizer"
                 )
-            if (fixed := fixed_part(group)) != self._fixed[number]:
-                both = zip(FIXED, self._fixed[number], fixed, strict=True)
-                key, old, new = next((k, a, b) for k, a, b in both if a != b)
-                return ConfigError(
-                    f"{key!r} of parameter group {number} became {new!r}, expected {old!r} as at construction: owners "
-                    "and state were laid out for it, so build a new optimizer"
-                )
-            for name, p in zip(group["param_names"], group["params"], strict=True):
-                if p.grad is not None and p.grad.layout != torch.strided:
-                    return ConfigError(
-                        f"the gradient of {name} is sparse, expected a dense one: build nn.Embedding with sparse=False (rows "
-                        "that are zero stay zero, and on CPUs cost nothing)"
-                    )
+            self.numbers = now
+        if (fixed := fixed_part(group)) != self.fixed:
+            both = zip(FIXED, self.fixed, fixed, strict=True)
+            key, old, new = next((k, a, b) for k, a, b in both if a != b)
+            return ConfigError(
+                f"{key!r} of {where} became {new!r}, expected {old!r} as at construction: owners and state were laid out "
+                "for it, so build a new optimizer"
+            )
         return None
-
-    def states_changed(self, members: Iterable[Member]) -> bool:
-        """Whether somebody has put other tensors into the state since the last look."""
-        # The tensors themselves: an id, or an address, is used again once its owner is gone.
-        now = [(v, local(v).data_ptr()) for m in members for v in m.state.values()]
-        before, self._states = self._states, now
-        return len(now) != len(before) or any(
-            a is not b or at != there for (a, at), (b, there) in zip(now, before, strict=True)
-        )

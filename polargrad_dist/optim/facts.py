@@ -1,27 +1,57 @@
-"""What a step learns beside stepping: spectra, times, failures."""
+"""What a step learns beside stepping: spectra, times, sums that other matrices wait for, and failures, which all ranks raise
+together: the same words everywhere, the cause where it happened."""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from polargrad_dist.distributed.late import Late
-from polargrad_dist.distributed.plan import Entry
-from polargrad_dist.distributed.transport import Agreement
-from polargrad_dist.optim.matrix import Direction
-from polargrad_dist.optim.member import Member
-from polargrad_dist.optim.sums import Sums
+from polargrad_dist.distributed.plan import SUMS, Entry
+from polargrad_dist.distributed.transport import Agreement, Late
+from polargrad_dist.errors import ConfigError, PolarError
 from polargrad_dist.polar import InverseSqrt
+
+if TYPE_CHECKING:
+    from polargrad_dist.optim.bucket import Member
+    from polargrad_dist.optim.matrix import Direction
 
 NAN = float("nan")
 NOT_FINITE, FAILED, REFUSED, OUT_OF_MEMORY = range(1, 5)
+
+
+class Sums:
+    """|W|^2, <W, S> and |S|^2 of every matrix W and its step S that wait for them, and each role's nuclear norms.
+
+    ``rows`` says where (`plan.sum_rows`), ``counted`` which entry of a name counts: experts on several meshes are copies.
+    """
+
+    def __init__(self, rows: dict[tuple[Any, int], int], counted: dict[str, Any], device: torch.device):
+        self.rows, self.counted = rows, counted
+        self.values = torch.zeros(len(rows), SUMS, dtype=torch.float64, device=device)
+
+    def places(self, matrices: Sequence[tuple[Entry, int]]) -> Tensor:
+        """Where the sums of these matrices lie, int64; to be kept, since it is made on the host."""
+        found = [self.rows[e.key, i] for e, i in matrices]
+        return torch.tensor(found, dtype=torch.int64, device=self.values.device)
+
+    def add(self, places: Tensor, values: Tensor) -> None:
+        """Adds what lies here of the matrices at these places: (matrices, 3)."""
+        self.values[places] += values.to(self.values)
+
+    def add_nuclear(self, entry: Entry, norms: Tensor) -> None:
+        """Adds the scaled nuclear norms of matrices that are owned here."""
+        if self.counted[entry.name] == entry.key:
+            self.values[self.rows[entry.role, 0], 0] += norms.sum().to(self.values)
+
+    def nuclear(self, role: str) -> Tensor:
+        """What a role's scaled nuclear norms add up to, 0-d."""
+        return self.values[self.rows[role, 0], 0]
 
 
 @dataclass
@@ -43,7 +73,7 @@ class Facts:
     _spectra: list[tuple[list[int], Tensor]] = field(default_factory=list)
     _flags: list[tuple[list[int], Tensor]] = field(default_factory=list)
     _events: list[tuple[str, Any, Any]] = field(default_factory=list)
-    _arriving: list[tuple[list[int], Late]] | None = None
+    _sent: list[tuple[list[int], Late]] | None = None
 
     def absorb(self, earlier: Facts) -> None:
         """Takes in what an earlier part of the same step learnt."""
@@ -55,19 +85,22 @@ class Facts:
         self._flags += earlier._flags
         self._events += earlier._events
 
-    @contextmanager
-    def clock(self, role: str, device: torch.device) -> Iterator[None]:
-        """Adds the time of the device's work inside to a role, without waiting for a GPU."""
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            yield
-            end.record()
-            self._events.append((role, start, end))
-        else:
-            began = time.perf_counter()
-            yield
+    def start(self, device: torch.device) -> Any:
+        """A moment of the device's work, for `stop`; nothing waits for a GPU."""
+        if device.type != "cuda":
+            return time.perf_counter()
+        moment = torch.cuda.Event(enable_timing=True)
+        moment.record()
+        return moment
+
+    def stop(self, role: str, began: Any) -> None:
+        """Adds the time since ``began`` to a role."""
+        if isinstance(began, float):
             self.seconds[role] += time.perf_counter() - began
+        else:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+            self._events.append((role, began, now))
 
     def total_seconds(self, role: str) -> float:
         """Time of the rules' matrix work for a role on this rank."""
@@ -109,25 +142,25 @@ class Facts:
         kind = FAILED
         if isinstance(error, torch.OutOfMemoryError):
             kind = OUT_OF_MEMORY
-        elif type(error).__name__ == "ConfigError":
+        elif isinstance(error, ConfigError):
             kind = REFUSED
         if self.failure[0] < kind:
             self.failure, self.error = (kind, member.index), error
 
     def send(self) -> None:
-        """Sends the flags on their way to the host, one message per device; `worst` reads them.
+        """Sends what `worst` reads on its way to the host, one message per device."""
+        self._sent = [(numbers, Late(good)) for numbers, good in self._flags_by_device()]
 
-        Of a step that was not to happen anyway nothing is told.
-        """
-        by_device: dict[torch.device, list[tuple[list[int], Tensor]]] = defaultdict(list)
-        for numbers, ok in self._flags:
-            by_device[ok.device].append((numbers, ok.reshape(-1)))
-        self._arriving = []
-        for device, flags in by_device.items():
+    def _flags_by_device(self) -> list[tuple[list[int], Tensor]]:
+        """Numbers of parameters, and whether they could be stepped; of a step that was not to happen anyway they could."""
+        found = []
+        for device in dict.fromkeys(ok.device for _, ok in self._flags):
+            flags = [(numbers, ok.reshape(-1)) for numbers, ok in self._flags if ok.device == device]
             good = torch.cat([ok for _, ok in flags])
             if self.ok is not None:
                 good |= ~self.ok.to(device)
-            self._arriving.append(([number for numbers, _ in flags for number in numbers], Late(good)))
+            found.append(([number for numbers, _ in flags for number in numbers], good))
+        return found
 
     def worst(self) -> tuple[int, int]:
         """(kind, parameter) of the worst failure on this rank, (0, 0) without.
@@ -135,17 +168,10 @@ class Facts:
         Waits for the device's work up to `send`, and no further.
         """
         if self.failure[0] == 0:
-            if self._arriving is None:
-                self.send()
-            assert self._arriving is not None
-            bad = [
-                number
-                for numbers, flags in self._arriving
-                for number, ok in zip(numbers, flags.read(), strict=True)
-                if not ok
-            ]
-            if bad:
-                self.failure = (NOT_FINITE, bad[0])
+            for numbers, flags in self._flags_by_device() if self._sent is None else self._sent:
+                bad = [number for number, ok in zip(numbers, flags.tolist(), strict=True) if not ok]
+                if bad and self.failure[0] == 0:
+                    self.failure = (NOT_FINITE, bad[0])
         return self.failure
 
     def table(self, count: int) -> tuple[Tensor, Tensor]:
@@ -197,3 +223,24 @@ class Facts:
                 nuclear = sum(row["nuclear_norm"] for row in mine) / len(mine)
                 out[role] = {"nuclear_norm": nuclear, **worst, "seconds": spent}
         return out
+
+
+def failure_of(kind: int, entry: Entry, cause: Exception | None, device: torch.device) -> Exception:
+    """The error for a failure of this kind at a parameter; ``cause`` was raised on the rank where it was."""
+    name, rest = entry.name, "its weights are as they were, the others have been stepped"
+    if entry.kind == "elementwise" and any(cut is not None for cut in entry.layout.state_cuts):
+        rest = "that shard of it is as it was, the rest has been stepped"
+    if kind == NOT_FINITE:
+        return PolarError(
+            f"the gradient or momentum of {name} is not finite, so {rest}: restore the model and this optimizer from a "
+            "checkpoint, and step only when clip_grad_norm_ returns a finite norm"
+        )
+    words = f"{type(cause).__name__}: {cause}" if cause is not None else "another rank's error tells why"
+    if kind == OUT_OF_MEMORY:
+        return torch.OutOfMemoryError(
+            f"the polar decomposition of {name} ran out of memory on {device.type}, so {rest} ({words}): lower "
+            "bucket_mb or the batch"
+        )
+    if kind == REFUSED:
+        return ConfigError(f"{name} was not stepped, the others have been ({words})")
+    return PolarError(f"the rule of {name} failed, so {rest} ({words})")

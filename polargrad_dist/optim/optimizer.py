@@ -1,8 +1,7 @@
 """PolarGrad: one optimizer for every role of a model, on one device and on many, however its parameters are placed.
 
 What lives here is what a user touches: groups, clipping, the order of a step, the plan and the facts. The step of a bucket
-is in `batch`, `owned` and `shards`, the mathematics of a rule in `matrix` and `parts`, placement in `world`, saving and
-loading in `state`.
+is in `bucket`, the mathematics of a rule in `matrix`, placement in `world`, saving and loading in `state`.
 """
 
 from __future__ import annotations
@@ -20,16 +19,14 @@ from polargrad_dist.distributed.plan import Plan
 from polargrad_dist.distributed.teams import local
 from polargrad_dist.distributed.transport import Agreement, Traffic
 from polargrad_dist.errors import ConfigError
-from polargrad_dist.optim.alike import check_alike, redistribute
-from polargrad_dist.optim.checks import Checks, check_keys, check_parameter, check_travel, check_values
-from polargrad_dist.optim.facts import Facts
-from polargrad_dist.optim.failures import raise_together
+from polargrad_dist.optim.alike import RATES_CHECKED, check_alike, redistribute
+from polargrad_dist.optim.bucket import Member, Travel, run
+from polargrad_dist.optim.checks import Watch, check_keys, check_parameter, check_travel, check_values
+from polargrad_dist.optim.elements import by_kind, shrinking, sum_of_squares
+from polargrad_dist.optim.facts import Facts, Sums, failure_of
 from polargrad_dist.optim.groups import DEFAULTS, completed, routed
-from polargrad_dist.optim.member import Member, Travel
-from polargrad_dist.optim.parts import by_kind, shrinking, sum_of_squares
 from polargrad_dist.optim.routing import route
 from polargrad_dist.optim.rules import OptimizerConfig, Rule
-from polargrad_dist.optim.running import run
 from polargrad_dist.optim.state import NamedState
 from polargrad_dist.optim.world import World
 
@@ -99,7 +96,9 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         self._travel = Travel(self.traffic, dtype, wish)
         self._gradients, self._norm_group = gradients, norm_group
         self._world = self._new_world(process_group)
-        self._checks = Checks()
+        self._watches: list[Watch] = []
+        self._said: dict[int, tuple[Any, ...]] = {}  # by each group when it was last looked at
+        self._state_places: list[tuple[torch.Tensor, int]] = []
         self._placed: list[int] | None = None
         self._steps = 0
         self._keep: frozenset[int] = frozenset()
@@ -146,7 +145,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             except ConfigError:
                 self.param_groups.pop()  # what is refused leaves nothing behind
                 raise
-        self._checks.add(self.param_groups[-1])
+        self._watches.append(Watch(len(self._watches), self.param_groups[-1]))
 
     def _new_world(self, process_group: dist.ProcessGroup | None) -> World:
         return World(process_group, self._travel, self._gradients)
@@ -162,7 +161,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         self._placed = [id(p) for group in self.param_groups for p in group["params"]]
 
     def _check_placed(self) -> ConfigError | None:
-        """Adopts parameters that were swapped before the first step, as Accelerate's FSDP2 does; later ones are an error."""
+        """Adopts parameters that were swapped before the first step, as Accelerate's FSDP2 does, and states at any time;
+        returns what cannot be adopted."""
         if self._placed != [id(p) for group in self.param_groups for p in group["params"]]:
             if self._steps or self._travel.reducer is not None:
                 return ConfigError(
@@ -173,8 +173,9 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             world = self._world
             self._world = self._new_world(world.process_group)
             self._place(self.param_groups)
+        now = []
         for m in self._world.members:
-            here = local(m.p)
+            here = m.p.to_local() if isinstance(m.p, DTensor) else m.p
             if not here.is_contiguous():
                 return ConfigError(
                     f"{m.entry.name} is no longer contiguous in memory, as after to(memory_format=channels_last), expected "
@@ -190,12 +191,42 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
                         f"{', '.join(m.state)} as at construction: load state with load_state_dict"
                     )
                 m.group, m.state = group, state
-                self._world.forget()
+                self._world.schedules.clear()
             if m.p.dtype != m.entry.dtype or (not isinstance(m.p, DTensor) and m.p.device != m.device):
                 return ConfigError(
                     f"{m.entry.name} is {m.p.dtype} on {m.p.device}, expected {m.entry.dtype} on {m.device} as at "
                     "construction: convert and move the model before you build the optimizer"
                 )
+            # The tensors themselves: an id, or an address, is used again once its owner is gone.
+            parts = ((v, v.to_local() if isinstance(v, DTensor) else v) for v in m.state.values())
+            now += [(v, part.data_ptr()) for v, part in parts]
+        before, self._state_places = self._state_places, now
+        if len(now) != len(before) or any(
+            a is not b or at != there for (a, at), (b, there) in zip(now, before, strict=True)
+        ):
+            self._world.schedules.clear()
+        return None
+
+    def _problem(self) -> ConfigError | None:
+        """What keeps this rank from stepping; a group is looked at again only where it has changed."""
+        if (problem := self._check_placed()) is not None:
+            return problem
+        for number, group in enumerate(self.param_groups):
+            said = tuple(
+                float(v) if isinstance(v, torch.Tensor) and v.numel() == 1 and v.device.type == "cpu"
+                else tuple(v) if isinstance(v, list) else v
+                for k, v in group.items() if k not in ("params", "param_names", "initial_lr")
+            )  # fmt: skip
+            if said != self._said.get(number):
+                if (problem := self._watches[number].complaint(group)) is not None:
+                    return problem
+                self._said[number] = said
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                if p.grad is not None and p.grad.layout != torch.strided:
+                    return ConfigError(
+                        f"the gradient of {name} is sparse, expected a dense one: build nn.Embedding with sparse=False (rows "
+                        "that are zero stay zero, and on CPUs cost nothing)"
+                    )
         return None
 
     @property
@@ -229,7 +260,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         if not max_norm >= 0:
             raise ConfigError(f"max_norm is {max_norm}, expected a number >= 0")
         # On several ranks the next step() refuses on all of them together; here one would leave the others waiting.
-        problem = self._check_placed() or self._checks.complaint(self.param_groups)
+        problem = self._problem()
         if problem is not None and self.agreement is None:
             raise problem
         self.finish_reductions()
@@ -241,9 +272,9 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             grad = self._travel.gradient(m) if reduced else m.p.grad
             if grad is None or grad.layout != torch.strided:
                 continue
-            grads.append(grad.to_local() if isinstance(grad, DTensor) else grad)
+            grads.append(local(grad))
             if self._world.counted(m):
-                counted.append(grad if reduced else m.gradient())
+                counted.append(grad if reduced else self._travel.gradient(m))
         norm = self._norm(counted)
         if max_norm < float("inf"):
             shrink = shrinking(norm, max_norm)
@@ -284,35 +315,35 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             raise ConfigError(f"ok is {ok!r}, expected a 0-d bool tensor, or None")
         if self._travel.reducer:
             self._travel.reducer.finish()
-        present = self._agreed()
-        check_alike(self._world, self.param_groups, self._steps)
-        facts = self._facts = Facts(self._keep, ok=ok)
+        present, world, travel = self._agreed(), self._world, self._travel
+        if self._steps <= 2 or self._steps % RATES_CHECKED == 0:
+            check_alike(world, self.param_groups, self._steps)
+        sums = Sums(world.sum_rows, world.counts, travel.device) if world.sum_rows else None
+        facts = self._facts = Facts(self._keep, ok, sums)
         self._keep = frozenset()
-        self._travel.begin(ok, shrink)
-        facts.sums = self._world.sums()
-        batches, orders = self._world.schedule(present)
-        with torch.autocast(self._travel.device.type, enabled=False):
-            run(batches, orders, facts, self._add_up)
-        facts.send()
-        if not self.late:
+        travel.ok, travel.shrink = ok, shrink
+        travel.numbers.clear()
+        schedule = world.schedules.get(present) or world.schedule(present)
+        with torch.autocast(travel.device.type, enabled=False):
+            run(schedule, facts, self._add_up if sums is not None else None)
+        if self.late:
+            facts.send()
+        else:
             self._raise_together()
         return loss
 
     def _add_up(self) -> None:
         """Adds what each rank put into the step's sums, in one order on all of them, so that all get the same bits."""
         group, sums = self._world.group, self._facts.sums
-        if sums is None:
-            return
+        assert sums is not None
         if group is not None and group.size() > 1:
             sums.values = self.traffic.all_gather(sums.values, group).wait().sum(0)
 
     def _agreed(self) -> tuple[bool, ...]:
         """Which parameters have a gradient on some rank; raises together what keeps a rank from stepping."""
-        problem = self._check_placed() or self._checks.complaint(self.param_groups)
-        if problem is None and self._checks.states_changed(self._world.members):
-            self._world.forget()
+        problem = self._problem()
         self._steps, self._consolidated = self._steps + 1, None
-        reducer, world, agreement = self._travel.reducer, self._world, self._world.agreement
+        reducer, world = self._travel.reducer, self._world
         marks = [0] * len(world.entries)
         for m in world.members:
             grad = m.p.grad
@@ -320,8 +351,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             marks[m.index] += isinstance(grad, DTensor) and m.misplaced
         late = self.late and self._facts.worst()[0] > 0
         present = torch.tensor([*marks, late, problem is not None], dtype=torch.int32)
-        if agreement is not None:
-            agreement.largest(present)
+        if world.agreement is not None:
+            world.agreement.largest(present)
         *somewhere, failed, refused = present.tolist()
         if refused:
             raise problem or ConfigError("another rank cannot step, so no rank does: see its error")
@@ -335,7 +366,14 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         """Raises the worst failure of the last step on all ranks, once."""
         facts, world = self._facts, self._world
         try:
-            raise_together(facts, world.agreement, world.entries, self._travel.device)
+            kind, index = facts.worst()
+            worst = kind << 32 | index
+            if world.agreement is not None:
+                worst = int(world.agreement.largest(torch.tensor([worst])))
+            if worst:
+                kind, index = worst >> 32, worst & 0xFFFFFFFF
+                own = facts.error if facts.failure == (kind, index) else None
+                raise failure_of(kind, world.entries[index], own, self._travel.device) from own
         except BaseException:
             self._facts = Facts()
             raise

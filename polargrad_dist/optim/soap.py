@@ -8,12 +8,11 @@ v = beta v + (1 - beta) P^2; the oracle is given Q_L (P / sqrt(v)) Q_R' at the l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from polargrad_dist.optim.parts import MOMENTA
 
 
 def shapes(m: int, n: int) -> dict[str, tuple[int, ...]]:
@@ -27,8 +26,10 @@ def cost(m: int, n: int) -> float:
     return 4 * (m**3 + n**3) + 8 * m * n * (m + n)
 
 
-def whitened(G: Tensor, state: dict[str, Tensor], group: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """What the oracle is given for gradients G (k, m, n), and the next state.
+def whitened(
+    G: Tensor, state: dict[str, Tensor], group: Any, momentum: Callable[..., Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What the oracle is given for gradients G (k, m, n), and the next state; ``momentum`` is the group's.
 
     The momentum goes unwhitened until covariances can have full rank, max(m, n)/min(m, n) steps: earlier bases would be
     arbitrary, and other ones on other ranks. The first basis is an eigendecomposition, later ones are a step of orthogonal
@@ -39,7 +40,7 @@ def whitened(G: Tensor, state: dict[str, Tensor], group: Any) -> tuple[Tensor, d
     seen = state["seen"][:, :, None]
     G, fresh, takes = G.to(kind), seen < wait, seen + 1 == wait
     new = {"momentum": state["momentum"].clone(), "seen": state["seen"] + 1}
-    M = MOMENTA[group["momentum"]](new["momentum"], G, group["beta"], group["nesterov"])
+    M = momentum(new["momentum"], G, group["beta"], group["nesterov"])
     QL, QR = state["left_basis"], state["right_basis"]
     P = QL.mT @ M @ QR
     v = torch.lerp(state["exp_avg_sq"], P.square(), 1 - beta)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,20 +12,15 @@ from torch import Tensor
 
 from polargrad_dist.distributed.plan import Entry, Plan, in_order, index_of, sum_rows
 from polargrad_dist.distributed.reducer import Reduced, ShardReducer
-from polargrad_dist.distributed.schedule import Bucket, in_buckets
+from polargrad_dist.distributed.schedule import in_buckets
 from polargrad_dist.distributed.schedule import in_order as resumed
 from polargrad_dist.distributed.teams import Groups, Placing, Team, placing, widest
 from polargrad_dist.distributed.transport import Agreement
 from polargrad_dist.errors import ConfigError
-from polargrad_dist.optim.batch import Batch
+from polargrad_dist.optim.bucket import KINDS, Batch, Member, Schedule, Travel
 from polargrad_dist.optim.control import refuse_zero
-from polargrad_dist.optim.member import Member, Travel
-from polargrad_dist.optim.owned import Owned
 from polargrad_dist.optim.planning import entry
-from polargrad_dist.optim.shards import Elementwise, Tall
-from polargrad_dist.optim.sums import Sums
 
-KINDS: dict[str, type[Batch]] = {"owner": Owned, "tall": Tall, "elementwise": Elementwise}
 Given = tuple[int, dict[str, Any], str, torch.nn.Parameter]  # number of the group, the group, name, parameter
 
 
@@ -42,10 +37,12 @@ class World:
         self.group: dist.ProcessGroup | None = None
         self.plan = Plan(1, gradients, None if travel.dtype is None else travel.dtype.itemsize)
         self.meshes = False
-        self._counted: dict[str, tuple[str, tuple[int, ...]]] = {}
+        # Which entry of each name counts in norms and sums.
+        self.counts: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._groups = Groups()
         self.sum_rows: dict[tuple[Any, int], int] = {}
-        self._schedules: dict[tuple[bool, ...], tuple[list[Batch], list[list[int]]]] = {}
+        # By which parameters have a gradient somewhere.
+        self.schedules: dict[tuple[bool, ...], Schedule] = {}
 
     @property
     def rank(self) -> int:
@@ -75,12 +72,12 @@ class World:
         self.sum_rows = sum_rows(self.entries)
         # Experts on several meshes of their own are copies of each other: their norm counts once.
         for e in merged:
-            self._counted.setdefault(e.name, e.key)
+            self.counts.setdefault(e.name, e.key)
         for m in new:
             m.state = state[m.p]
         self._make_state(new)
         self.members += new
-        self._schedules.clear()
+        self.schedules.clear()
         if self.gradients == "reduce_scatter":
             self._reduce()
 
@@ -173,17 +170,18 @@ class World:
             members = [new[item.entry] for item in bucket.items]
             first = members[0]
             names = {key: first.state_dtype for key in first.rule.states(first.group)}
-            sizes = [m.elements for m in members]
+            shapes = [[b - a for a, b in m.entry.layout.shards[m.team.place]] for m in members]
+            sizes = list(map(math.prod, shapes))
             for key, dtype in names.items():
                 flat = torch.zeros(sum(sizes), dtype=dtype, device=first.device)
-                for m, here in zip(members, flat.split(sizes), strict=True):
-                    m.state[key] = m.team.state(here.view(m.shard_shape), m.entry.layout, m.p)
+                for m, here, shape in zip(members, flat.split(sizes), shapes, strict=True):
+                    m.state[key] = m.team.state(here.view(shape), m.entry.layout, m.p)
             if first.entry.dtype == torch.bfloat16:
                 flat = torch.zeros(2 * sum(sizes), dtype=torch.uint8, device=first.device)
-                for m, here in zip(members, flat.split([2 * size for size in sizes]), strict=True):
-                    m.state["low_bits"] = m.team.state(
-                        here.view(*m.shard_shape, 2), m.entry.layout, m.p, (2,)
-                    )
+                for m, here, shape in zip(
+                    members, flat.split([2 * size for size in sizes]), shapes, strict=True
+                ):
+                    m.state["low_bits"] = m.team.state(here.view(*shape, 2), m.entry.layout, m.p, (2,))
             if not first.rule.matrices:
                 for m in members:
                     m.state["step"] = torch.zeros((), device=m.device)
@@ -222,48 +220,33 @@ class World:
         reduced = [Reduced(m.p, m.entry, m.team.place, copies) for m in self.members]
         self.travel.reducer = ShardReducer(reduced, group, self.travel.traffic, self.travel.limit)
 
-    def sums(self) -> Sums | None:
-        """Room for what steps wait for, where some do."""
-        rows = self.sum_rows
-        return Sums(rows, self._counted, self.travel.device) if rows else None
-
-    def schedule(self, present: tuple[bool, ...]) -> tuple[list[Batch], list[list[int]]]:
-        """This rank's buckets of the parameters that have a gradient somewhere, and the orders in which they are resumed: up
-        to the sums over ranks, and after."""
-        if present not in self._schedules:
-            if len(self._schedules) >= 8:
-                self._schedules.pop(next(iter(self._schedules)))
-            here = {m.index: m for m in self.members}
-            batches: dict[int, Batch] = {}
-            buckets = in_buckets(self.entries, present, self.travel.limit)
-            for number, bucket in enumerate(buckets):
-                if all(item.entry in here for item in bucket.items):
-                    members = [here[item.entry] for item in bucket.items]
-                    batches[number] = self._batch(bucket, members)
-            where = {number: i for i, number in enumerate(batches)}
-            stages = zip(*[b.stages for b in buckets], strict=True) if buckets else [(), ()]
-            orders = [[where[n] for n in resumed(counts) if n in where] for counts in stages]
-            self._schedules[present] = list(batches.values()), orders
-        return self._schedules[present]
-
-    def _batch(self, bucket: Bucket, members: Iterable[Member]) -> Batch:
-        return KINDS[bucket.like.kind](bucket, list(members), self.travel)
+    def schedule(self, present: tuple[bool, ...]) -> Schedule:
+        """This rank's buckets of the parameters that have a gradient somewhere; `schedules` keeps it."""
+        if len(self.schedules) >= 8:
+            self.schedules.pop(next(iter(self.schedules)))
+        here = {m.index: m for m in self.members}
+        batches: dict[int, Batch] = {}
+        buckets = in_buckets(self.entries, present, self.travel.limit)
+        for number, bucket in enumerate(buckets):
+            members = [here[item.entry] for item in bucket.items if item.entry in here]
+            if len(members) == len(bucket.items):
+                batches[number] = KINDS[bucket.like.kind](bucket, members, self.travel)
+        where = {number: i for i, number in enumerate(batches)}
+        stages = zip(*[b.stages for b in buckets], strict=True) if buckets else [(), ()]
+        orders = [[where[n] for n in resumed(counts) if n in where] for counts in stages]
+        return self.schedules.setdefault(present, Schedule(list(batches.values()), orders))
 
     def counted(self, member: Member) -> bool:
         """Whether the elements of this rank's optimizer shard are counted here in norms."""
         e = member.entry
-        return self._counted[e.name] == e.key and e.layout.counted(member.team.place)
-
-    def forget(self) -> None:
-        """Looks at states anew: somebody has put others in their place."""
-        self._schedules.clear()
+        return self.counts[e.name] == e.key and e.layout.counted(member.team.place)
 
     def digests(self) -> Tensor:
         """Of every parameter of the world a sum over the bits of its weights and of its gradient here, 0 where not stored."""
         out = torch.zeros(2, len(self.entries), dtype=torch.int64)
         for m in self.members:
             if m.entry.layout.copies > 1:
-                out[0, m.index] = digest(m.stored())
+                out[0, m.index] = digest(m.canonical(m.p))
                 if m.p.grad is not None:
                     grad = m.p.grad
                     out[1, m.index] = digest(grad.to_local() if hasattr(grad, "to_local") else grad)

@@ -11,7 +11,7 @@ from torch import nn
 from polargrad_dist.distributed.plan import Plan
 from polargrad_dist.integrations.fragments import planned
 from polargrad_dist.optim import OptimizerConfig, plan_for, route
-from polargrad_dist.optim.member import CPU_BUCKET, GPU_BUCKET
+from polargrad_dist.optim.bucket import CPU_BUCKET, GPU_BUCKET
 from polargrad_dist.trainer.config import TrainerConfig
 from polargrad_dist.trainer.estimate import DEVICES, SHARE, Work, activations
 

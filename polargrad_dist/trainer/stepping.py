@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from polargrad_dist.diagnostics import Diagnostics
-from polargrad_dist.distributed.late import Late
+from polargrad_dist.distributed.transport import Late
 from polargrad_dist.errors import PolarError, TrainingError
 from polargrad_dist.optim import PolarGrad
-from polargrad_dist.optim.parts import shrinking
+from polargrad_dist.optim.elements import shrinking
 from polargrad_dist.optim.schedules import Rates
 from polargrad_dist.trainer.config import TrainerConfig
 from polargrad_dist.trainer.guard import Guard
@@ -151,7 +151,7 @@ class Stepper:
         unseen, self._unseen = self._unseen, None
         if unseen is None:
             return
-        loss, asked, bad_norms, norm, own_loss, *largest = unseen.figures.read()
+        loss, asked, bad_norms, norm, own_loss, *largest = unseen.figures.tolist()
         loss, norm = loss / self.world.size, math.nan if bad_norms else norm
         reason = reason_to_skip(loss, norm, [], self.config.safety)
         if reason is None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from polargrad_dist import Muon, PolarGrad, PolarGradM, PolarHB, PolarMuon, PolarSGDM
 from polargrad_dist.errors import CheckpointError, ConfigError, PolarError
-from polargrad_dist.optim.parts import join_bf16, split_bf16
+from polargrad_dist.optim.elements import join_bf16, split_bf16
 from tests.optim.bag import Bag, groups, spectrum
 
 SQUARE = nn.Parameter(torch.zeros(3, 3))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from polargrad_dist import ConfigError, PolarGrad, PolarGradM
-from polargrad_dist.optim.parts import join_bf16
+from polargrad_dist.optim.elements import join_bf16
 from tests.gloo import run_ranks
 
 

@@ -262,7 +262,7 @@ def caller() -> str:
 
 
 # Host data by construction: which parameters have gradients, and what came through pinned memory one step later.
-HOST = {"optimizer.py:_agreed", "late.py:read"}
+HOST = {"optimizer.py:_agreed", "transport.py:tolist"}
 ORACLES = {
     "Muon and PolarSGDM": rules,
     "exact": lambda: replace(rules(), hidden=muon_rule(0.02, oracle="gram"), embed=polarsgdm_rule(0.02, oracle="gram")),

@@ -1,0 +1,627 @@
+"""A bucket's step: a coroutine that yields each collective it starts, and is resumed with what came back.
+
+`Owned` sends matrices whole to their owners and takes directions back; of a `Tall` matrix the rows stay and an n x n problem
+travels; `Elementwise` needs no other element. All of them step weights, and share them with those who hold copies, as `Batch`
+does. How matrices are cut and put together is in `distributed.transport`, what a rule makes of them in `matrix`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from polargrad_dist.compiled import run_compiled
+from polargrad_dist.distributed.layout import Cut3, overlap, rectangle, slices, volume
+from polargrad_dist.distributed.plan import NUMBERS, ROOT_NUMBERS, Entry
+from polargrad_dist.distributed.reducer import ShardReducer
+from polargrad_dist.distributed.schedule import Bucket, Portion
+from polargrad_dist.distributed.teams import Team, local
+from polargrad_dist.distributed.transport import Exchange, Started, Traffic, pack_triangle, unpack_triangle
+from polargrad_dist.errors import ConfigError
+from polargrad_dist.optim.control import controlled, share_nuclear
+from polargrad_dist.optim.elements import averaged, join_bf16, split_bf16, stepped
+from polargrad_dist.optim.facts import Facts
+from polargrad_dist.optim.matrix import Direction, decay_and_step, rule_of
+from polargrad_dist.polar import RowFactor, gram_matrix, norm_bound, norm_parts
+from polargrad_dist.polar.oracle import is_finite, rows_at_once
+
+# A bucket's step: it yields each collective that it starts, None for a pause, and is resumed with what came back.
+Steps = Generator[Started | None, Tensor, None]
+CPU = torch.device("cpu")
+# A GPU has memory for larger pieces, and each costs it a dozen launches.
+CPU_BUCKET, GPU_BUCKET = 32 << 20, 256 << 20
+
+
+@dataclass(eq=False)
+class Member:
+    """A parameter: its plan entry, its group and its number, the ranks that store it, its state; ``index`` counts all of the
+    world's. What is here of a tensor like it is seen as (slices, rows, columns), its *canonical* view."""
+
+    index: int
+    entry: Entry
+    p: nn.Parameter
+    group: dict[str, Any]
+    team: Team
+    state: dict[str, Any]
+    number: int
+    owner_homes: dict[tuple[int, int], tuple[Member, dict[str, str]]] = field(default_factory=dict)
+    owner_rows: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.rule = rule_of(self.group)
+        self.device, self.state_dtype = local(self.p).device, self.entry.state_dtype
+        self.stacked = self.entry.split is not None and self.entry.split.stacked
+        low_bits = ["low_bits"] * (self.entry.dtype == torch.bfloat16)
+        self.elementwise = [*self.rule.states(self.group), *low_bits]
+
+    def window(self, place: int) -> Cut3:
+        """The optimizer shard of a place within what that place stores."""
+        stored = rectangle(self.entry.layout.stored[place], self.entry.shape, self.stacked)
+        shard = self.entry.rectangles[place]
+        return tuple((a - at, b - at) for (a, b), (at, _) in zip(shard, stored, strict=True))  # type: ignore[return-value]
+
+    @cached_property
+    def shard(self) -> tuple[slice, ...] | None:
+        """This rank's optimizer shard as an index of what it stores; None where that is all of it."""
+        layout = self.entry.layout
+        whole = layout.copies == 1 or layout.cut is None
+        return None if whole else slices(self.window(self.team.place))
+
+    def canonical(self, x: Tensor, part: tuple[slice, ...] | None = None) -> Tensor:
+        """What is here of ``x`` as (slices, rows, columns), or a part of that; writes through."""
+        x = (x.to_local() if isinstance(x, DTensor) else x).detach()
+        if not self.stacked:
+            x = x.flatten(1).unsqueeze(0) if x.ndim > 1 else x.view(1, -1, 1)
+        return x if part is None else x[part]
+
+    def held(self, key: str) -> Tensor:
+        """This rank's part of an elementwise state; low bits as int16."""
+        here = local(self.state[key])
+        return self.canonical(here.view(torch.int16).squeeze(-1) if key == "low_bits" else here)
+
+    def owner_state(self, shape: tuple[int, int]) -> dict[str, Tensor]:
+        """What the rule keeps with whole matrices, of those of this shape owned here: (matrices, ...) for each name."""
+        home, names = self.owner_homes[shape]
+        return {key: local(home.state[name]) for key, name in names.items()}
+
+    @property
+    def misplaced(self) -> bool:
+        """Whether the gradient is placed otherwise than the parameter."""
+        grad, p = self.p.grad, self.p
+        both = isinstance(grad, DTensor) and isinstance(p, DTensor)
+        return both and tuple(grad.placements) != tuple(p.placements)  # type: ignore[union-attr, attr-defined]
+
+
+@dataclass
+class Travel:
+    """How things travel in a step: counted by ``traffic``, in ``dtype`` (None: the parameters'), ``device`` computes.
+
+    ``wish`` is the bytes of a collective, None for what suits the device. ``ok`` (0-d bool on the device) says whether the
+    step is to happen at all, None for yes; ``shrink`` (0-d) multiplies all gradients, None for 1.
+    """
+
+    traffic: Traffic
+    dtype: torch.dtype | None
+    wish: int | None
+    device: torch.device = CPU
+    reducer: ShardReducer | None = None
+    ok: Tensor | None = None
+    shrink: Tensor | None = None
+    numbers: dict[float, Tensor] = field(default_factory=dict)
+
+    def number(self, value: float) -> Tensor:
+        """A number of the groups as a 0-d fp64 tensor on the device: a kernel would be compiled anew for each float."""
+        if value not in self.numbers:
+            self.numbers[value] = torch.full((), value, dtype=torch.float64, device=self.device)
+        return self.numbers[value]
+
+    @property
+    def limit(self) -> int:
+        """Bytes of a collective."""
+        return self.wish or (CPU_BUCKET if self.device.type == "cpu" else GPU_BUCKET)
+
+    @property
+    def backend(self) -> str | None:
+        """What compiles elementwise steps: inductor on a GPU, where every launch and every pass over memory counts."""
+        return "inductor" if self.device.type == "cuda" else None
+
+    def sure(self, ok: Tensor) -> Tensor:
+        """``ok`` of each matrix, and of the step."""
+        return ok if self.ok is None else ok & self.ok.to(ok.device)
+
+    def shrunk(self, grads: list[Tensor]) -> list[Tensor]:
+        """Gradients of one dtype as the step takes them."""
+        if self.shrink is None:
+            return grads
+        return list(torch._foreach_mul(grads, self.shrink.to(grads[0].device, grads[0].dtype)))
+
+    def gradient(self, member: Member) -> Tensor:
+        """The reduced gradient of a parameter's optimizer shard, zeros where this rank has none: (slices, rows, columns)."""
+        if self.reducer is not None:
+            return member.canonical(self.reducer.shard(member.p))
+        grad = member.p.grad
+        if grad is None:
+            return torch.zeros_like(member.canonical(member.p, member.shard))
+        return member.canonical(grad, member.shard)
+
+
+class Batch:
+    """This rank's shards of a bucket's parameters, stacked: (items, slices, rows, columns)."""
+
+    def __init__(self, bucket: Bucket, members: Sequence[Member], travel: Travel):
+        """``members`` are the bucket's parameters, item by item; this rank is of their team."""
+        self.bucket, self.members, self.travel = bucket, list(members), travel
+        first = self.first = members[0]
+        self.entry, self.team, self.rule, self.group = first.entry, first.team, first.rule, first.group
+        self.place, item = self.team.place, bucket.items[0]
+        whole = self.entry.split is None or (item.first, item.last) == (0, self.entry.split.stack)
+        self.slab = slice(None) if whole else slice(item.first, item.last)
+        self.states: dict[str, Tensor] = {}
+        self.loose: list[tuple[list[Tensor], Tensor]] = []
+        self._kept: dict[str, Tensor] = {}
+        # What compiles elementwise steps; nothing does where the weights are offloaded.
+        self.backend = travel.backend if first.device == travel.device else None
+        self.shares = bucket.shares
+        # Which matrix row i of the numbers is of; which row each (item, slice, row, column) takes, None for item by item.
+        self.arrival: list[tuple[int, int]] = [(0, 0)]
+        self.index: Tensor | None = None
+        self.places: Tensor | None = None
+        if self.shares:
+            self._find_copies()
+
+    def run(self, facts: Facts) -> Steps:
+        """The bucket's step."""
+        raise AssertionError("each kind of bucket has its own")
+
+    def _join(self, keys: Sequence[str]) -> None:
+        """Stacks these states: their own memory where they lie together, else copies that are written back."""
+        for key in keys:
+            views = [m.held(key)[self.slab] for m in self.members]
+            self.states[key], together = joined(views)
+            if not together:
+                self.loose.append((views, self.states[key]))
+
+    def _find_copies(self) -> None:
+        """The shards of all who store the same elements, within what each stores, in the order of their group."""
+        order = self.team.copy_order
+        self.boxes = [self.first.window(place) for place in order]
+        shapes = {tuple(b - a for a, b in box) for box in self.boxes}
+        axes = [axis for axis in range(3) if len({box[axis] for box in self.boxes}) > 1]
+        self.longest = {
+            id(part): max(volume(self._portion_of(part, box)) for box in self.boxes)
+            for part in self.bucket.portions
+        }
+        self.axis = axes[0] if len(shapes) == len(axes) == 1 and order == sorted(order) else None
+
+    def momentum(self) -> Tensor:
+        """What the rule's direction is given: the momentum of this rank's shards, stacked."""
+        group, travel = self.group, self.travel
+        grads = [travel.gradient(m)[self.slab] for m in self.members]
+        if self.backend is not None and travel.ok is not None and self.rule.has_plain_momentum(group):
+            self._kept = {}
+            return averaged(travel, self.states["momentum"], grads, group)
+        # Copies, where the step may turn out not to happen.
+        kept = {} if travel.ok is None else self.states
+        self._kept = {key: state.clone() for key, state in kept.items() if key != "low_bits"}
+        stack = (torch.stack(grads) if len(grads) > 1 else grads[0].unsqueeze(0)).to(self.first.state_dtype)
+        if travel.shrink is not None:
+            (stack,) = travel.shrunk([stack])
+        return self.rule.momentum(self.states, stack, group)
+
+    def states_of(self, part: Portion) -> dict[str, Tensor]:
+        """What the rule keeps of a portion."""
+        return {k: v[part.items, :, part.rows] for k, v in self.states.items() if k != "low_bits"}
+
+    def spread(self, numbers: Tensor) -> Tensor:
+        """Numbers of each matrix in the order of `arrival`, to be broadcast against (items, slices, rows, columns)."""
+        return numbers.view(-1, 1, 1, 1, *numbers.shape[1:]) if self.index is None else numbers[self.index]
+
+    def advance(self, part: Portion, D: Tensor, scale: Tensor, ok: Tensor) -> Tensor | None:
+        """Steps the weights of a portion along its direction, where ``ok``; returns what the copies are to be given.
+
+        ``scale`` and ``ok`` are broadcast against D (items, slices, rows, columns).
+        """
+        if self.backend is not None and self.rule.is_plain(self.group):
+            return self.moved(part, D, ok, scale=scale)
+        return self.moved(part, self.rule.apply(self.states_of(part), D, scale, self.group), ok)
+
+    def moved(
+        self,
+        part: Portion,
+        step: Tensor,
+        ok: Tensor,
+        *,
+        scale: Tensor | None = None,
+        shrink: Tensor | None = None,
+    ) -> Tensor | None:
+        """Adds a portion's step to its weights where ``ok``, then multiplies them by ``shrink``; returns what the copies are
+        to be given. With a ``scale`` the step is still a direction, for the kernel to multiply."""
+        low = self.states["low_bits"][part.items, :, part.rows] if "low_bits" in self.states else None
+        weights = [m.canonical(m.p, m.shard)[self.slab, part.rows] for m in self.members[part.items]]
+        decay, cautious = self.group["lr"] * self.group["weight_decay"], self.group["control"] == "cautious"
+        narrow, narrows = weights[0].element_size() < 4, self.travel.dtype is not None
+        sure = self.travel.ok is None and ok.device.type == "cpu" and bool(ok.all())
+        compiled = self.backend is not None and shrink is None
+        if sure and not (compiled or self.shares or narrow or shrink is not None):
+            decay_and_step(weights, list(step.to(weights[0].dtype).unbind(0)), decay, cautious)
+            return None
+        old = torch.stack(weights) if len(weights) > 1 else weights[0].unsqueeze(0)
+        if compiled:
+            step = step if scale is not None else step.to(self.first.state_dtype)
+            new = stepped(self.travel, old, low, step, scale, ok, self.group)
+        else:
+            # Several are a copy already, of which nobody needs the old values.
+            fresh = len(weights) > 1 and not narrows
+            x = join_bf16(old, low) if low is not None else old.to(self.first.state_dtype, copy=not fresh)
+            before = None if sure else x.clone()
+            decay_and_step([x], [step.to(x.dtype)], decay, cautious)
+            if shrink is not None:
+                x.mul_(shrink)
+            if before is not None:
+                x = torch.where(ok, x, before)
+            new = split_bf16(x, low) if low is not None else x.to(old.dtype) if narrow else x
+        if self.shares:
+            return (new - old).to(self.travel.dtype) if narrows and not narrow else new
+        torch._foreach_copy_(weights, list(new.unbind(0)))
+        return None
+
+    def share(self, part: Portion, message: Tensor) -> Started:
+        """Starts giving this rank's shards, or their updates, to those who store copies: (copies, items, longest)."""
+        longest = self.longest[id(part)]
+        flat = message.to(self.travel.device).reshape(len(message), -1)
+        if flat.shape[1] < longest:
+            flat = torch.cat([flat, flat.new_zeros(len(flat), longest - flat.shape[1])], 1)
+        assert self.team.copies is not None
+        return self.travel.traffic.all_gather(flat, self.team.copies)
+
+    def _portion_of(self, part: Portion, box: Cut3) -> Cut3:
+        """What a portion takes of a copy's shard, within what that copy stores."""
+        depth, (top, bottom), across = box
+        first, last, _ = part.rows.indices(bottom - top)
+        depth = depth if self.slab == slice(None) else (self.slab.start, self.slab.stop)
+        return depth, (top + first, top + max(first, last)), across
+
+    def arrived(self, part: Portion, gathered: Tensor) -> None:
+        """Writes what all copies have worked out."""
+        stored = [m.canonical(m.p) for m in self.members[part.items]]
+        ours, theirs = [], []
+        if self.axis is not None:
+            for w, messages in zip(stored, gathered.unbind(1), strict=True):
+                cut = w.unflatten(self.axis, (len(self.boxes), -1)).movedim(self.axis, 0)
+                ours.append(cut[:, self.slab, part.rows])
+                theirs.append(messages.view(ours[-1].shape))
+        else:
+            for box, messages in zip(self.boxes, gathered, strict=True):
+                place = self._portion_of(part, box)
+                for w, message in zip(stored, messages, strict=True):
+                    ours.append(w[slices(place)])
+                    theirs.append(message[: volume(place)].view(ours[-1].shape))
+        if gathered.dtype == self.entry.dtype and not (self.travel.dtype and self.entry.itemsize >= 4):
+            torch._foreach_copy_(ours, theirs)
+        else:
+            torch._foreach_add_(ours, [x.to(ours[0].device, self.entry.dtype) for x in theirs])
+
+    def settle(self) -> None:
+        """Undoes the states where the step was not to happen, and writes back those that do not lie together."""
+        for key, old in self._kept.items():
+            assert self.travel.ok is not None
+            self.states[key].copy_(torch.where(self.travel.ok.to(old.device), self.states[key], old))
+        for views, stack in self.loose:
+            torch._foreach_copy_(views, list(stack.unbind(0)))
+
+
+class Owned(Batch):
+    """Alike matrix parameters: each matrix is whole for a moment at its owner; nothing travels where all lie whole there."""
+
+    def __init__(self, bucket: Bucket, members: Sequence[Member], travel: Travel):
+        super().__init__(bucket, members, travel)
+        self._join(self.first.elementwise)
+        e = self.entry
+        assert e.split is not None
+        self.wire_dtype = travel.dtype or e.dtype
+        self.momentum_dtype = travel.dtype or e.momentum_dtype
+        per_slice = len(e.owners) // e.split.stack
+        order = self.team.order if self.team.group is not None else [0]
+        owned: dict[int, list[tuple[int, int]]] = {place: [] for place in order}
+        for i, item in enumerate(bucket.items):
+            for j in range(item.first * per_slice, item.last * per_slice):
+                owned[self.members[i].entry.owners[j]].append((i, j))
+        for matrices in owned.values():
+            matrices.sort(key=lambda ij: (e.split.stored_shape(ij[1]), ij))  # type: ignore[union-attr]
+        slab = (item.first, item.last)  # the bucket's slices only
+        boxes = [(slab, *e.rectangles[p][1:]) if self.slab != slice(None) else e.rectangles[p] for p in order]
+        self.mine, rank = owned[self.place], order.index(self.place)
+        self.exchange = Exchange(
+            travel.traffic, self.team.group, e.split, [owned[place] for place in order], boxes, rank
+        )
+        self.arrival = [ij for place in order for ij in owned[place]] if e.travels else self.mine
+        if self.arrival != [(i, 0) for i in range(len(members))]:
+            self.index = self._index(boxes[rank])
+
+    def _index(self, here: Cut3) -> Tensor:
+        """Which row of the numbers each (item, slice, row, column) of this rank's shards takes; see `Batch.index`."""
+        split = self.entry.split
+        assert split is not None
+        several = len(split.matrices) > split.stack
+        by_rows, by_cols = several and not split.transposed, several and split.transposed
+        depth, rows, cols = (b - a for a, b in here)
+        size = len(self.members), depth, rows if by_rows else 1, cols if by_cols else 1
+        index = torch.zeros(size, dtype=torch.int64)
+        for at, (i, j) in enumerate(self.arrival):
+            deep, down, across = slices(overlap(here, split.matrices[j]))
+            index[i, deep, down if by_rows else slice(None), across if by_cols else slice(None)] = at
+        return index.to(self.travel.device)
+
+    def run(self, facts: Facts) -> Steps:
+        """The bucket's step."""
+        A = self.momentum()
+        shape, exchange = A.shape, self.exchange
+        if self.entry.travels:
+            started = exchange.to_owners(A.to(self.travel.device, self.momentum_dtype))
+            del A
+            D, numbers = self.directed(exchange.matrices((yield started)), facts)
+            started = exchange.to_shards([d.to(self.wire_dtype) for d in D], numbers)
+            del D
+            direction, numbers = exchange.shards((yield started), shape)
+        else:
+            D, numbers = self.directed(exchange.whole_here(A.to(self.travel.device)), facts)
+            direction = exchange.as_shards(D, shape)
+            numbers = numbers if self.mine else numbers.new_ones(1, NUMBERS)  # of no elements here
+            del A, D
+        scales, good = self.spread(numbers).to(self.first.device).unbind(-1)
+        good = self.travel.sure(good > 0)
+        direction = direction.to(self.first.device)
+        if self.entry.pauses:
+            yield from controlled(self, direction, scales, good, facts)
+            return self.settle()
+        for part in self.bucket.portions:
+            own = part.items, slice(None), part.rows if good.shape[2] > 1 else slice(None)
+            message = self.advance(part, direction[part.items, :, part.rows], scales[own], good[own])
+            if message is not None:
+                self.arrived(part, (yield self.share(part, message)))
+        self.settle()
+
+    def directed(self, batches: list[Tensor], facts: Facts) -> tuple[list[Tensor], Tensor]:
+        """The rule, on this rank's matrices: their directions, and (matrices, NUMBERS) in fp64.
+
+        A failure of the rule gives zeros that are not stepped, no exception: the other ranks must not be left waiting.
+        """
+        out, numbers, at = [], [batches[0].new_empty(0, NUMBERS, dtype=torch.float64)], 0
+        for A in batches:
+            owners = [self.members[i] for i, _ in self.mine[at : at + len(A)]]
+            try:
+                D, figures = self._ruled(A, owners, at, facts) if owners else (A, numbers[0])
+            except Exception as error:  # whatever it is, all ranks raise it together after the step
+                facts.failed(owners[0], error)
+                D, figures = torch.zeros_like(A), A.new_zeros(len(A), NUMBERS, dtype=torch.float64)
+            out.append(D)
+            numbers.append(figures)
+            at += len(A)
+        return out, torch.cat(numbers) if len(numbers) > 2 else numbers[1]
+
+    def _ruled(self, A: Tensor, owners: list[Member], at: int, facts: Facts) -> tuple[Tensor, Tensor]:
+        """The rule on alike matrices A (k, m, n) of these parameters, the first of them number ``at`` of this rank's."""
+        rows: list[int] = []
+        held: dict[str, Tensor] = {}
+        if self.entry.in_order:
+            rows = [self.members[i].owner_rows[j] for i, j in self.mine[at : at + len(A)]]
+            held = self.first.owner_state((A.shape[1], A.shape[2]))
+        began = facts.start(A.device)
+        answer = self.rule.direction(A, {key: value[rows] for key, value in held.items()}, self.group)
+        facts.stop(self.entry.role, began)
+        if not isinstance(answer, Direction):
+            kind = type(answer).__name__
+            raise ConfigError(
+                f"the rule {self.group['algorithm']!r} gives a {kind}, expected a polargrad_dist.Direction"
+            )
+        if answer.D.shape != A.shape or answer.scale.shape != A.shape[:1]:
+            raise ConfigError(
+                f"the rule {self.group['algorithm']!r} gives directions {tuple(answer.D.shape)} and scales "
+                f"{tuple(answer.scale.shape)} for matrices {tuple(A.shape)}, expected {tuple(A.shape)} and {(len(A),)}"
+            )
+        ok = answer.D.sum((-2, -1)) if answer.nuclear_norm is None else answer.nuclear_norm
+        ok = is_finite(ok) & is_finite(answer.scale)
+        for key, value in held.items():
+            keep = self.travel.sure(ok).view(-1, *[1] * (value.ndim - 1))
+            value[rows] = torch.where(keep, answer.state[key].to(value.dtype), value[rows])
+        facts.learnt(owners, answer, ok, A)
+        if self.group["scale"] == "nuclear_shared":
+            share_nuclear(self, answer.nuclear_norm, answer.scale, ok, facts)
+        return answer.D, torch.stack([answer.scale.double(), ok.double()], 1)
+
+
+class Tall(Batch):
+    """A tall matrix: its rows stay, its n x n problem goes to its owner."""
+
+    def __init__(self, bucket: Bucket, members: Sequence[Member], travel: Travel):
+        super().__init__(bucket, members, travel)
+        self._join(self.first.elementwise)
+        e = self.entry
+        self.triangle, self.slots = e.triangle, e.layout.world if e.bounded else 0
+        self.pack: Callable[..., Tensor] = pack_triangle
+        self.unpack: Callable[..., Tensor] = unpack_triangle
+        if self.backend is not None:
+            self.pack = partial(run_compiled, pack_triangle, self.backend)
+            self.unpack = partial(run_compiled, unpack_triangle, self.backend)
+
+    def run(self, facts: Facts) -> Steps:
+        """The matrix's step."""
+        e, device = self.entry, self.travel.device
+        n, owner = e.shape[1], e.owners[0]
+        A = self.momentum()[0, 0]
+        if e.centred:
+            total = A.sum(0, dtype=torch.float64).to(device)
+            if self.team.group is not None:
+                total = yield self.travel.traffic.all_reduce(total, self.team.group)
+            A = A - (total / e.shape[0]).to(A)
+        began = facts.start(device)
+        S = gram_matrix(A.to(device))
+        columns, largest = norm_parts(A.to(device)) if e.bounded else (S[:0, 0], S.new_zeros(()))
+        facts.stop(e.role, began)
+        if self.team.group is None:
+            X, numbers = self._root(S, columns, largest, facts)
+        else:
+            at, traffic = self.team.order.index(owner), self.travel.traffic
+            rows = [largest.view(1) if place == self.place else S.new_zeros(1) for place in range(self.slots)]
+            sums = yield traffic.reduce(torch.cat([self.pack(S), columns, *rows]), at, self.team.group)
+            message = S.new_empty((n * n if e.bounded else self.triangle) + ROOT_NUMBERS)
+            if self.place == owner:
+                packed, columns, slots = sums.split([self.triangle, len(columns), len(rows)])
+                largest = slots.amax() if e.bounded else largest
+                X, numbers = self._root(self.unpack(packed, n), columns, largest, facts)
+                message = torch.cat([X.reshape(-1) if e.bounded else self.pack(X), numbers])
+            message = yield traffic.broadcast(message, at, self.team.group)
+            root, numbers = message[:-ROOT_NUMBERS], message[-ROOT_NUMBERS:]
+            X = root.view(n, n) if e.bounded else self.unpack(root, n)
+        precise = self.group["lower"] < 1e-4  # strict: directions that an fp32 product would lose
+        numbers = numbers.to(self.first.device)
+        good = self.travel.sure(numbers[3] > 0)
+        factor, first, D = RowFactor(X, A.dtype, precise=precise), 0, A[:0]
+        if e.pauses:
+            D = factor.apply(A.to(device)).to(self.first.device)
+            yield from controlled(self, D[None, None], numbers[0], good, facts)
+            return self.settle()
+        for part in self.bucket.portions:
+            start, stop, _ = part.rows.indices(len(A))
+            if stop > first + len(D):  # as many rows at a time as suit the device, however few are shared
+                first, began = start, facts.start(device)
+                rows_here = A[first : max(stop, first + rows_at_once(A))]
+                D = factor.apply(rows_here.to(device)).to(self.first.device)
+                facts.stop(e.role, began)
+            shard = D[None, None, start - first : stop - first]
+            changed = self.advance(part, shard, numbers[0], good)
+            if changed is not None:
+                self.arrived(part, (yield self.share(part, changed)))
+        self.settle()
+
+    def _root(self, S: Tensor, columns: Tensor, largest: Tensor, facts: Facts) -> tuple[Tensor, Tensor]:
+        """X (n, n), and ROOT_NUMBERS: scale, largest and smallest singular value, whether it may be used."""
+        given = S.clone() if self.first.index in facts.keep else None
+        try:
+            began = facts.start(S.device)
+            bound = norm_bound(columns, largest) if self.entry.bounded else None
+            root, scale = self.rule.root(S, self.entry.shape[0], self.group, bound)
+            facts.stop(self.entry.role, began)
+        except Exception as error:  # as in `Owned.directed`
+            facts.failed(self.first, error)
+            return torch.zeros_like(S), S.new_zeros(ROOT_NUMBERS)
+        ok = is_finite(root.nuclear_norm)
+        facts.learnt_root(self.first, root, ok, given)
+        if self.group["scale"] == "nuclear_shared":
+            share_nuclear(self, root.nuclear_norm, scale, ok, facts)
+        return root.X, torch.stack([scale, root.sigma_max, root.sigma_min, ok.double()])
+
+
+class Elementwise(Batch):
+    """Parameters that are stepped element by element: of any shapes, or alike ones where copies share the work."""
+
+    def run(self, facts: Facts) -> Steps:
+        """The bucket's step."""
+        message = self._updated(facts)
+        if message is not None:
+            for part in self.bucket.portions:
+                self.arrived(part, (yield self.share(part, message[part.items, :, part.rows])))
+
+    def _updated(self, facts: Facts) -> Tensor | None:
+        """Steps the weights; returns what the copies are to be given, (items, 1, rows, columns)."""
+        weights = [m.canonical(m.p, m.shard) for m in self.members]
+        dtype, ok = self.first.state_dtype, self.travel.ok
+        grads = self.travel.shrunk([self.travel.gradient(m).to(dtype) for m in self.members])
+        finite = is_finite(torch.stack(torch._foreach_norm(grads)))
+        facts.finite(self.members, finite)
+        sure = finite.all() if ok is None else finite.all() & ok.to(finite.device)
+        host = sure.device.type == "cpu" and ok is None
+        good = (
+            finite.tolist() if host else [True] * len(weights)
+        )  # a GPU skips the bucket, where it cannot look
+        values = weights
+        low: Tensor | None = None
+        old: Tensor | None = None
+        if self.shares or weights[0].element_size() < 4:
+            old = torch.cat([w.reshape(-1) for w in weights])
+            if self.entry.dtype == torch.bfloat16:
+                low = torch.cat([m.held("low_bits").reshape(-1) for m in self.members])
+                x = run_compiled(join_bf16, self.backend, old, low, dynamic=True)
+            else:
+                x = old.to(dtype, copy=True)
+            values = _like(x, weights)
+        some = [i for i, w in enumerate(weights) if w.numel() and good[i]]
+        for m, w in zip(self.members, weights, strict=True):
+            if not w.numel():  # its count is saved too, and loaded where the shard is not empty
+                m.state["step"] += 1 if host else sure.to(m.state["step"])
+        self.rule.update(
+            [values[i] for i in some], [grads[i] for i in some],
+            {key: [self.members[i].held(key) for i in some] for key in self.rule.states(self.group)},
+            [self.members[i].state["step"] for i in some], self.group, None if host else (~sure).float(),
+        )  # fmt: skip
+        return None if old is None else self._written(weights, old, x, low)
+
+    def _written(self, weights: list[Tensor], old: Tensor, x: Tensor, low: Tensor | None) -> Tensor | None:
+        """Puts new weights x, one behind the other, into the parameters, or returns what is to be shared."""
+        if self.shares and self.travel.dtype is not None and old.element_size() >= 4:
+            return (x - old).to(self.travel.dtype).view(len(weights), *weights[0].shape)
+        new = x.to(old.dtype) if low is None else run_compiled(split_bf16, self.backend, x, low, dynamic=True)
+        if low is not None:
+            held = [m.held("low_bits") for m in self.members]
+            torch._foreach_copy_(held, _like(low, held))
+        if self.shares:
+            return new.view(len(weights), *weights[0].shape)
+        torch._foreach_copy_(weights, _like(new, weights))
+        return None
+
+
+KINDS: dict[str, type[Batch]] = {"owner": Owned, "tall": Tall, "elementwise": Elementwise}
+
+
+class Schedule(NamedTuple):
+    """This rank's buckets, and the orders in which they are resumed: up to the sums over ranks, and after."""
+
+    batches: list[Batch]
+    orders: list[list[int]]
+
+
+def run(schedule: Schedule, facts: Facts, between: Callable[[], None] | None) -> None:
+    """Resumes the buckets in the first order, which brings some to a pause, calls ``between``, then takes the second."""
+    running = [batch.run(facts) for batch in schedule.batches]
+    started: list[Started | None] = [None] * len(running)
+    for order in schedule.orders:
+        for number in order:
+            on_its_way, started[number] = started[number], None
+            arrived = None if on_its_way is None else on_its_way.wait()
+            del on_its_way  # and what it was sent from
+            with suppress(StopIteration):  # it has come to its end
+                started[number] = running[number].send(arrived)  # type: ignore[arg-type]
+            del arrived
+        if between is not None and order is schedule.orders[0]:
+            between()
+
+
+def _like(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Stretches of ``flat`` in the shapes of these tensors."""
+    pieces = flat.split([x.numel() for x in tensors])
+    return [piece.view(x.shape) for piece, x in zip(pieces, tensors, strict=True)]
+
+
+def joined(views: Sequence[Tensor]) -> tuple[Tensor, bool]:
+    """Alike tensors stacked, and whether that is their own memory: it is where they lie one behind the other."""
+    first = views[0]
+    if len(views) == 1:
+        return first.unsqueeze(0), True
+    size, at = first.numel(), first.storage_offset()
+    storage = first.untyped_storage().data_ptr()
+    together = all(
+        v.is_contiguous()
+        and v.untyped_storage().data_ptr() == storage
+        and v.storage_offset() == at + i * size
+        for i, v in enumerate(views)
+    )
+    if together:
+        return first.as_strided((len(views), *first.shape), (size, *first.stride())), True
+    return torch.stack(list(views)), False

@@ -89,10 +89,6 @@ class ShardReducer:
         """The averaged gradient of this rank's optimizer shard of ``p``, after `finish`."""
         return self._shards[p]
 
-    def shards(self) -> list[torch.Tensor]:
-        """All of them, to be changed in place."""
-        return list(self._shards.values())
-
     def _arrived(self, index: int) -> None:
         if not self.enabled:
             return

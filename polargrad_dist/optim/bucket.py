@@ -132,10 +132,6 @@ class Travel:
         """What compiles elementwise steps: inductor on a GPU, where every launch and every pass over memory counts."""
         return "inductor" if self.device.type == "cuda" else None
 
-    def sure(self, ok: Tensor) -> Tensor:
-        """``ok`` of each matrix, and of the step."""
-        return ok if self.ok is None else ok & self.ok.to(ok.device)
-
     def shrunk(self, grads: list[Tensor]) -> list[Tensor]:
         """Gradients of one dtype as the step takes them."""
         if self.shrink is None:
@@ -215,60 +211,47 @@ class Batch:
             (stack,) = travel.shrunk([stack])
         return self.rule.momentum(self.states, stack, group)
 
-    def states_of(self, part: Portion) -> dict[str, Tensor]:
-        """What the rule keeps of a portion."""
-        return {k: v[part.items, :, part.rows] for k, v in self.states.items() if k != "low_bits"}
-
     def spread(self, numbers: Tensor) -> Tensor:
         """Numbers of each matrix in the order of `arrival`, to be broadcast against (items, slices, rows, columns)."""
         return numbers.view(-1, 1, 1, 1, *numbers.shape[1:]) if self.index is None else numbers[self.index]
 
-    def advance(self, part: Portion, D: Tensor, scale: Tensor, ok: Tensor) -> Tensor | None:
-        """Steps the weights of a portion along its direction, where ``ok``; returns what the copies are to be given.
-
-        ``scale`` and ``ok`` are broadcast against D (items, slices, rows, columns).
-        """
-        if self.backend is not None and self.rule.is_plain(self.group):
-            return self.moved(part, D, ok, scale=scale)
-        return self.moved(part, self.rule.apply(self.states_of(part), D, scale, self.group), ok)
-
-    def moved(
-        self,
-        part: Portion,
-        step: Tensor,
-        ok: Tensor,
-        *,
-        scale: Tensor | None = None,
-        shrink: Tensor | None = None,
+    def advance(
+        self, part: Portion, D: Tensor, ok: Tensor, scale: Tensor | None = None, shrink: Tensor | None = None
     ) -> Tensor | None:
-        """Adds a portion's step to its weights where ``ok``, then multiplies them by ``shrink``; returns what the copies are
-        to be given. With a ``scale`` the step is still a direction, for the kernel to multiply."""
+        """Steps the weights of a portion along its direction D, where ``ok``; returns what the copies are to be given.
+
+        ``ok``, ``scale`` and ``shrink`` are broadcast against D (items, slices, rows, columns). Without a ``scale`` D is the
+        step itself; ``shrink`` multiplies the new weights.
+        """
+        group, dtype = self.group, self.first.state_dtype
+        compiled = self.backend is not None and shrink is None
+        if scale is not None and not (compiled and self.rule.is_plain(group)):
+            states = {k: v[part.items, :, part.rows] for k, v in self.states.items() if k != "low_bits"}
+            D, scale = self.rule.apply(states, D, scale, group), None
         low = self.states["low_bits"][part.items, :, part.rows] if "low_bits" in self.states else None
         weights = [m.canonical(m.p, m.shard)[self.slab, part.rows] for m in self.members[part.items]]
-        decay, cautious = self.group["lr"] * self.group["weight_decay"], self.group["control"] == "cautious"
-        narrow, narrows = weights[0].element_size() < 4, self.travel.dtype is not None
+        narrow = weights[0].element_size() < 4
+        rate, cautious = group["lr"] * group["weight_decay"], group["control"] == "cautious"
         sure = self.travel.ok is None and ok.device.type == "cpu" and bool(ok.all())
-        compiled = self.backend is not None and shrink is None
         if sure and not (compiled or self.shares or narrow or shrink is not None):
-            decay_and_step(weights, list(step.to(weights[0].dtype).unbind(0)), decay, cautious)
+            decay_and_step(weights, list(D.to(weights[0].dtype).unbind(0)), rate, cautious)
             return None
         old = torch.stack(weights) if len(weights) > 1 else weights[0].unsqueeze(0)
         if compiled:
-            step = step if scale is not None else step.to(self.first.state_dtype)
-            new = stepped(self.travel, old, low, step, scale, ok, self.group)
+            new = stepped(self.travel, old, low, D if scale is not None else D.to(dtype), scale, ok, group)
         else:
             # Several are a copy already, of which nobody needs the old values.
-            fresh = len(weights) > 1 and not narrows
-            x = join_bf16(old, low) if low is not None else old.to(self.first.state_dtype, copy=not fresh)
+            fresh = len(weights) > 1 and self.travel.dtype is None
+            x = join_bf16(old, low) if low is not None else old.to(dtype, copy=not fresh)
             before = None if sure else x.clone()
-            decay_and_step([x], [step.to(x.dtype)], decay, cautious)
+            decay_and_step([x], [D.to(dtype)], rate, cautious)
             if shrink is not None:
                 x.mul_(shrink)
             if before is not None:
                 x = torch.where(ok, x, before)
-            new = split_bf16(x, low) if low is not None else x.to(old.dtype) if narrow else x
+            new = split_bf16(x, low) if low is not None else x.to(old.dtype)
         if self.shares:
-            return (new - old).to(self.travel.dtype) if narrows and not narrow else new
+            return new if self.travel.dtype is None or narrow else (new - old).to(self.travel.dtype)
         torch._foreach_copy_(weights, list(new.unbind(0)))
         return None
 
@@ -376,17 +359,19 @@ class Owned(Batch):
             numbers = numbers if self.mine else numbers.new_ones(1, NUMBERS)  # of no elements here
             del A, D
         scales, good = self.spread(numbers).to(self.first.device).unbind(-1)
-        good = self.travel.sure(good > 0)
+        good, ok = good > 0, self.travel.ok
+        good = good if ok is None else good & ok.to(good.device)
         direction = direction.to(self.first.device)
         if self.entry.pauses:
             yield from controlled(self, direction, scales, good, facts)
-            return self.settle()
-        for part in self.bucket.portions:
-            own = part.items, slice(None), part.rows if good.shape[2] > 1 else slice(None)
-            message = self.advance(part, direction[part.items, :, part.rows], scales[own], good[own])
-            if message is not None:
-                self.arrived(part, (yield self.share(part, message)))
-        self.settle()
+        else:
+            for part in self.bucket.portions:
+                own = part.items, slice(None), part.rows if good.shape[2] > 1 else slice(None)
+                message = self.advance(part, direction[part.items, :, part.rows], good[own], scales[own])
+                if message is not None:
+                    self.arrived(part, (yield self.share(part, message)))
+        if self._kept or self.loose:
+            self.settle()
 
     def directed(self, batches: list[Tensor], facts: Facts) -> tuple[list[Tensor], Tensor]:
         """The rule, on this rank's matrices: their directions, and (matrices, NUMBERS) in fp64.
@@ -413,9 +398,8 @@ class Owned(Batch):
         if self.entry.in_order:
             rows = [self.members[i].owner_rows[j] for i, j in self.mine[at : at + len(A)]]
             held = self.first.owner_state((A.shape[1], A.shape[2]))
-        began = facts.start(A.device)
-        answer = self.rule.direction(A, {key: value[rows] for key, value in held.items()}, self.group)
-        facts.stop(self.entry.role, began)
+        state = {key: value[rows] for key, value in held.items()}
+        answer = facts.timed(self.entry.role, A.device, self.rule.direction, A, state, self.group)
         if not isinstance(answer, Direction):
             kind = type(answer).__name__
             raise ConfigError(
@@ -429,7 +413,8 @@ class Owned(Batch):
         ok = answer.D.sum((-2, -1)) if answer.nuclear_norm is None else answer.nuclear_norm
         ok = is_finite(ok) & is_finite(answer.scale)
         for key, value in held.items():
-            keep = self.travel.sure(ok).view(-1, *[1] * (value.ndim - 1))
+            happens = ok if self.travel.ok is None else ok & self.travel.ok.to(ok.device)
+            keep = happens.view(-1, *[1] * (value.ndim - 1))
             value[rows] = torch.where(keep, answer.state[key].to(value.dtype), value[rows])
         facts.learnt(owners, answer, ok, A)
         if self.group["scale"] == "nuclear_shared":
@@ -461,10 +446,10 @@ class Tall(Batch):
             if self.team.group is not None:
                 total = yield self.travel.traffic.all_reduce(total, self.team.group)
             A = A - (total / e.shape[0]).to(A)
-        began = facts.start(device)
-        S = gram_matrix(A.to(device))
-        columns, largest = norm_parts(A.to(device)) if e.bounded else (S[:0, 0], S.new_zeros(()))
-        facts.stop(e.role, began)
+        S = facts.timed(e.role, device, gram_matrix, A.to(device))
+        columns, largest = S[:0, 0], S.new_zeros(())
+        if e.bounded:
+            columns, largest = facts.timed(e.role, device, norm_parts, A.to(device))
         if self.team.group is None:
             X, numbers = self._root(S, columns, largest, facts)
         else:
@@ -480,35 +465,34 @@ class Tall(Batch):
             message = yield traffic.broadcast(message, at, self.team.group)
             root, numbers = message[:-ROOT_NUMBERS], message[-ROOT_NUMBERS:]
             X = root.view(n, n) if e.bounded else self.unpack(root, n)
+        numbers, ok = numbers.to(self.first.device), self.travel.ok
+        good = numbers[3] > 0
+        good = good if ok is None else good & ok.to(good.device)
         precise = self.group["lower"] < 1e-4  # strict: directions that an fp32 product would lose
-        numbers = numbers.to(self.first.device)
-        good = self.travel.sure(numbers[3] > 0)
         factor, first, D = RowFactor(X, A.dtype, precise=precise), 0, A[:0]
         if e.pauses:
             D = factor.apply(A.to(device)).to(self.first.device)
             yield from controlled(self, D[None, None], numbers[0], good, facts)
-            return self.settle()
-        for part in self.bucket.portions:
-            start, stop, _ = part.rows.indices(len(A))
-            if stop > first + len(D):  # as many rows at a time as suit the device, however few are shared
-                first, began = start, facts.start(device)
-                rows_here = A[first : max(stop, first + rows_at_once(A))]
-                D = factor.apply(rows_here.to(device)).to(self.first.device)
-                facts.stop(e.role, began)
-            shard = D[None, None, start - first : stop - first]
-            changed = self.advance(part, shard, numbers[0], good)
-            if changed is not None:
-                self.arrived(part, (yield self.share(part, changed)))
-        self.settle()
+        else:
+            for part in self.bucket.portions:
+                start, stop, _ = part.rows.indices(len(A))
+                if stop > first + len(D):  # as many rows at a time as suit the device, however few are shared
+                    first = start
+                    some = A[first : max(stop, first + rows_at_once(A))].to(device)
+                    D = facts.timed(e.role, device, factor.apply, some).to(self.first.device)
+                changed = self.advance(part, D[None, None, start - first : stop - first], good, numbers[0])
+                if changed is not None:
+                    self.arrived(part, (yield self.share(part, changed)))
+        if self._kept or self.loose:
+            self.settle()
 
     def _root(self, S: Tensor, columns: Tensor, largest: Tensor, facts: Facts) -> tuple[Tensor, Tensor]:
         """X (n, n), and ROOT_NUMBERS: scale, largest and smallest singular value, whether it may be used."""
         given = S.clone() if self.first.index in facts.keep else None
         try:
-            began = facts.start(S.device)
             bound = norm_bound(columns, largest) if self.entry.bounded else None
-            root, scale = self.rule.root(S, self.entry.shape[0], self.group, bound)
-            facts.stop(self.entry.role, began)
+            given_root = S, self.entry.shape[0], self.group, bound
+            root, scale = facts.timed(self.entry.role, S.device, self.rule.root, *given_root)
         except Exception as error:  # as in `Owned.directed`
             facts.failed(self.first, error)
             return torch.zeros_like(S), S.new_zeros(ROOT_NUMBERS)
@@ -594,7 +578,10 @@ def run(schedule: Schedule, facts: Facts, between: Callable[[], None] | None) ->
     for order in schedule.orders:
         for number in order:
             on_its_way, started[number] = started[number], None
-            arrived = None if on_its_way is None else on_its_way.wait()
+            arrived = None
+            if on_its_way is not None:
+                on_its_way.work.wait()
+                arrived = on_its_way.out
             del on_its_way  # and what it was sent from
             with suppress(StopIteration):  # it has come to its end
                 started[number] = running[number].send(arrived)  # type: ignore[arg-type]

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from polargrad_dist.distributed.layout import overlap, slices
 from polargrad_dist.distributed.plan import Entry, sum_rows
-from polargrad_dist.distributed.schedule import Portion
 from polargrad_dist.distributed.transport import Agreement
 from polargrad_dist.errors import ConfigError
 
@@ -29,8 +28,8 @@ def controlled(batch: Batch, D: Tensor, scale: Tensor, ok: Tensor, facts: Facts)
     ``scale`` and ``ok`` are broadcast against D (items, slices, rows, columns).
     """
     assert facts.sums is not None
-    whole = Portion(slice(None), slice(None))
-    steps = torch.where(ok, batch.rule.apply(batch.states_of(whole), D, scale, batch.group), 0)
+    states = {k: v for k, v in batch.states.items() if k != "low_bits"}
+    steps = torch.where(ok, batch.rule.apply(states, D, scale, batch.group), 0)
     weights = torch.stack([m.canonical(m.p, m.shard)[batch.slab] for m in batch.members]).to(steps.dtype)
     pairs = ((weights, weights), (weights, steps), (steps, steps))
     each = [per_matrix(a * b, batch.index, len(batch.arrival)) for a, b in pairs]
@@ -49,7 +48,7 @@ def controlled(batch: Batch, D: Tensor, scale: Tensor, ok: Tensor, facts: Facts)
         rows = part.rows if grow.shape[2] > 1 else slice(None)
         step = steps[part.items, :, part.rows] * grow[part.items, :, rows]
         good = ok[part.items, :, rows] if ok.ndim else ok
-        message = batch.moved(part, step, good, shrink=shrink[part.items, :, rows])
+        message = batch.advance(part, step, good, shrink=shrink[part.items, :, rows])
         if message is not None:
             batch.arrived(part, (yield batch.share(part, message)))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -70,10 +70,10 @@ class Facts:
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     error: Exception | None = None
     failure: tuple[int, int] = (0, 0)
+    sent: list[tuple[list[int], Late]] | None = None
     _spectra: list[tuple[list[int], Tensor]] = field(default_factory=list)
     _flags: list[tuple[list[int], Tensor]] = field(default_factory=list)
     _events: list[tuple[str, Any, Any]] = field(default_factory=list)
-    _sent: list[tuple[list[int], Late]] | None = None
 
     def absorb(self, earlier: Facts) -> None:
         """Takes in what an earlier part of the same step learnt."""
@@ -85,22 +85,19 @@ class Facts:
         self._flags += earlier._flags
         self._events += earlier._events
 
-    def start(self, device: torch.device) -> Any:
-        """A moment of the device's work, for `stop`; nothing waits for a GPU."""
-        if device.type != "cuda":
-            return time.perf_counter()
-        moment = torch.cuda.Event(enable_timing=True)
-        moment.record()
-        return moment
-
-    def stop(self, role: str, began: Any) -> None:
-        """Adds the time since ``began`` to a role."""
-        if isinstance(began, float):
-            self.seconds[role] += time.perf_counter() - began
+    def timed(self, role: str, device: torch.device, function: Callable[..., Any], *args: Any) -> Any:
+        """What the function returns; adds the time of the device's work in it to a role, without waiting for a GPU."""
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            out = function(*args)
+            end.record()
+            self._events.append((role, start, end))
         else:
-            now = torch.cuda.Event(enable_timing=True)
-            now.record()
-            self._events.append((role, began, now))
+            began = time.perf_counter()
+            out = function(*args)
+            self.seconds[role] += time.perf_counter() - began
+        return out
 
     def total_seconds(self, role: str) -> float:
         """Time of the rules' matrix work for a role on this rank."""
@@ -149,26 +146,22 @@ class Facts:
 
     def send(self) -> None:
         """Sends what `worst` reads on its way to the host, one message per device."""
-        self._sent = [(numbers, Late(good)) for numbers, good in self._flags_by_device()]
-
-    def _flags_by_device(self) -> list[tuple[list[int], Tensor]]:
-        """Numbers of parameters, and whether they could be stepped; of a step that was not to happen anyway they could."""
-        found = []
+        self.sent = []
         for device in dict.fromkeys(ok.device for _, ok in self._flags):
             flags = [(numbers, ok.reshape(-1)) for numbers, ok in self._flags if ok.device == device]
             good = torch.cat([ok for _, ok in flags])
             if self.ok is not None:
                 good |= ~self.ok.to(device)
-            found.append(([number for numbers, _ in flags for number in numbers], good))
-        return found
+            self.sent.append(([number for numbers, _ in flags for number in numbers], Late(good)))
 
     def worst(self) -> tuple[int, int]:
-        """(kind, parameter) of the worst failure on this rank, (0, 0) without.
+        """(kind, parameter) of the worst failure on this rank, (0, 0) without, as of a step that was not to happen.
 
         Waits for the device's work up to `send`, and no further.
         """
-        if self.failure[0] == 0:
-            for numbers, flags in self._flags_by_device() if self._sent is None else self._sent:
+        idle = self.sent is None and self.ok is not None and not self.ok
+        if self.failure[0] == 0 and not idle:
+            for numbers, flags in self._flags if self.sent is None else self.sent:
                 bad = [number for number, ok in zip(numbers, flags.tolist(), strict=True) if not ok]
                 if bad and self.failure[0] == 0:
                     self.failure = (NOT_FINITE, bad[0])

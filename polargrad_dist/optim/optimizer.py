@@ -349,7 +349,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             grad = m.p.grad
             marks[m.index] = int(reducer.present[m.p] if reducer else grad is not None)
             marks[m.index] += isinstance(grad, DTensor) and m.misplaced
-        late = self.late and self._facts.worst()[0] > 0
+        late = self._facts.sent is not None and self._facts.worst()[0] > 0
         present = torch.tensor([*marks, late, problem is not None], dtype=torch.int32)
         if world.agreement is not None:
             world.agreement.largest(present)

@@ -291,6 +291,13 @@ class Batch:
         else:
             torch._foreach_add_(ours, [x.to(ours[0].device, self.entry.dtype) for x in theirs])
 
+    def _keep(self, held: dict[str, Tensor], rows: list[int], after: dict[str, Tensor], ok: Tensor) -> None:
+        """Puts the next states of matrices owned here into these rows, where the step happens and ``ok`` (matrices,)."""
+        ok = ok if self.travel.ok is None else ok & self.travel.ok.to(ok.device)
+        for key, value in held.items():
+            may = ok.view(-1, *[1] * (value.ndim - 1))
+            value[rows] = torch.where(may, after[key].to(value.dtype), value[rows])
+
     def settle(self) -> None:
         """Undoes the states where the step was not to happen, and writes back those that do not lie together."""
         for key, old in self._kept.items():
@@ -412,10 +419,8 @@ class Owned(Batch):
             )
         ok = answer.D.sum((-2, -1)) if answer.nuclear_norm is None else answer.nuclear_norm
         ok = is_finite(ok) & is_finite(answer.scale)
-        for key, value in held.items():
-            happens = ok if self.travel.ok is None else ok & self.travel.ok.to(ok.device)
-            keep = happens.view(-1, *[1] * (value.ndim - 1))
-            value[rows] = torch.where(keep, answer.state[key].to(value.dtype), value[rows])
+        if held:
+            self._keep(held, rows, answer.state, ok)
         facts.learnt(owners, answer, ok, A)
         if self.group["scale"] == "nuclear_shared":
             share_nuclear(self, answer.nuclear_norm, answer.scale, ok, facts)
@@ -488,15 +493,21 @@ class Tall(Batch):
 
     def _root(self, S: Tensor, columns: Tensor, largest: Tensor, facts: Facts) -> tuple[Tensor, Tensor]:
         """X (n, n), and ROOT_NUMBERS: scale, largest and smallest singular value, whether it may be used."""
-        given = S.clone() if self.first.index in facts.keep else None
+        e, given = self.entry, S.clone() if self.first.index in facts.keep else None
+        assert e.split is not None
         try:
-            bound = norm_bound(columns, largest) if self.entry.bounded else None
-            given_root = S, self.entry.shape[0], self.group, bound
-            root, scale = facts.timed(self.entry.role, S.device, self.rule.root, *given_root)
+            bound = norm_bound(columns, largest) if e.bounded else None
+            rows = [self.first.owner_rows[0]] if e.in_order else []
+            held = self.first.owner_state((e.split.rows, e.split.cols)) if e.in_order else {}
+            state = {key: value[rows] for key, value in held.items()}
+            asked = S, e.shape[0], self.group, bound, state
+            root, scales, after = facts.timed(e.role, S.device, self.rule.root, *asked)
         except Exception as error:  # as in `Owned.directed`
             facts.failed(self.first, error)
             return torch.zeros_like(S), S.new_zeros(ROOT_NUMBERS)
-        ok = is_finite(root.nuclear_norm)
+        ok, scale = is_finite(root.nuclear_norm), scales[0]
+        if held:
+            self._keep(held, rows, after, ok.view(1))
         facts.learnt_root(self.first, root, ok, given)
         if self.group["scale"] == "nuclear_shared":
             share_nuclear(self, root.nuclear_norm, scale, ok, facts)

@@ -55,12 +55,31 @@ def muon_factor(m: int, n: int) -> float:
 # the largest of |W_l| / s_l, whose dual norm is that sum (Bernstein and Newhouse 2024, "Modular duality").
 SCALES: dict[str, Scale] = {
     "nuclear": lambda m, n, nuclear, alpha: nuclear if alpha == 1 else nuclear**alpha,
+    "nuclear_relative": lambda m, n, nuclear, alpha: nuclear if alpha == 1 else nuclear**alpha,
     "nuclear_shared": lambda m, n, nuclear, alpha: muon_factor(m, n),
     "muon": lambda m, n, nuclear, alpha: muon_factor(m, n),
     "moonlight": lambda m, n, nuclear, alpha: 0.2 * math.sqrt(max(m, n)),
     "spectral": lambda m, n, nuclear, alpha: math.sqrt(m / n),
     "none": lambda m, n, nuclear, alpha: 1.0,
 }
+
+
+REFERENCE_STEPS = 100
+
+
+def relative(scale: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """PolarGrad's scale over its own mean of the matrix's first `REFERENCE_STEPS` steps, and what has been seen.
+
+    ``scale`` is (k,), ``seen`` (k, 2) the mean and the number of steps in it. Step t has weight t in the mean, because the
+    first gradients say least; until the mean is complete the quotient is at most 1. The learning rate is then the length of a
+    typical early step, on any model, batch and vocabulary, and steps shrink with the gradient as PolarGrad's do.
+    """
+    mean, steps = seen.to(scale).unbind(-1)
+    learning = steps < REFERENCE_STEPS
+    mean = torch.where(learning, mean + (scale - mean) * (2 / (steps + 2)), mean)
+    quotient = torch.where(mean > 0, scale / mean, 0.0)
+    quotient = torch.where(learning, quotient.clamp_max(1.0), quotient)
+    return quotient, torch.stack([mean, steps + learning.to(steps)], -1).to(seen)
 
 
 def centred(A: Tensor, transposed: bool) -> Tensor:
@@ -141,6 +160,8 @@ class Polar:
     def owner_states(self, group: Group) -> dict[str, Callable[[int, int], tuple[int, ...]]]:
         """Names of the states kept with whole matrices, and their shape for an m x n matrix as stored; zeros at first."""
         states: dict[str, Callable[[int, int], tuple[int, ...]]] = {}
+        if group["scale"] == "nuclear_relative":
+            states["nuclear_mean"] = lambda m, n: (2,)
         if group["normalize"] == "rows":
             across = group["transposed"]
             states["row_energy"] = lambda m, n: (n if across else m,)
@@ -167,7 +188,7 @@ class Polar:
         """Whether `root` serves: the direction is the matrix times a root of its Gram matrix, which shards can apply."""
         if type(self) is not Polar or len(split.matrices) != 1 or split.rows < split.cols:
             return False
-        if (group["center_rows"] and split.transposed) or self.owner_states(group):
+        if (group["center_rows"] and split.transposed) or self.owner_states(group).keys() - {"nuclear_mean"}:
             return False
         truncated = self.bounded(group) and dtype != torch.float64
         if not (group["oracle"] in ("auto", "gram") or truncated) or split.stacked:
@@ -218,18 +239,28 @@ class Polar:
         if group["normalize"] == "rows":
             D, energy = rows_normalized(D, state["row_energy"], group["betas"][1], group["transposed"])
             state = {**state, "row_energy": energy}
-        return Direction(D, self.scale(A.shape[-2:], nuclear, group), state, nuclear, *known)
+        scale = self.scale(A.shape[-2:], nuclear, group)
+        if group["scale"] == "nuclear_relative":
+            scale, seen = relative(scale, state["nuclear_mean"])
+            state = {**state, "nuclear_mean": seen}
+        return Direction(D, scale, state, nuclear, *known)
 
-    def root(self, S: Tensor, m: int, group: Group, bound: Tensor | None) -> tuple[InverseSqrt, Tensor]:
-        """Of a tall m x n matrix, from its Gram matrix S (n, n): X (n, n) so that A X is its direction, and its scale.
+    def root(
+        self, S: Tensor, m: int, group: Group, bound: Tensor | None, state: dict[str, Tensor]
+    ) -> tuple[InverseSqrt, Tensor, dict[str, Tensor]]:
+        """Of a tall m x n matrix, from its Gram matrix S (n, n): X (n, n) so that A X is its direction; scale; next state.
 
-        ``bound`` (0-d fp64) bounds its spectral norm, where `bounded`.
+        ``bound`` (0-d fp64) bounds its spectral norm, where `bounded`; the scale is (1,), the state of one matrix.
         """
         if bound is not None:
             root = gram_qdwh(S, bound, group["steps"])
-            return root, self.scale((m, S.shape[-1]), root.nuclear_norm, group)
-        root = inverse_sqrt(S, lower=group["lower"], homogenized=group["spectrum"] == "homogenized")
-        return root, self.scale((m, S.shape[-1]), root.nuclear_norm, group)
+        else:
+            root = inverse_sqrt(S, lower=group["lower"], homogenized=group["spectrum"] == "homogenized")
+        scale = self.scale((m, S.shape[-1]), root.nuclear_norm.view(1), group)
+        if group["scale"] == "nuclear_relative":
+            scale, seen = relative(scale, state["nuclear_mean"])
+            state = {**state, "nuclear_mean": seen}
+        return root, scale, state
 
     def scale(self, shape: Sequence[int], nuclear: Tensor, group: Group) -> Tensor:
         """The factor of each direction, in fp64; ``shape`` is (rows, columns) as stored."""

@@ -1,8 +1,8 @@
 """What one step executes: top-level operations, and the calls on a matrix's way: `python -m benchmarks.step [--json FILE]`.
 
 Operations are those that the profiler shows at the top level, views and empty tensors left out, a foreach call counted
-once: on a GPU each is a kernel's launch or more. Calls are the Python frames of polargrad_dist that are entered between
-``step()`` and the written weight of one matrix, scheduler included and the oracle (polar/) left out, and their files.
+once: on a GPU each is a kernel's launch or more. Calls are the Python frames of polargrad_dist that ``step()`` enters where
+there is one matrix, scheduler included and the oracle (polar/) left out, and their files.
 """
 
 from __future__ import annotations

@@ -249,7 +249,8 @@ class Batch:
                 x.mul_(shrink)
             if before is not None:
                 x = torch.where(ok, x, before)
-            new = split_bf16(x, low) if low is not None else x.to(old.dtype)
+            new = x.to(old.dtype) if narrow and low is None else x
+            new = new if low is None else split_bf16(x, low)
         if self.shares:
             return new if self.travel.dtype is None or narrow else (new - old).to(self.travel.dtype)
         torch._foreach_copy_(weights, list(new.unbind(0)))

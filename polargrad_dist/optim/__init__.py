@@ -5,7 +5,14 @@ from polargrad_dist.optim.matrix import Direction, Polar, register_rule
 from polargrad_dist.optim.optimizer import PolarGrad
 from polargrad_dist.optim.planning import plan_for
 from polargrad_dist.optim.routing import route, routing_table
-from polargrad_dist.optim.rules import OptimizerConfig, Rule, adamw_rule, muon_rule, polarsgdm_rule, relative_rule
+from polargrad_dist.optim.rules import (
+    OptimizerConfig,
+    Rule,
+    adamw_rule,
+    muon_rule,
+    polarsgdm_rule,
+    relative_rule,
+)
 
 __all__ = [
     "Direction", "Muon", "OptimizerConfig", "Polar", "PolarGrad", "PolarGradM", "PolarHB", "PolarMuon", "PolarSGDM", "Rule",

@@ -29,7 +29,7 @@ def slow_roles(optimizer: OptimizerConfig, stats: dict[str, dict[str, float]], s
         if 0 < rule.lr * norm < LOW * STEP:
             found.append(
                 f"optimizer.{name}.lr is {rule.lr:g}, with which {' and '.join(roles)} hardly train: times the nuclear "
-                f"norm {norm:.3g} it is {rule.lr * norm:.2g}, expected about {STEP}: try {STEP / norm:.2g} "
-                "(docs/choosing-rules.md)"
+                f"norm {norm:.3g} it is {rule.lr * norm:.2g}, expected about {STEP}: try {STEP / norm:.2g}, "
+                "or scale nuclear_relative with lr 1 (docs/choosing-rules.md)"
             )
     return found

@@ -29,7 +29,7 @@ from pathlib import Path
 import pytest
 
 from tests.commandline import ROOT, train
-from tests.tools.conftest import arguments, corpus, trained
+from tests.tools.conftest import SMALL, arguments, corpus, trained
 from tests.tools.test_evaluate import questions
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -181,13 +181,18 @@ def test_every_run_passes_the_checks_before_data_on_the_ranks_that_it_names(
         return
     shown = [word for word in words if word.startswith("--dry_run")]
     ranks = re.search(r"--nproc_per_node (\d+)", line)
-    text = shlex.join(words).replace("configs/NAME.yaml", "configs/quickstart.yaml")
+    text = f"{shlex.join(words)} ".replace("configs/NAME.yaml", "configs/quickstart.yaml")
+    text = re.sub(r"--config (?=--|$)", "--config configs/gpt2-small-fineweb.yaml ", text)
     if "--config" not in words:
         text = f"--config configs/quickstart.yaml {text}"
-    text = text.replace("--config --", "--config configs/quickstart.yaml --").removesuffix(" --config")
-    text = text.replace("FOLDER_OR_HUB_NAME", str(trained("qwen2.5")))
+    if "my.yaml" in words:
+        (block,) = re.findall(r"```yaml\n(model:.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+        (own := tmp_path_factory.mktemp("own") / "my.yaml").write_text(block)
+        text = text.replace("my.yaml", str(own))
     if "init_from" in text:
-        text += " --model.architecture qwen2.5"
+        # The configuration's sizes are then those of the run that weights come from.
+        text = text.replace("FOLDER_OR_HUB_NAME", str(trained("qwen2.5")))
+        text += " --model.architecture qwen2.5 --trainer.sequence_length 64 " + " ".join(SMALL[:8])
     text = text.replace(" --any.key value", "")
     text += f" --trainer.run_dir {tmp_path_factory.getbasetemp() / 'none'}"
     code, errors = dry(text if shown else f"{text} --dry_run {ranks[1] if ranks else 1}", bool(shown))
@@ -199,17 +204,18 @@ class ParsedError(Exception):
 
 
 @contextlib.contextmanager
-def only_parsed(module: str, words: list[str], monkeypatch):
+def only_parsed(loaded, words: list[str], monkeypatch):
     """``python -m MODULE WORDS`` up to the moment when its arguments are read."""
-    real = argparse.ArgumentParser.parse_args
+    method = "parse_known_args" if "parse_known_args(" in Path(loaded.__file__).read_text() else "parse_args"
+    real = getattr(argparse.ArgumentParser, method)
 
-    def parse_args(self, *args, **kwargs):
+    def parse(self, *args, **kwargs):
         real(self, *args, **kwargs)
         raise ParsedError
 
     with monkeypatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
-        patch.setattr(sys, "argv", [module, *words])
+        patch.setattr(argparse.ArgumentParser, method, parse)
+        patch.setattr(sys, "argv", ["python", *words])
         yield
 
 
@@ -232,10 +238,10 @@ def test_every_benchmark_and_experiment_takes_its_arguments(page, line, monkeypa
         return
     words = ["3" if word == "N" else "file.json" if word == "FILE" else word for word in words]
     source = Path(loaded.__file__).read_text()
-    if "parse_args" not in source:
+    if "parse_args" not in source and "parse_known_args" not in source:
         assert not any(word.startswith("-") for word in words), f"{page}: {line}"
         return
-    with only_parsed(module, words, monkeypatch), pytest.raises(ParsedError):
+    with only_parsed(loaded, words, monkeypatch), pytest.raises(ParsedError):
         loaded.main()
 
 
@@ -266,7 +272,7 @@ def test_every_tool_does_what_the_page_asks_of_it(page, line, desk, monkeypatch,
     if not words:
         return
     if any(word in line for word in NETWORK) or "--text" in words:
-        with only_parsed(module, words, monkeypatch), pytest.raises(ParsedError):
+        with only_parsed(loaded, words, monkeypatch), pytest.raises(ParsedError):
             loaded.main()
         return
     words = ["runs/a" if word == "RUN" else word for word in words]

@@ -74,9 +74,14 @@ def main() -> int:
     config, configuration, show = parse_run()
     if show is not None:
         trainer = config.trainer.for_world(show.ranks)
-        _, _, build = checked(config, configuration, trainer, show.ranks)
+        adopted, _, build = checked(config, configuration, trainer, show.ranks)
         for path in missing_paths(config.data):
             print(f"data.paths: {path} does not exist on this machine, where a run would be refused\n")
+        if adopted.vocab_size is None and config.data.planned_vocab_size is None:
+            print(
+                f"model.vocab_size: {build(device='meta').vocab_size:,} assumed, {adopted.architecture}'s own, since the "
+                "tokenizer is opened only by a run; set it to the tokenizer's for exact figures\n"
+            )
         return dry_run(build, config.optimizer, config.trainer, show.ranks, show.full)
     return pretrain(config, configuration).exit_code
 

@@ -87,7 +87,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     tasks = [task for task in (options.tasks or "").split(",") if task]
     folder = Path(options.run)
     if (folder / "config.json").is_file():
-        if options.text or options.hellaswag or not tasks:
+        if options.text or options.hellaswag or options.step is not None or not tasks:
             raise ConfigError(
                 f"{folder} is an exported folder, expected --tasks alone: name the run for anything else"
             )

@@ -229,6 +229,15 @@ def _in_words(kind: str) -> str:
     return _TYPES.get(name, f"the fields of {name}")
 
 
+def program() -> str:
+    """The name of the program as it was started: ``train.py``, or ``python -m tools.report`` of a package's ``__main__``."""
+    path = Path(sys.argv[0])
+    if path.name != "__main__.py":
+        return path.name
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec is not None else path.parent.name
+
+
 def run(main: Callable[[], int]) -> None:
     """Exits with the code of ``main``. A known error is one sentence, and exit code 2 if the user can fix it, else 1."""
     # It needs a stderr that is a real file.
@@ -238,7 +247,7 @@ def run(main: Callable[[], int]) -> None:
         code = main()
     except PolarGradError as error:
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+            print(f"{program()}: error: {error}", file=sys.stderr, flush=True)
         code = USER_ERROR if isinstance(error, ConfigError | DataError | CheckpointError) else 1
     flush()
     sys.exit(code)

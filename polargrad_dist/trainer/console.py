@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import textwrap
@@ -9,6 +10,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+# Goes to the run's log.txt alone: the terminal has the line already.
+file_only = logging.getLogger("polargrad_dist.trainer.console")
 COLUMNS = 120
 MEMORY = 0.95
 """Weight of the past in the smoothed loss of the bar, per step; less at the start, where the loss falls fast."""
@@ -24,7 +27,7 @@ class Console:
         self._smooth: float | None = None
         self._seen = 0
         self._figures: dict[str, float] = {}
-        self.mode = mode
+        self.mode, self.silent = mode, mode == "off"
         self._unless_gone(self._start)
 
     def tick(self, record: dict[str, Any]) -> None:
@@ -33,8 +36,16 @@ class Console:
             self._unless_gone(lambda: self._move(record))
 
     def show(self, row: dict[str, Any]) -> None:
-        """A row of the metrics, in a line that stays."""
-        self._unless_gone(lambda: self._show(row))
+        """A row of the metrics, in a line that stays, on the terminal and in log.txt."""
+        if self.silent:
+            return
+        done = row["step"] - self.first
+        left = (self.steps - row["step"]) * (time.monotonic() - self.began) / max(1, done)
+        # The bar itself shows the time that is left.
+        text = line(row, self.steps, left if self._bar is None else None)
+        self._figures |= {name: row[name] for name in ("tokens_per_second", "mfu") if name in row}
+        self._unless_gone(lambda: self._print(text))
+        file_only.info(text)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -78,14 +89,11 @@ class Console:
             parts.append(f"mfu {known['mfu']:.0%}")
         return "  ".join(parts)
 
-    def _show(self, row: dict[str, Any]) -> None:
+    def _print(self, text: str) -> None:
         if self._bar is not None:
-            self._figures |= {name: row[name] for name in ("tokens_per_second", "mfu") if name in row}
-            self._bar.write(line(row, self.steps), file=sys.stderr)
+            self._bar.write(text, file=sys.stderr)
         elif self.mode == "lines":
-            done = row["step"] - self.first
-            left = (self.steps - row["step"]) * (time.monotonic() - self.began) / max(1, done)
-            print(line(row, self.steps, left), file=sys.stderr, flush=True)
+            print(text, file=sys.stderr, flush=True)
 
     def _unless_gone(self, act: Callable[[], Any]) -> None:
         """A closed pipe, a hung-up terminal, a full disk behind a redirection: the figures are in metrics.jsonl."""

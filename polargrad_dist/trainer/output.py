@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from polargrad_dist.errors import ConfigError
+from polargrad_dist.trainer.console import file_only
 
 log = logging.getLogger("polargrad_dist.trainer")
 # What a place that nobody can write to says, as against a disk that is full or failing for a while.
@@ -42,7 +43,7 @@ class ToFile(logging.FileHandler):
 
 
 def start_log(folder: Path, rank: int) -> None:
-    """Warnings and news of this project to the terminal (rank 0) and to the run's log.txt (all ranks, with their number).
+    """Sends log messages to the terminal (rank 0) and to the run's log.txt (all ranks, with their number).
 
     Raises ``ConfigError`` for a log.txt that can never be written.
     """
@@ -53,6 +54,8 @@ def start_log(folder: Path, rank: int) -> None:
         root.removeHandler(handler)
         handler.close()
     handlers: list[logging.Handler] = [ToTerminal()] if rank == 0 else []
+    for handler in handlers:
+        handler.addFilter(lambda record: record.name != file_only.name)
     missing = None
     try:
         handlers.append(ToFile(folder / "log.txt"))

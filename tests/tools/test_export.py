@@ -136,7 +136,10 @@ def test_the_command_takes_a_run_or_a_checkpoint_and_refuses_what_it_cannot_do(t
     for args, expected in (
         ((run, tmp_path / "a"), "is not empty"),
         ((tmp_path, tmp_path / "b"), "neither a run directory"),
-        ((run, tmp_path / "b", "--step", "3"), "no valid checkpoint of step 3"),
+        (
+            (run, tmp_path / "b", "--step", "3"),
+            "holds no checkpoint of step 3, expected one of 4: name one of them with --step",
+        ),
         ((run, tmp_path / "b", "--format", "dcp", "--dtype", "bfloat16"), "--dtype is set with --format dcp"),
     ):
         assert expected in tool("tools.export", *args, code=2)

@@ -257,6 +257,14 @@ def test_a_dry_run_says_which_data_are_not_there(tmp_path):
     assert f"data.paths: {tmp_path}/none.txt does not exist on this machine" in found.stdout
 
 
+def test_a_dry_run_says_which_vocabulary_it_assumes_where_none_is_known():
+    command = ("--config", "configs/quickstart.yaml", "--dry_run", "1")
+    hub = train(*command, "--data.tokenizer.name", "gpt2")
+    assert "model.vocab_size: 151,936 assumed, qwen2.5's own" in hub.stdout
+    for known in ((), ("--data.tokenizer.name", "gpt2", "--model.vocab_size", "50257")):
+        assert "assumed" not in train(*command, *known).stdout
+
+
 def test_a_dry_run_has_a_line_per_role_and_the_full_one_a_line_per_matrix():
     command = ("--config", "configs/quickstart.yaml")
     short = train(*command, "--dry_run", "2").stdout

@@ -14,6 +14,7 @@ from polargrad_dist.trainer.checkpoint.manifest import (
     checkpoints_in,
     misplaced,
     read_piece,
+    step_of,
     verify,
 )
 from polargrad_dist.trainer.checkpoint.storage import as_bytes
@@ -108,7 +109,13 @@ def find_checkpoint(path: Path | str, step: int | None = None) -> Checkpoint:
         )
     found = checkpoints_in(path / "checkpoints")
     if step is not None:
-        found = [folder for folder in found if folder.name == f"step-{step:08}"]
+        steps = [step_of(folder) for folder in found]
+        found = [folder for folder in found if step_of(folder) == step]
+        if steps and not found:
+            raise CheckpointError(
+                f"{path} holds no checkpoint of step {step}, expected one of {', '.join(map(str, steps))}: name one of them "
+                "with --step, or leave it out for the newest valid one"
+            )
     problems: list[str] = []
     for folder in reversed(found):
         try:

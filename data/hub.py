@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from data.config import HubConfig
-from data.network import first_line, offline, unreachable
-from data.pieces import Piece, document_pieces, stamp, text_field
+from data.documents import Part, split_document, stamp, text_field
+from data.hub_probe import first_line, offline, unreachable
 from polargrad_dist.errors import DataError
 
 
@@ -45,7 +45,7 @@ class HubSource:
             f"{self._hub.name} ({self._hub.subset or 'default'}, {self._hub.split}) from the Hugging Face hub"
         )
 
-    def pieces(self, start: int = 0, cursor: Any = None) -> Iterator[Piece]:
+    def documents(self, start: int = 0, cursor: Any = None) -> Iterator[Part]:
         rows = self._rows = self._open()
         if cursor is not None:
             rows.load_state_dict(cursor)
@@ -55,7 +55,7 @@ class HubSource:
         try:
             for number, row in enumerate(rows, start):
                 where = f"{self._hub.name}, row {number}"
-                yield from document_pieces(text_field(row, self._text_field, where), self._fraction, where)
+                yield from split_document(text_field(row, self._text_field, where), self._fraction, where)
         except OSError as error:  # what fsspec, requests and httpx raise when the network goes away
             raise DataError(
                 f"{self._hub.name} could not be read on from row {number} ({type(error).__name__}: {error}); what is "

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from data.documents import Part, Source
 from data.loader import Loader, Tokens, permutation
-from data.pieces import Piece, Source
 from polargrad_dist.errors import ConfigError, DataError
 
 MOST = 1_000_000  # samples after which the dealing repeats, at most
@@ -157,12 +157,12 @@ class MixedText:
     def cursor(self) -> None:
         return None
 
-    def pieces(self, start: int = 0, cursor: Any = None) -> Iterator[Piece]:
+    def documents(self, start: int = 0, cursor: Any = None) -> Iterator[Part]:
         for source, count in zip(self._sources, self._counts, strict=True):
             left = self._limit * count // sum(self._counts)
-            for piece in source.pieces():
+            for part in source.documents():
                 if left <= 0:
                     break
-                if not piece.validation:
-                    yield piece
-                    left -= piece.size
+                if not part.validation:
+                    yield part
+                    left -= part.size

@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 
 from data.config import DataConfig
+from data.documents import PART_CHARACTERS, Part, Source
 from data.files import digest, folder_lock, make_folder, read_json, write_atomically, write_json
 from data.gauge import Gauge
-from data.pieces import DOCUMENT_PIECE, Piece, Source
 from data.shards import (
     MANIFEST,
     MAX_SHARD_TOKENS,
@@ -69,7 +69,7 @@ def prepare(
     report(source.describe())
     tokenizer = tokenizer or open_tokenizer(config.tokenizer, source, Path(config.cache) / "tokenizers")
     inputs = source.identity() | {
-        "pieces": DOCUMENT_PIECE,
+        "pieces": PART_CHARACTERS,
         "tokenizer": tokenizer.info.hash,
         "end_of_text": tokenizer.info.end_of_text,
         "shard_tokens": config.shard_tokens,
@@ -117,9 +117,9 @@ def _short(value: Any) -> str:
 
 @dataclass
 class Progress:
-    """How far a corpus is done: ``pieces`` are in the shards named here, which are whole."""
+    """How far a corpus is prepared: the first ``parts`` of its documents are in the shards named here."""
 
-    pieces: int = 0
+    parts: int = 0
     cursor: Any = None
     """The source's own word for the same place."""
     train: list[Shard] = field(default_factory=list)
@@ -140,7 +140,9 @@ class Progress:
             raise DataError(f"{path} is damaged ({error!r}); delete {folder} and prepare again.") from error
 
     def save(self, folder: Path, inputs: dict[str, Any]) -> None:
-        write_json(folder / PROGRESS, asdict(self) | {"inputs": inputs})
+        saved = asdict(self) | {"inputs": inputs}
+        # The count's name in the file, and in the folder's key, stays that of earlier versions, whose folders still go on.
+        write_json(folder / PROGRESS, {"pieces": saved.pop("parts")} | saved)
 
     @property
     def tokens(self) -> int:
@@ -151,20 +153,20 @@ class Progress:
 class Buffer:
     """Tokens of one split that are not in a shard yet."""
 
-    parts: list[np.ndarray] = field(default_factory=list)
+    arrays: list[np.ndarray] = field(default_factory=list)
     tokens: int = 0
     documents: int = 0
     text_bytes: int = 0
 
-    def add(self, piece: Piece, ids: np.ndarray, end_of_text: np.ndarray) -> None:
-        self.parts += [end_of_text, ids] if piece.begins else [ids]
-        self.tokens += len(ids) + piece.begins
-        self.documents += piece.begins
-        self.text_bytes += piece.size
+    def add(self, part: Part, ids: np.ndarray, end_of_text: np.ndarray) -> None:
+        self.arrays += [end_of_text, ids] if part.begins else [ids]
+        self.tokens += len(ids) + part.begins
+        self.documents += part.begins
+        self.text_bytes += part.size
 
     def write(self, path: Path) -> Shard:
         return write_shard(
-            path, np.concatenate(self.parts), documents=self.documents, text_bytes=self.text_bytes
+            path, np.concatenate(self.arrays), documents=self.documents, text_bytes=self.text_bytes
         )
 
 
@@ -177,13 +179,15 @@ def _write_shards(
     report: Report,
 ) -> None:
     progress = Progress.load(folder, inputs)
-    if progress.pieces:
-        report(f"continuing after {progress.pieces:,} pieces and {len(progress.train)} shards in {folder}")
+    if progress.parts:
+        report(
+            f"continuing after {progress.parts:,} parts of documents and {len(progress.train)} shards in {folder}"
+        )
     dtype = token_dtype(tokenizer.info.vocab_size)
     end_of_text = np.array([tokenizer.info.end_of_text], dtype)
     limit = config.max_tokens or sys.maxsize
     buffers = {"train": Buffer(), "validation": Buffer()}
-    done, cursor = progress.pieces, progress.cursor
+    done, cursor = progress.parts, progress.cursor
 
     def flush() -> None:
         for split, buffer in buffers.items():
@@ -192,11 +196,11 @@ def _write_shards(
                 shards.append(buffer.write(folder / f"{split}-{len(shards):05}.bin"))
                 report(f"wrote {folder / shards[-1].name}: {buffer.tokens:,} tokens")
                 buffers[split] = Buffer()
-        progress.pieces, progress.cursor = done, cursor
+        progress.parts, progress.cursor = done, cursor
         progress.save(folder, inputs)
 
     gauge = Gauge(source.size, config.max_tokens, report, progress.tokens)
-    chunks = _chunks(source, progress.pieces, progress.cursor)
+    chunks = _chunks(source, progress.parts, progress.cursor)
     with (
         contextlib.closing(gauge),
         contextlib.closing(_tokenized(chunks, tokenizer, config.workers or _cores(), dtype)) as tokenized,
@@ -204,9 +208,9 @@ def _write_shards(
         while progress.tokens + buffers["train"].tokens < limit:
             if (chunk := next(tokenized, None)) is None:
                 break
-            for piece, ids in zip(chunk.pieces, chunk.ids, strict=True):
-                buffers["validation" if piece.validation else "train"].add(piece, ids, end_of_text)
-            done, cursor = done + len(chunk.pieces), chunk.cursor
+            for part, ids in zip(chunk.parts, chunk.ids, strict=True):
+                buffers["validation" if part.validation else "train"].add(part, ids, end_of_text)
+            done, cursor = done + len(chunk.parts), chunk.cursor
             gauge.show(chunk.position, progress.tokens + buffers["train"].tokens)
             if buffers["train"].tokens >= config.shard_tokens:
                 flush()
@@ -234,22 +238,22 @@ def _write_shards(
 class Chunk:
     """About 1 MiB of text on its way from the source to a shard."""
 
-    pieces: list[Piece]
+    parts: list[Part]
     cursor: Any
     position: int
     ids: list[np.ndarray] = field(default_factory=list)
 
     @property
     def size(self) -> int:
-        return sum(piece.size for piece in self.pieces)
+        return sum(part.size for part in self.parts)
 
     def portions(self) -> Iterator[list[str]]:
         """Its texts in lots of about 1 MiB: what a tokenizer is given at once is what it needs memory for."""
         lot: list[str] = []
         size = 0
-        for piece in self.pieces:
-            lot.append(piece.text)
-            size += piece.size
+        for part in self.parts:
+            lot.append(part.text)
+            size += part.size
             if size >= CHUNK_BYTES:
                 yield lot
                 lot, size = [], 0
@@ -300,16 +304,16 @@ def _one_thread_each() -> Iterator[None]:
 
 
 def _chunks(source: Source, start: int, cursor: Any) -> Iterator[Chunk]:
-    pieces: list[Piece] = []
+    parts: list[Part] = []
     size = 0
-    for piece in source.pieces(start, cursor):
-        pieces.append(piece)
-        size += piece.size
-        if size >= CHUNK_BYTES and piece.ends:
-            yield Chunk(pieces, source.cursor(), source.position)
-            pieces, size = [], 0
-    if pieces:
-        yield Chunk(pieces, source.cursor(), source.position)
+    for part in source.documents(start, cursor):
+        parts.append(part)
+        size += part.size
+        if size >= CHUNK_BYTES and part.ends:
+            yield Chunk(parts, source.cursor(), source.position)
+            parts, size = [], 0
+    if parts:
+        yield Chunk(parts, source.cursor(), source.position)
 
 
 def _cores() -> int:

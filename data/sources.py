@@ -1,4 +1,4 @@
-"""Corpora: where text comes from, always in the same order, cut into pieces and split into training and validation.
+"""Corpora: where text comes from, always in the same order, cut into parts and split into training and validation.
 
 A source knows neither tokenizers nor shards. Its identity (JSON-able) changes whenever its text could have changed.
 """
@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data.config import DataConfig, SourceConfig
+from data.documents import Part, Source, document_hash, split_document, stamp, text_field
 from data.hub import HubSource
-from data.pieces import Piece, Source, document_hash, document_pieces, stamp, text_field
 from data.remote import PACKED, File, find_remote, is_remote, kind, opened, size_of, unpacked_size
 from polargrad_dist.errors import ConfigError, DataError
 
 LINE_BYTES = 2**27
-PIECE_BYTES = 2**18  # plain text is read in pieces of this size, cut at a line break
+PART_BYTES = 2**18  # plain text is read in parts of this size, cut at a line break
 TEXT, LINES, PARQUET = (".txt", ".md"), (".jsonl", ".ndjson"), (".parquet",)
 _NO_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -99,7 +99,7 @@ class BuiltinSource:
     def cursor(self) -> None:
         return None
 
-    def pieces(self, start: int = 0, cursor: Any = None) -> Iterator[Piece]:
+    def documents(self, start: int = 0, cursor: Any = None) -> Iterator[Part]:
         wanted, kept = self._fraction * self.size, 0
         validation: set[int] = set()
         for index in sorted(range(len(self._documents)), key=lambda i: document_hash(self._documents[i][1])):
@@ -110,7 +110,7 @@ class BuiltinSource:
         self.position = sum(len(text) for _, text in self._documents[:start])
         for index, (_, text) in enumerate(self._documents[start:], start):
             self.position += len(text)
-            yield Piece(text.decode(), len(text), index in validation)
+            yield Part(text.decode(), len(text), index in validation)
 
 
 def _library_sources(root: Path) -> Iterator[tuple[str, bytes]]:
@@ -183,15 +183,15 @@ class FileSource:
         """Bytes of the files, as they lie, that are read so far."""
         return self._before + (self._raw[0].tell() if self._raw and not self._raw[0].closed else 0)
 
-    def pieces(self, start: int = 0, cursor: Any = None) -> Iterator[Piece]:
-        return itertools.islice(self._pieces(), start, None)
+    def documents(self, start: int = 0, cursor: Any = None) -> Iterator[Part]:
+        return itertools.islice(self._documents(), start, None)
 
-    def _pieces(self) -> Iterator[Piece]:
+    def _documents(self) -> Iterator[Part]:
         # Validation files come first, so that a limit on training tokens never cuts them off.
         self._before = 0
         for path in self._validation:
-            for piece in self._read(path, sys.maxsize):
-                yield piece._replace(validation=True)
+            for part in self._read(path, sys.maxsize):
+                yield part._replace(validation=True)
             self._before += size_of(path)
         before = 0
         for path in self._files:
@@ -199,12 +199,12 @@ class FileSource:
             before += unpacked_size(path) if kind(path) in TEXT else 0
             self._before += size_of(path)
 
-    def _read(self, path: File, split: int) -> Iterator[Piece]:
+    def _read(self, path: File, split: int) -> Iterator[Part]:
         if kind(path) in TEXT:
             return read_text(path, split, self._raw)
         read = read_json_lines if kind(path) in LINES else read_parquet
         documents = read(path, self._field, self._raw)
-        return (piece for where, text in documents for piece in document_pieces(text, self._fraction, where))
+        return (part for where, text in documents for part in split_document(text, self._fraction, where))
 
 
 def missing_paths(config: DataConfig) -> list[str]:
@@ -277,8 +277,8 @@ def _known(path: Path, suffixes: tuple[str, ...]) -> bool:
     return (kind(path) if path.suffix in PACKED and kind(path) in TEXT + LINES else path.suffix) in suffixes
 
 
-def read_text(path: File, split: int, raw: list[BinaryIO] | None = None) -> Iterator[Piece]:
-    """One document in pieces that end at line breaks; those from byte ``split`` on are for validation.
+def read_text(path: File, split: int, raw: list[BinaryIO] | None = None) -> Iterator[Part]:
+    """One document in parts that end at line breaks; those from byte ``split`` on are for validation.
 
     raw: see `data.remote.opened`.
     """
@@ -287,7 +287,7 @@ def read_text(path: File, split: int, raw: list[BinaryIO] | None = None) -> Iter
     rest = b""
     with opened(path, raw) as file:
         while position < size:
-            stop = position + PIECE_BYTES
+            stop = position + PART_BYTES
             wanted = min(stop, split if position < split else stop) - position
             block, rest = (rest + file.read(max(0, wanted - len(rest)))), b""
             if len(block) > wanted:
@@ -295,7 +295,7 @@ def read_text(path: File, split: int, raw: list[BinaryIO] | None = None) -> Iter
             if not block.endswith(b"\n"):
                 more, end = rest, rest.find(b"\n") + 1
                 if not end:
-                    more += file.readline(max(1, PIECE_BYTES - len(rest)))
+                    more += file.readline(max(1, PART_BYTES - len(rest)))
                     end = len(more)
                 block, rest = block + more[:end], more[end:]
             if not block.endswith(b"\n") and position + len(block) < size:
@@ -306,7 +306,7 @@ def read_text(path: File, split: int, raw: list[BinaryIO] | None = None) -> Iter
             except UnicodeDecodeError as error:
                 raise DataError(_not_utf8(path, line + block.count(b"\n", 0, error.start), error)) from error
             validation = position >= split
-            yield Piece(text, len(block), validation, position == 0 or validation != was_validation)
+            yield Part(text, len(block), validation, position == 0 or validation != was_validation)
             position, line, was_validation = position + len(block), line + block.count(b"\n"), validation
 
 

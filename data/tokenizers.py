@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from data.config import TokenizerConfig
+from data.documents import Source
 from data.files import digest, make_folder, read_json, sha256, write_atomically
-from data.network import first_line, unreachable
-from data.pieces import Source
+from data.hub_probe import first_line, unreachable
 from polargrad_dist.errors import ConfigError, DataError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -257,10 +257,10 @@ def _without_long_words(text: str) -> Iterator[str]:
 
 def _training_text(source: Source, limit: int) -> Iterator[str]:
     seen = 0
-    for piece in source.pieces():
-        if piece.validation:
+    for part in source.documents():
+        if part.validation:
             continue
-        yield from _without_long_words(piece.text)
-        seen += piece.size
+        yield from _without_long_words(part.text)
+        seen += part.size
         if seen >= limit:
             return

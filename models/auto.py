@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data.network import first_line, unreachable
+from data.hub_probe import first_line, unreachable
 from models.base import LanguageModel
 from models.config import Sizes
 from models.loss import PIECE

@@ -8,8 +8,8 @@ import torch
 import yaml
 
 from data.config import DataConfig
+from data.dataset import open_data
 from data.kept import INFO, keep, kept
-from data.open import open_data
 from data.prepare import parse as parse_prepare
 from data.tokenizers import open_ready
 from polargrad_dist.errors import CheckpointError, ConfigError, DataError

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from data import bigram_baseline
+from data import measure_bigram
 from polargrad_dist.trainer import header
 from tools.runs import data_of
 
@@ -20,7 +20,7 @@ def measure(folder: Path, data: Any = None) -> dict[str, float | None]:
     known = header.read_facts(folder).get("bigram")
     if isinstance(known, dict) and {"loss", "bits_per_byte"} <= known.keys():
         return known
-    found = bigram_baseline(data_of(folder) if data is None else data)
+    found = measure_bigram(data_of(folder) if data is None else data)
     figures = {"loss": found.bits_per_token * math.log(2), "bits_per_byte": found.bits_per_byte}
     header.note(folder, bigram=figures)
     return figures

@@ -17,7 +17,7 @@ import torch
 
 from data.config import DataConfig
 from data.corpora import validation_corpus
-from data.open import ValidationMaker
+from data.dataset import ValidationMaker
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.trainer.choices import read_questions, score
 from polargrad_dist.trainer.cli import run as run_main

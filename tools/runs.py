@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from data import open_data
+from data.dataset import Data
 from data.kept import Kept, kept
-from data.open import Data
 from data.tokenizers import Tokenizer
 from models import LanguageModel, ModelConfig, build_model
 from polargrad_dist.errors import CheckpointError

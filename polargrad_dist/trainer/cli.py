@@ -1,4 +1,4 @@
-"""From the command line to a configuration, and from an error to one sentence and an exit code."""
+"""Parses the command line into a configuration, and turns known errors into one sentence and an exit code."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ USER_ERROR = 2
 
 
 class DryRun(NamedTuple):
-    """A run that is only shown: on how many ranks, and whether with every matrix."""
+    """A dry run: the number of ranks, and whether to list every matrix."""
 
     ranks: int
     full: bool
 
 
 def asked_to_show(short: int | None, full: int | None) -> DryRun | None:
-    """What ``--dry_run`` and ``--dry_run_full`` ask for; raises ``ConfigError`` for fewer than one rank."""
+    """The dry run of ``--dry_run`` or ``--dry_run_full``, or None; raises ``ConfigError`` for fewer than one rank."""
     for name, ranks in (("--dry_run", short), ("--dry_run_full", full)):
         if ranks is not None and ranks < 1:
             raise ConfigError(f"{name} is {ranks}, expected the number of ranks to plan for, at least 1")
@@ -43,8 +43,8 @@ def parse(
 ) -> tuple[T, dict[str, Any], DryRun | None]:
     """Reads ``--config FILE`` and dotted overrides into the dataclass ``kind``.
 
-    Returns it, its JSON-able form, and what ``--dry_run`` asks for or None. Raises ``ConfigError`` for an unknown key
-    (with the nearest valid one) or a wrong type.
+    Returns the dataclass, its JSON-able form, and the dry run or None. Raises ``ConfigError`` for an unknown key (with the
+    nearest valid one) or a wrong type.
     """
     from jsonargparse import ArgumentError
 
@@ -55,7 +55,7 @@ def parse(
         type=int,
         default=None,
         metavar="N",
-        help="build nothing: show parameters and rules by role, memory and traffic on N ranks",
+        help="train nothing: show parameters and rules by role, memory and traffic on N ranks",
     )
     parser.add_argument(
         "--dry_run_full",
@@ -156,7 +156,7 @@ def _plain(word: str) -> Any:
 
 
 def known_keys(parser: Any) -> list[str]:
-    """Every dotted key that the command line takes."""
+    """Every dotted key of the command line."""
     return sorted(
         {
             option[2:]
@@ -180,7 +180,7 @@ _TYPES = {
 
 
 def sentence(message: str, known: list[str]) -> str:
-    """jsonargparse's message as one sentence: a value with what was expected, an unknown key with the nearest valid one."""
+    """jsonargparse's message as one sentence: found and expected value, or the unknown key and the nearest valid one."""
     text = " ".join(message.split())
     if stray := re.search(r"unrecognized arguments: (\S+)", text):
         word = stray.group(1)
@@ -210,7 +210,7 @@ def sentence(message: str, known: list[str]) -> str:
     if expected and re.search(r"Subtypes: \[<class '[\w.]+\.[A-Z]", text):
         expected.append("a mapping with its fields")
     if expected:
-        value = re.search(r".*(?:Got|Given) value: (.*)$", text)  # the last of them is as the user wrote it
+        value = re.search(r".*(?:Got|Given) value: (.*)$", text)  # the last one is as the user wrote it
         found = value.group(1) if value else "something else"
         if any("list" in kind or "tuple" in kind for kind in expected) and not found.startswith("["):
             return f"{key.group(1)} is {found}, expected a list: write [{found}]"
@@ -240,7 +240,7 @@ def program() -> str:
 
 def run(main: Callable[[], int]) -> None:
     """Exits with the code of ``main``. A known error is one sentence, and exit code 2 if the user can fix it, else 1."""
-    # It needs a stderr that is a real file.
+    # Fails if stderr is not a real file.
     with contextlib.suppress(OSError, ValueError, AttributeError):
         faulthandler.enable()
     try:

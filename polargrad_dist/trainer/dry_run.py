@@ -1,4 +1,4 @@
-"""What a run would be, on N ranks, without building it: parameters, routing, owners, memory, traffic, time."""
+"""The plan of a run on N ranks, without starting it: parameters, routing, owners, memory, traffic, time."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def dry_run(
 ) -> int:
     """Prints the plan of a run on ``ranks`` ranks; ``build(device="meta")`` gives the model's shapes. Returns 0.
 
-    full: every matrix with its owner and cost, in place of a line per role.
+    full: list every matrix with its owner and cost instead of a line per role.
     """
     trainer = trainer.for_world(ranks)
     trainer.check(ranks)
@@ -115,14 +115,14 @@ def dry_run(
 def _for_a_moment(
     build: Callable[..., nn.Module], model: nn.Module, optimizer: OptimizerConfig, trainer: TrainerConfig
 ) -> int:
-    """Bytes that a step needs beside what lasts: activations and a piece of the logits, or the optimizer's buffers."""
+    """Temporary bytes of a step: activations and a piece of the logits, or the optimizer's buffers."""
     try:
         kept = activations(build, trainer)
         print(f"bytes per rank, activations of a micro-batch: {kept:,} ({kept / 2**30:.2f} GiB), uncompiled")
-    except Exception as error:  # whatever a model of one's own does with tensors that hold nothing
+    except Exception as error:  # a custom model may do anything with meta tensors
         reason = " ".join(str(error).split())[:200]
         print(
-            f"bytes per rank, activations: not known, since the model does not run without memory ({reason})"
+            f"bytes per rank, activations: not known, since the model does not run on meta tensors ({reason})"
         )
         kept = 0
     piece = 0

@@ -82,7 +82,7 @@ def test_a_model_that_cannot_run_without_memory_is_said_to_be_one(tmp_path, caps
 
     assert dry_run(build, OptimizerConfig(), settings(tmp_path, device="cpu"), 2) == 0
     printed = capsys.readouterr().out
-    assert "activations: not known, since the model does not run without memory" in printed
+    assert "activations: not known, since the model does not run on meta tensors" in printed
     assert "time per step" not in printed
 
 

@@ -19,13 +19,13 @@ DISCOUNT = 0.75
 
 @dataclass(frozen=True)
 class Bigram:
-    """The baseline's cross-entropy on the validation targets; bits per byte where the text's bytes are known."""
+    """The bigram model's cross-entropy on the validation targets; bits per byte where the text's bytes are known."""
 
     bits_per_token: float
     bits_per_byte: float | None
 
 
-def bigram_baseline(data: Any, *, max_train_tokens: int = 20_000_000) -> Bigram:
+def measure_bigram(data: Any, *, max_train_tokens: int = 20_000_000) -> Bigram:
     """Counts the first training tokens of ``data`` (see `data.Data`) and measures its validation targets."""
     tokens = data.train.tokens
     if data.validation is None:

@@ -1,4 +1,4 @@
-"""Corpora, tokenizers, token shards and the loader. Importing the package imports neither torch nor a tokenizer."""
+"""Corpora, tokenizers, token shards and the loader. Importing the package imports neither torch nor tokenizers."""
 
 from __future__ import annotations
 

@@ -64,9 +64,9 @@ def stamp(path: File) -> list[Any]:
 def text_field(record: dict[str, Any], field: str, where: str) -> str:
     if field not in record:
         fields = ", ".join(map(str, record)) or "nothing"
-        raise DataError(f"{where} has no field {field!r} but {fields}; set data.text_field.")
+        raise DataError(f"{where} has the fields {fields}, expected {field!r}: set data.text_field")
     if not isinstance(record[field], str):
-        raise DataError(f"{where}: {field!r} holds a {type(record[field]).__name__}, expected text.")
+        raise DataError(f"{where}: {field!r} holds a {type(record[field]).__name__}, expected text")
     return record[field]
 
 
@@ -80,7 +80,7 @@ def split_document(text: str, validation_fraction: float, where: str) -> Iterato
         raw = text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{where} holds half a surrogate pair (\\u{ord(text[error.start]):04x}), which is no text."
+            f"{where} holds half a surrogate pair (\\u{ord(text[error.start]):04x}), expected Unicode text: remove it"
         ) from error
     validation = validation_fraction > 0 and document_hash(raw) < validation_fraction * 2**64
     if len(text) <= PART_CHARACTERS:

@@ -1,9 +1,9 @@
-"""From text to token shards: `python -m data.prepare --source files --paths '["*.jsonl"]' --out FOLDER …`.
+"""Turns text into token shards: `python -m data.prepare --source files --paths '["*.jsonl"]' --out FOLDER …`.
 
-Text is read in one order, tokenized by several threads (the tokenizers work outside Python), and written in that order:
-the shards do not depend on the number of threads. After each shard ``progress.json`` says how far the corpus is done,
-so that an interrupted run goes on there; a folder with a manifest is complete. End-of-text opens every document, as in
-modded-nanoGPT's shards.
+Text is read in a fixed order, tokenized by several threads (the tokenizers work outside Python), and written in the same
+order, so the shards do not depend on the number of threads. After each shard ``progress.json`` records the position in the
+corpus, so that an interrupted preparation continues there; a folder with a manifest is complete. Every document begins with
+end-of-text, as in modded-nanoGPT's shards.
 """
 
 from __future__ import annotations
@@ -44,14 +44,16 @@ from polargrad_dist.arguments import read_arguments, safe_parser
 from polargrad_dist.errors import ConfigError, DataError
 
 CHUNK_BYTES = 2**20
-AHEAD_BYTES = 2**25  # text that waits for its tokens or to be written
+AHEAD_BYTES = 2**25  # limit of text that is being tokenized or not yet written
 PROGRESS = "progress.json"
 Report = Callable[[str], None]
 
 
 def say(message: str) -> None:
-    """One line to the terminal."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # a terminal that is gone costs no data
+    """Prints a line to stderr."""
+    with contextlib.suppress(
+        OSError, ValueError, AttributeError
+    ):  # a lost terminal does not stop preparation
         print(message, file=sys.stderr, flush=True)
 
 
@@ -60,9 +62,8 @@ def prepare(
 ) -> Path:
     """Tokenizes the configured corpus, and returns the folder of its shards, complete and with a manifest.
 
-    ``out``: the folder; None for one in ``config.cache`` named by a hash of everything that changes a token. What is
-    there already is kept. ``tokenizer``: one that is open already, in place of the configured one. Raises DataError or
-    ConfigError.
+    ``out``: the folder; None for one in ``config.cache`` named by a hash of everything that changes a token. Existing shards
+    are kept. ``tokenizer``: an open tokenizer, instead of the configured one. Raises DataError or ConfigError.
     """
     _check(config)
     source = open_source(config)
@@ -89,24 +90,27 @@ def prepare(
 def _check(config: DataConfig) -> None:
     if config.sources:
         raise ConfigError(
-            "data.sources is a mixture, whose sources are prepared one by one when a run starts: name one corpus here."
+            "data.sources is a mixture, whose sources are prepared one by one when a run starts, expected one corpus: use "
+            "data.source"
         )
     if not 0 < config.shard_tokens <= MAX_SHARD_TOKENS // 2:
         raise ConfigError(
-            f"data.shard_tokens is {config.shard_tokens}; it must lie in 1 … {MAX_SHARD_TOKENS // 2}."
+            f"data.shard_tokens is {config.shard_tokens}, expected a whole number from 1 to {MAX_SHARD_TOKENS // 2}"
         )
     if config.max_tokens is not None and config.max_tokens < 1:
-        raise ConfigError(f"data.max_tokens is {config.max_tokens}; it must be at least 1, or null for all.")
+        raise ConfigError(
+            f"data.max_tokens is {config.max_tokens}, expected a whole number >= 1, or null for all"
+        )
     if config.workers < 0:
-        raise ConfigError(f"data.workers is {config.workers}; it must be at least 0 (0: one per core).")
+        raise ConfigError(f"data.workers is {config.workers}, expected a whole number >= 0 (0: one per core)")
 
 
 def _same(path: Path, found: dict[str, Any], inputs: dict[str, Any]) -> None:
     for key in inputs:
         if found.get(key) != inputs[key]:
             raise ConfigError(
-                f"{path} was made from other inputs ({key}: {_short(found.get(key))} there, {_short(inputs[key])} here); "
-                "choose another folder, or delete this one."
+                f"{path} was made from other inputs ({key}: {_short(found.get(key))} there, {_short(inputs[key])} here), "
+                "expected the same: choose another folder, or delete this one"
             )
 
 
@@ -121,7 +125,7 @@ class Progress:
 
     parts: int = 0
     cursor: Any = None
-    """The source's own word for the same place."""
+    """The source's own position at that point."""
     train: list[Shard] = field(default_factory=list)
     validation: list[Shard] = field(default_factory=list)
 
@@ -137,7 +141,7 @@ class Progress:
             shards = ([Shard.read(s) for s in raw[split]] for split in ("train", "validation"))
             return cls(int(raw["pieces"]), raw["cursor"], *shards)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(f"{path} is damaged ({error!r}); delete {folder} and prepare again.") from error
+            raise DataError(f"{path} is damaged ({error!r}): delete {folder} and prepare again") from error
 
     def save(self, folder: Path, inputs: dict[str, Any]) -> None:
         saved = asdict(self) | {"inputs": inputs}
@@ -151,7 +155,7 @@ class Progress:
 
 @dataclass
 class Buffer:
-    """Tokens of one split that are not in a shard yet."""
+    """Tokens of one split that are not yet in a shard."""
 
     arrays: list[np.ndarray] = field(default_factory=list)
     tokens: int = 0
@@ -218,7 +222,7 @@ def _write_shards(
         flush()
     if not progress.train:
         raise DataError(
-            f"the corpus ({source.describe()}) holds no training text; add text, or lower data.validation_fraction."
+            f"the corpus ({source.describe()}) holds no training text: add text, or lower data.validation_fraction"
         )
     info = tokenizer.info
     if (text := tokenizer.json()) is not None:
@@ -248,7 +252,7 @@ class Chunk:
         return sum(part.size for part in self.parts)
 
     def portions(self) -> Iterator[list[str]]:
-        """Its texts in lots of about 1 MiB: what a tokenizer is given at once is what it needs memory for."""
+        """Its texts in batches of about 1 MiB, which bound the tokenizer's memory."""
         lot: list[str] = []
         size = 0
         for part in self.parts:
@@ -264,7 +268,7 @@ class Chunk:
 def _tokenized(
     chunks: Iterator[Chunk], tokenizer: Tokenizer, threads: int, dtype: np.dtype
 ) -> Generator[Chunk, None, None]:
-    """The chunks with their ids, in order; a few are tokenized ahead."""
+    """Yields the chunks with their ids, in order, while further ones are being tokenized."""
 
     def work(chunk: Chunk) -> Chunk:
         for texts in chunk.portions():
@@ -290,7 +294,7 @@ def _tokenized(
 
 @contextlib.contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Each of our threads tokenizes a chunk of its own; the tokenizers' own threads on top would only compete."""
+    """Turns off the tokenizers' own threads, which would compete with ours: each of ours tokenizes a chunk."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"
@@ -326,7 +330,7 @@ def parse(args: list[str]) -> tuple[DataConfig, Path | None]:
 
     parser = safe_parser(prog="python -m data.prepare", description="Tokenize a corpus into .bin shards.")
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
-    parser.add_argument("--run", type=str, help="YAML file of a training run, whose data: is prepared")
+    parser.add_argument("--run", type=str, help="YAML file of a training run whose data section to prepare")
     parser.add_argument("--out", type=str, help="folder for the shards; default: one in --cache")
     parser.add_class_arguments(DataConfig)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -343,17 +347,18 @@ def parse(args: list[str]) -> tuple[DataConfig, Path | None]:
 
 
 def _with_nearest_key(message: str, defaults: Any) -> str:
-    """The parser's message; of a key that it does not know, with the one that was probably meant."""
+    """The parser's message; for an unknown key, with the nearest valid one."""
     unknown = re.search(r"unrecognized arguments: --([\w.]+)|Option '([\w.]+)' is not accepted", message)
     if unknown is None:
         return message
     name = unknown[1] or unknown[2]
     nearest = difflib.get_close_matches(name, defaults.keys(), n=1, cutoff=0.3)
-    return f"there is no key {name!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else ".")
+    hint = f"did you mean {nearest[0]!r}?" if nearest else "see --help for the keys"
+    return f"there is no key {name!r}: {hint}"
 
 
 def _data_of(run: Path) -> list[str]:
-    """The data: part of a run's YAML as command-line arguments, which later ones override."""
+    """The data section of a run's YAML as command-line arguments, which later ones override."""
     import yaml
 
     try:
@@ -362,14 +367,14 @@ def _data_of(run: Path) -> list[str]:
         raise ConfigError(f"--run {run} cannot be read as YAML: {error}") from error
     section = content.get("data") if isinstance(content, dict) else None
     if not isinstance(section, dict):
-        raise ConfigError(f"--run {run} has no data: part; name the YAML file of a training run.")
+        raise ConfigError(f"--run {run} has no data section, expected the YAML file of a training run")
     return [
         f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in section.items()
     ]
 
 
 def main() -> int:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file-size limit becomes an error that can be told
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that a file-size limit raises an error instead
     try:
         folder = prepare(*parse(sys.argv[1:]))
     except (DataError, ConfigError) as error:

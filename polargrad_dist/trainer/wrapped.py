@@ -32,7 +32,7 @@ class Wrapped:
         return {f"lookahead/{k}": v for k, v in moves.items()} | {f"average/{k}": v for k, v in mean.items()}
 
     def check_saved(self, path: Path) -> None:
-        """Raises ``CheckpointError`` for a checkpoint without what is configured, which cannot begin in the middle of a run."""
+        """Raises ``CheckpointError`` for a checkpoint without what is configured: it cannot begin in mid-run."""
         saved = {name.partition("/")[0] for name in Manifest.read(path).tensors}
         for kind, key in (("lookahead", "trainer.lookahead.beta"), ("average", "trainer.average.start")):
             if any(name.startswith(f"{kind}/") for name in self.tensors()) and kind not in saved:

@@ -125,7 +125,7 @@ def test_a_prepared_folder_elsewhere_is_fetched_once_and_checked(tmp_path, bucke
     data[-1] ^= 1
     bucket.pipe("/shards/train-00000.bin", bytes(data))
     shard.unlink()
-    with pytest.raises(DataError, match=r"its manifest says .* upload the folder again"):
+    with pytest.raises(DataError, match=r"expected .* by its manifest: upload the folder again"):
         open_data(settings, **SIZES)
     assert not shard.exists()
     with pytest.raises(DataError, match="does not exist"):

@@ -108,7 +108,7 @@ def test_a_tokenizer_that_cannot_be_had_is_said_at_once_with_the_way_out(tmp_pat
     start = time.monotonic()
     for name in ("nobody/no-tokenizer-of-this-name", str(tmp_path)):
         with pytest.raises(
-            DataError, match=r"cannot be loaded .*; set data\.tokenizer\.name to a local folder"
+            DataError, match=r"cannot be loaded .*: set data\.tokenizer\.name to a local folder"
         ):
             open_ready(name, None)
     (tmp_path / "tokenizer.json").write_text("{}")

@@ -313,7 +313,7 @@ class TransformersModel(LanguageModel):
         return flops
 
     def load_pretrained(self, folder: str) -> None:
-        """Takes over weights in Hugging Face's form. Raises ``ConfigError`` where they are of another model."""
+        """Takes over weights in Hugging Face's format. Raises ``ConfigError`` where they are of another model."""
         from models.start import pretrained
 
         self.inner.load_state_dict(pretrained(folder, self.inner.config).state_dict())

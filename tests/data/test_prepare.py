@@ -152,7 +152,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path, c
     assert run.returncode == 2
     last = run.stderr.splitlines()[-1]
     assert last.startswith(f"data.prepare: error: cannot write {limited}/train-00000.bin (")
-    assert "make room and run the same command again to continue" in last
+    assert "free some space and run the same command again to continue" in last
     assert "Traceback" not in run.stderr
     assert sorted(path.name for path in limited.iterdir()) == [".lock"]
     assert subprocess.run(arguments(tmp_path, corpus, limited)).returncode == 0
@@ -249,11 +249,11 @@ def test_the_command_line_takes_yaml_a_runs_data_and_overrides(tmp_path):
     )
     (tmp_path / "wrong.yaml").write_text("sauce: files\n")
     for wrong, message in (
-        (["--sauce", "files"], "no key 'sauce'; did you mean 'source'"),
-        (["--config", str(tmp_path / "wrong.yaml")], "no key 'sauce'; did you mean 'source'"),
+        (["--sauce", "files"], "no key 'sauce': did you mean 'source'"),
+        (["--config", str(tmp_path / "wrong.yaml")], "no key 'sauce': did you mean 'source'"),
         (["--tokenizer.vocabsize", "5"], "did you mean 'tokenizer.vocab_size'"),
         (["--workers", "many"], "Expected a <class 'int'>"),
-        (["--run", str(tmp_path / "data.yaml")], r"data\.yaml has no data: part"),
+        (["--run", str(tmp_path / "data.yaml")], r"data\.yaml has no data section"),
         (["--run", str(tmp_path / "none.yaml")], r"none\.yaml cannot be read"),
     ):
         with pytest.raises(ConfigError, match=message):

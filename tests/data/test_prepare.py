@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import data.prepare as preparing
-from data.prepare import parse, prepare
+from data.prepare import Progress, parse, prepare
 from data.shards import Manifest, open_shard
 from polargrad_dist.errors import ConfigError, DataError
 from tests.data.corpus import config, json_lines, quiet, texts
@@ -118,6 +118,14 @@ def test_a_kill_at_any_moment_costs_no_shard_and_changes_no_byte(tmp_path):
     assert not (killed / "manifest.json").exists()
     assert subprocess.run(arguments(tmp_path, corpus, killed)).returncode == 0
     assert content(killed) == content(straight)
+
+
+def test_an_unfinished_preparation_of_an_earlier_version_goes_on(tmp_path):
+    inputs = {"tokenizer": "abc"}
+    Progress(parts=7, cursor=[1, 2]).save(tmp_path, inputs)
+    saved = json.loads((tmp_path / "progress.json").read_text())
+    assert saved == {"pieces": 7, "cursor": [1, 2], "train": [], "validation": [], "inputs": inputs}
+    assert Progress.load(tmp_path, inputs) == Progress(parts=7, cursor=[1, 2])
 
 
 def test_ctrl_c_leaves_with_a_word_on_how_to_go_on(tmp_path):

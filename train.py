@@ -28,13 +28,13 @@ from polargrad_dist.trainer.preflight import preflight
 
 @dataclass
 class RunConfig:
-    """A whole run.
+    """The configuration of a run.
 
     Args:
-        model: what is trained.
-        data: on which text.
-        optimizer: by which rule, role by role.
-        trainer: for how long, on which ranks, and what is kept.
+        model: the model to train.
+        data: the text to train on.
+        optimizer: the rule of each role.
+        trainer: length, parallelism, evaluation and checkpoints.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -44,7 +44,7 @@ class RunConfig:
 
 
 def parse_run(args: list[str] | None = None) -> tuple[RunConfig, dict[str, Any], DryRun | None]:
-    """The run that a command line describes, its JSON-able form, and what a dry run is to show or None."""
+    """Parses the command line into a run's configuration, its JSON-able form, and the dry run or None."""
     given = sys.argv[1:] if args is None else args
     given = [
         word for word in given if not re.match(r"--local_rank=\d+$", word)
@@ -54,7 +54,7 @@ def parse_run(args: list[str] | None = None) -> tuple[RunConfig, dict[str, Any],
 
 
 def report(run_dir: Path) -> Path:
-    """Writes the run's page, see `tools.report`."""
+    """Writes the run's report, see `tools.report`."""
     from tools.report import write_report
 
     return write_report([run_dir], run_dir / "report.html")
@@ -63,7 +63,7 @@ def report(run_dir: Path) -> Path:
 WITHOUT_ARGUMENTS = """train.py needs a configuration. Three to begin with:
 
   python train.py --config configs/quickstart.yaml             a small model on a CPU, in minutes
-  python train.py --config configs/one-gpu.yaml --dry_run 1    what a run on one GPU would be; without --dry_run it trains
+  python train.py --config configs/one-gpu.yaml --dry_run 1    the plan of a run on one GPU; without --dry_run it trains
   python train.py --help                                       every key
 """
 
@@ -75,9 +75,14 @@ def main() -> int:
     config, configuration, show = parse_run()
     if show is not None:
         trainer = config.trainer.for_world(show.ranks)
-        _, _, build = checked(config, configuration, trainer, show.ranks)
+        adopted, _, build = checked(config, configuration, trainer, show.ranks)
         for path in missing_paths(config.data):
-            print(f"data.paths: {path} does not exist on this machine, where a run would be refused\n")
+            print(f"data.paths: {path} does not exist on this machine: a run would be refused here\n")
+        if adopted.vocab_size is None and config.data.planned_vocab_size is None:
+            print(
+                f"model.vocab_size: {build(device='meta').vocab_size:,} assumed, {adopted.architecture}'s own, since the "
+                "tokenizer is opened only by a run; set it to the tokenizer's for exact figures\n"
+            )
         return dry_run(build, config.optimizer, config.trainer, show.ranks, show.full)
     return pretrain(config, configuration).exit_code
 
@@ -85,11 +90,11 @@ def main() -> int:
 def checked(
     config: RunConfig, configuration: dict[str, Any], trainer: TrainerConfig, world: int
 ) -> tuple[ModelConfig, Checkpoint | None, Callable[..., Any]]:
-    """The model's configuration, where its first weights come from, and what builds it, once everything is checked that
-    needs no data."""
+    """Checks everything that needs no data; returns the model's configuration, the checkpoint of its initial weights or None,
+    and a function that builds the model."""
     origin = checkpoint_of(config.model.init_from)
     adopted = adopt(config.model, origin.manifest.configuration["model"] if origin else None)
-    if adopted != config.model:  # what a name meant when the run began is the run's
+    if adopted != config.model:  # the run keeps the model that a hub name stood for at its start
         configuration["model"] = asdict(adopted)
     planned = config.data.planned_vocab_size
     build = partial(build_model, adopted, vocab_size=planned)
@@ -98,7 +103,7 @@ def checked(
 
 
 def pretrain(config: RunConfig, configuration: dict[str, Any]) -> Outcome:
-    """Runs, or resumes, what `parse_run` returned, as one of the processes that the launcher started."""
+    """Trains, or resumes, the run that `parse_run` returned, in one of the launcher's processes."""
     world = join(config.trainer.device, config.trainer.strategy.timeout_minutes)
     try:
         trainer = config.trainer.for_world(world.size)

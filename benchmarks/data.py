@@ -143,7 +143,7 @@ def preparing(folder: Path, rounds: int, megabytes: float) -> list[Row]:
 
 def write_corpus(path: Path, size: int) -> int:
     """The built-in corpus, over again until it reaches ``size`` bytes; returns the bytes of text."""
-    documents = [piece.text for piece in open_source(DataConfig()).pieces()]
+    documents = [part.text for part in open_source(DataConfig()).documents()]
     written = 0
     with open(path, "w", encoding="utf-8") as file:
         for text in itertools.cycle(documents):

@@ -1,4 +1,4 @@
-"""Corpora, tokenizers, token shards and the loader. Importing the package imports neither torch nor a tokenizer."""
+"""Corpora, tokenizers, token shards and the loader. Importing the package imports neither torch nor tokenizers."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from data.baseline import Bigram, bigram_baseline
+    from data.bigram import Bigram, measure_bigram
     from data.config import DataConfig
+    from data.dataset import Data, open_data
     from data.loader import Loader, ValidationSet
-    from data.open import Data, open_data
 
-__all__ = ["Bigram", "Data", "DataConfig", "Loader", "ValidationSet", "bigram_baseline", "open_data"]
+__all__ = ["Bigram", "Data", "DataConfig", "Loader", "ValidationSet", "measure_bigram", "open_data"]
 _HOMES = {
-    "Bigram": "baseline",
-    "bigram_baseline": "baseline",
+    "Bigram": "bigram",
+    "measure_bigram": "bigram",
     "DataConfig": "config",
     "Loader": "loader",
     "ValidationSet": "loader",
-    "Data": "open",
-    "open_data": "open",
+    "Data": "dataset",
+    "open_data": "dataset",
 }
 
 

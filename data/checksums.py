@@ -1,7 +1,7 @@
-"""Whole-file checksums of foreign shards, which no manifest describes, taken while the first epoch is trained on.
+"""Whole-file checksums of foreign shards, which have no manifest, computed during the first epoch.
 
-A start compares blocks spread over each file; what lies between them only a whole reading shows. The checksums are kept in
-the cache, and a file that later has another one ends the run.
+At start only some blocks of each file are compared; the rest is checked by reading it whole. Checksums are stored in the
+cache, and a file whose checksum changes later ends the run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BLOCK = 4 * 2**20
 
 @dataclass
 class Background:
-    """Reads ``paths`` once, at half of a thread's time. ``raise_if_found`` tells the training of a file that has changed."""
+    """Reads ``paths`` once, with half of a thread's time. ``raise_if_found`` raises the error of a file that has changed."""
 
     paths: Sequence[Path]
     folder: Path
@@ -42,7 +42,7 @@ class Background:
             raise self._failure
 
     def wait(self) -> None:
-        """Until every file is read, or one was found that has changed."""
+        """Waits until every file is read, or one is found that has changed."""
         if self._thread is not None:
             self._thread.join()
 
@@ -67,7 +67,7 @@ class Background:
 
 
 def compare(path: Path, checksum: str, folder: Path) -> None:
-    """Keeps a file's checksum in ``folder``. Raises DataError when the same file had another one before."""
+    """Stores a file's checksum in ``folder``. Raises DataError if the same file had another one before."""
     path = path.absolute()
     known = folder / f"{digest(str(path))[:32]}.json"
     sampled = sampled_sha256(path)
@@ -76,8 +76,8 @@ def compare(path: Path, checksum: str, folder: Path) -> None:
         if before.get("sha256") != checksum:
             raise DataError(
                 f"{path} has changed since it was first trained on, in bytes that the check at start does not read: its "
-                f"sha256 was {str(before.get('sha256'))[:16]}… and is {checksum[:16]}…; restore it, or delete {known} if "
-                "that was meant."
+                f"sha256 is {checksum[:16]}…, expected {str(before.get('sha256'))[:16]}…: restore it, or delete {known} if "
+                "the change is intended"
             )
         return
     make_folder(folder)

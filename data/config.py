@@ -1,6 +1,6 @@
-"""What text to train on and how it becomes tokens: plain fields, read by jsonargparse from YAML or the command line.
+"""Which text to train on, and how it is tokenized: plain fields, read by jsonargparse from YAML or the command line.
 
-Knows nothing of the model or the trainer. Everything here that changes a token is part of a prepared folder's key.
+Independent of model and trainer. Every setting that changes a token is part of a prepared folder's key.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from typing import Literal
 
 @dataclass
 class TokenizerConfig:
-    """Which tokenizer turns text into ids.
+    """The tokenizer.
 
     Args:
-        name: `bpe`: a byte-level BPE of Qwen2's form, trained on the corpus itself and cached; else a folder or hub name that
-            AutoTokenizer loads, or `tiktoken:NAME`.
-        vocab_size: entries of the trained BPE, end-of-text included; a ready-made tokenizer brings its own.
-        train_bytes: bytes of training text, from the start of the corpus, that the BPE learns its merges from.
-        end_of_text: token that opens each document, as its string or its id; null: `<|endoftext|>` where the vocabulary has
-            it, else the tokenizer's end-of-sequence token. For foreign shards without a tokenizer give the id (GPT-2: 50256).
+        name: `bpe` for a byte-level BPE in Qwen2's form, trained on the corpus itself and cached; or a folder or hub name
+            that AutoTokenizer loads, or `tiktoken:NAME`.
+        vocab_size: size of the trained BPE, including end-of-text; a ready-made tokenizer has its own.
+        train_bytes: bytes of training text, from the start of the corpus, on which the BPE is trained.
+        end_of_text: token at the start of each document, as its string or its id; null for `<|endoftext|>` if the vocabulary
+            has it, else the tokenizer's end-of-sequence token. For foreign shards without a tokenizer give the id (GPT-2:
+            50256).
     """
 
     name: str = "bpe"
@@ -33,12 +34,12 @@ class HubConfig:
     """A data set on the Hugging Face hub, read through `datasets`.
 
     Args:
-        name: its name (HuggingFaceFW/fineweb, Skylion007/openwebtext, Elriggs/openwebtext-100k, …), or a local folder that
-            `datasets` can load.
-        subset: its configuration, for FineWeb `sample-10BT`; null: the default one.
+        name: name on the hub (HuggingFaceFW/fineweb, Skylion007/openwebtext, Elriggs/openwebtext-100k, …), or a local folder
+            that `datasets` can load.
+        subset: configuration of the data set, such as FineWeb's `sample-10BT`; null for the default one.
         split: split to read.
-        revision: branch, tag or commit; null: the main branch as it is when first prepared.
-        streaming: read over the network while tokenizing, storing only the shards; false downloads the whole first.
+        revision: branch, tag or commit; null for the main branch at the time of preparation.
+        streaming: read over the network while tokenizing, storing only the shards; false downloads everything first.
     """
 
     name: str = "HuggingFaceFW/fineweb"
@@ -50,16 +51,16 @@ class HubConfig:
 
 @dataclass
 class SourceConfig:
-    """One corpus of a mixture; its keys mean what they mean in a run's `data`.
+    """One corpus of a mixture; its keys have the same meaning as in `data`.
 
     Args:
-        weight: its share of the training sequences, against the other weights.
-        name: what its validation loss is called; null for what it reads.
+        weight: share of the training sequences, relative to the other weights.
+        name: name of its validation loss; null for a name derived from its source.
         source: as data.source.
         paths: as data.paths.
         text_field: as data.text_field.
         hub: as data.hub.
-        max_tokens: as data.max_tokens, of this source.
+        max_tokens: as data.max_tokens, for this source.
     """
 
     weight: float = 1.0
@@ -79,30 +80,31 @@ class DataConfig:
         source: `builtin`: the Python standard library's sources and documentation; `files`: local text, JSON lines, parquet;
             `hub`: the Hugging Face hub; `shards`: folders that `python -m data.prepare` wrote, or foreign `.bin` shards.
         paths: for `files` (.txt, .md, .jsonl, .ndjson, .parquet; text also as .gz or .zst) and `shards` (.bin): files,
-            folders or globs, read in the given order, each folder and glob sorted by name. URLs such as s3://bucket/folder
-            name text and prepared folders wherever fsspec reads them.
-        sources: a mixture, in place of source, paths, text_field, hub and max_tokens: several corpora, each with a weight.
-            Every source keeps a validation set of its own.
+            folders or globs, read in the given order, each folder and glob sorted by name. Text and prepared folders can also
+            be URLs that fsspec reads, such as s3://bucket/folder.
+        sources: a mixture of several corpora, each with a weight; replaces source, paths, text_field, hub and max_tokens.
+            Every source has a validation set of its own.
         validation_sets: further validation sets by name, each a list of text files, or of one prepared folder; tokenized with
-            the run's tokenizer, and measured whenever the validation loss is.
-        validation_paths: separate files or foreign shards for validation, in place of validation_fraction. Where it is
-            empty, foreign shards in paths with `val` as a word of their name are for validation.
+            the run's tokenizer, and evaluated with the validation loss.
+        validation_paths: separate files or foreign shards for validation, instead of validation_fraction. If it is empty,
+            foreign shards in paths with `val` as a word of their name are for validation.
         text_field: field of a JSON line, or column of a parquet file or hub data set, that holds the document.
         hub: the data set, when source is `hub`.
-        tokenizer: the tokenizer; foreign shards need it only for text samples and the vocabulary's size.
-        validation_fraction: share of the documents kept for validation, chosen by a hash of each one's text; of plain text
-            files the last share of the bytes. 0: none.
-        validation_tokens: targets that a validation pass covers at most, from the start of its shards; null: all.
-        shard_tokens: a shard is finished at the first chunk of text (about 1 MiB) that brings it to this many tokens.
-        max_tokens: stop preparing at the first chunk that brings the training tokens to this many; null: the whole corpus.
-        workers: threads that tokenize, each on a core of its own; 0: one per available core. Shards do not depend on it.
-        cache: folder for prepared shards and trained tokenizers; a subfolder per configuration, named by a hash of it.
+        tokenizer: the tokenizer; foreign shards need it only for text samples and the size of the vocabulary.
+        validation_fraction: share of the documents for validation, chosen by a hash of their text; of plain text files, the
+            last share of the bytes. 0 for none.
+        validation_tokens: most targets of a validation pass, from the start of its shards; null for all.
+        shard_tokens: a shard ends with the first chunk of text (about 1 MiB) that brings it to this many tokens.
+        max_tokens: preparation ends with the first chunk that brings the training tokens to this many; null for the whole
+            corpus.
+        workers: tokenizer threads, each on a core of its own; 0 for one per available core. Shards do not depend on it.
+        cache: folder for prepared shards and trained tokenizers, with a subfolder per configuration, named by its hash.
         verify: check of the shards at start: `full` reads all bytes (sha256); `auto` too, up to 4 GiB per process, and beyond
             that a random 4 GiB of whole shards; `sizes` reads headers and file sizes only. Foreign shards, which have no
-            checksum, are read whole in the background of the first epoch, unless `sizes`; the checksums are kept in cache.
+            checksum, are read whole in the background of the first epoch, unless `sizes`; the cache keeps their checksums.
         order: `shuffled`, by trainer.seed; `sequential`: shards from their first token to their last, batch by batch, as
             modded-nanoGPT reads its .bin shards.
-        prefetch: micro-batches that the loader's background thread keeps ready; 0: no thread.
+        prefetch: micro-batches that the loader's background thread keeps ready; 0 for no thread.
     """
 
     source: Literal["builtin", "files", "hub", "shards"] = "builtin"
@@ -125,7 +127,7 @@ class DataConfig:
 
     @property
     def planned_vocab_size(self) -> int | None:
-        """Entries of a tokenizer that is yet to be trained; None for ready-made ones, which say so themselves."""
+        """The vocabulary size of a tokenizer that will be trained; None for ready-made tokenizers, which have their own."""
         if self.tokenizer.name != "bpe":
             return None
         ready = [part.source == "shards" for part in self.sources] or [self.source == "shards"]

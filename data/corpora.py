@@ -1,6 +1,6 @@
-"""The token shards of a run: prepared from its text where need be, fetched, or found; of one corpus or of several.
+"""Finds the token shards of a run, of one corpus or several; prepares or fetches them first where necessary.
 
-For one process; the others are handed what it returns. Shards are named by absolute paths here.
+Runs in one process, which sends the result to the others. Shards have absolute paths here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from data.sources import find_local, open_source
 from data.tokenizers import Tokenizer, TokenizerInfo, open_ready, open_tokenizer
 from polargrad_dist.errors import ConfigError, DataError
 
-# Published shards of one folder tell their split by name: fineweb_train_000001.bin, fineweb_val_000000.bin.
+# The names of published shards contain their split: fineweb_train_000001.bin, fineweb_val_000000.bin.
 _VALIDATION = re.compile(r"(^|[_.-])val(idation)?([_.-]|$)")
 
 
@@ -26,7 +26,7 @@ _VALIDATION = re.compile(r"(^|[_.-])val(idation)?([_.-]|$)")
 class Corpus:
     """Shards for training and for validation; a manifest unless they are foreign.
 
-    name: of its validation set; empty where it is the only one. weight: its share of a mixture; 0: for validation only.
+    name: name of its validation set; empty for a single corpus. weight: share of a mixture; 0 for validation only.
     """
 
     folder: Path
@@ -38,7 +38,7 @@ class Corpus:
 
 
 def find_corpora(config: DataConfig, report: Report) -> list[Corpus]:
-    """The run's corpora, those to train on first. Raises ``ConfigError`` or ``DataError``."""
+    """The run's corpora, training corpora first. Raises ``ConfigError`` or ``DataError``."""
     tokenizer = None
     if config.sources:
         corpora, tokenizer = _mixture(config, report)
@@ -60,11 +60,12 @@ def _mixture(config: DataConfig, report: Report) -> tuple[list[Corpus], Tokenize
         default = getattr(DataConfig(), entry.name, None)
         if entry.name not in ("weight", "name") and getattr(config, entry.name) != default:
             raise ConfigError(
-                f"data.{entry.name} is set beside data.sources, whose entries have one each: set it there instead"
+                f"data.{entry.name} is set with data.sources, expected it in each source: move it there"
             )
     if config.validation_paths:
         raise ConfigError(
-            "data.validation_paths is set beside data.sources, which keep shares of their own: use data.validation_sets"
+            "data.validation_paths is set with data.sources, which have validation sets of their own, expected "
+            "data.validation_sets: move the paths there"
         )
     counts = shares([part.weight for part in config.sources])
     settings = [_alone(config, part) for part in config.sources]
@@ -85,9 +86,11 @@ def _mixture(config: DataConfig, report: Report) -> tuple[list[Corpus], Tokenize
             _same_tokenizer(corpus, tokenizer.info)
         name = part.name or _called(part)
         if name in [other.name for other in found]:
-            raise ConfigError(f"data.sources has two sources called {name!r}: give each a name of its own")
+            raise ConfigError(
+                f"data.sources has two sources called {name!r}, expected different names: set data.sources[].name"
+            )
         found.append(replace(corpus, name=name, weight=part.weight))
-    # One with a manifest first: it says what the tokenizer is.
+    # One with a manifest first: it describes the tokenizer.
     return sorted(found, key=lambda corpus: corpus.manifest is None), tokenizer
 
 
@@ -102,7 +105,7 @@ def _alone(config: DataConfig, part: SourceConfig) -> DataConfig:
 
 
 def _called(part: SourceConfig) -> str:
-    """What a source is called that has no name: by what it reads."""
+    """The default name of a source, derived from what it reads."""
     if part.source == "hub":
         return part.hub.subset or part.hub.name.split("/")[-1]
     return Path(part.paths[0].rstrip("/*")).name.split(".")[0] if part.paths else part.source
@@ -122,12 +125,14 @@ def _corpus(config: DataConfig, report: Report, tokenizer: Tokenizer | None) -> 
         train = [path for path in found if not _VALIDATION.search(path.name)]
         held_out = [path for path in found if _VALIDATION.search(path.name)]
     if not train:
-        raise DataError(f"data.paths names no training shards but {held_out[0]} for validation; add some.")
+        raise DataError(
+            f"data.paths names only shards for validation, such as {held_out[0]}, expected training shards: add some"
+        )
     return Corpus(Path(), None, tuple(map(_foreign, train)), tuple(map(_foreign, held_out)))
 
 
 def _fetched(path: str, config: DataConfig, report: Report) -> str:
-    """A path on this machine: prepared folders elsewhere are fetched into the cache."""
+    """The local path of a folder; remote prepared folders are fetched into the cache."""
     if not is_remote(path) or path.endswith(".bin"):
         return path
     report(f"fetching {path}")
@@ -145,14 +150,15 @@ def _of_folder(folder: Path) -> Corpus:
 
 
 def _of_folders(folders: list[Path], config: DataConfig) -> Corpus:
-    """Folders that ``data.prepare`` wrote, read one after another."""
+    """Folders that ``data.prepare`` wrote, concatenated."""
     if strange := [str(folder) for folder in folders if not (folder / MANIFEST).exists()]:
         raise ConfigError(
-            f"data.paths names prepared folders and, with {strange[0]}, shards without a manifest; name one kind only."
+            f"data.paths names prepared folders and, with {strange[0]}, shards without a manifest, expected one kind: "
+            "name the others in another source"
         )
     if config.validation_paths:
         raise ConfigError(
-            "data.validation_paths is set, but prepared folders bring their own validation shards; leave it empty."
+            "data.validation_paths is set, but prepared folders have their own validation shards, expected []: leave it out"
         )
     found = [_of_folder(folder) for folder in folders]
     for corpus in found[1:]:
@@ -172,18 +178,18 @@ def _same_tokenizer(corpus: Corpus, other: Corpus | TokenizerInfo) -> None:
     if corpus.manifest is not None and corpus.manifest.tokenizer.get("hash") != theirs:
         than = "the run's" if isinstance(other, TokenizerInfo) else str(other.folder)
         raise DataError(
-            f"{corpus.folder} was prepared with another tokenizer than {than}; prepare both with the same one."
+            f"{corpus.folder} was prepared with another tokenizer than {than}, expected the same: prepare both with one"
         )
 
 
 def _tokenizer_of(corpus: Corpus, config: DataConfig) -> Tokenizer:
-    """The tokenizer of shards. Raises ``ConfigError`` for foreign ones that the configuration names none for."""
+    """The tokenizer of shards. Raises ``ConfigError`` for foreign shards if the configuration names none."""
     if corpus.manifest is not None:
         return TokenizerInfo(**corpus.manifest.tokenizer).load(corpus.folder)
     if config.tokenizer.name == "bpe":
         raise ConfigError(
-            "data.validation_sets or data.sources has text, but the shards come without a tokenizer: set data.tokenizer.name "
-            "to theirs"
+            "data.validation_sets or data.sources has text, but the shards have no tokenizer, expected the one that made "
+            "them: set data.tokenizer.name to it"
         )
     return open_ready(config.tokenizer.name, config.tokenizer.end_of_text)
 
@@ -191,7 +197,7 @@ def _tokenizer_of(corpus: Corpus, config: DataConfig) -> Tokenizer:
 def validation_corpus(
     name: str, paths: list[str], config: DataConfig, tokenizer: Tokenizer, report: Report
 ) -> Corpus:
-    """A named validation set: a prepared folder's validation shards, or its training shards where it has none; or text."""
+    """A named validation set: a prepared folder's validation shards, or or else its training shards; or text."""
     if len(paths) == 1:
         folder = Path(
             _fetched(paths[0], config, report) if _looks_prepared(paths[0]) else paths[0]

@@ -1,4 +1,4 @@
-"""Durable files: whole under their final name or not there at all, and a full disk said in one sentence."""
+"""Atomic, durable file writes; a full disk is reported in one sentence."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
 def write_atomically(path: Path, *parts: Any) -> str:
-    """Writes the buffers one after the other under a temporary name, syncs, renames; returns the sha256 in hex.
+    """Writes the buffers to a temporary file, syncs and renames it; returns the sha256 in hex.
 
-    Raises DataError when the disk is full, a file-size limit is hit or the folder cannot be written; then neither
-    the file nor the temporary one exists.
+    Raises DataError if the disk is full, a file-size limit is hit or the folder cannot be written; then neither the file nor
+    the temporary one exists.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     digest = hashlib.sha256()
@@ -43,12 +43,10 @@ def write_atomically(path: Path, *parts: Any) -> str:
         if error.errno in _FULL:
             limit = "a file-size limit (ulimit -f)" if error.errno == errno.EFBIG else "no space left"
             raise DataError(
-                f"cannot write {path} ({size:,} bytes): {limit}. What is finished is kept; make room and run the "
-                "same command again to continue, or choose another folder."
+                f"cannot write {path} ({size:,} bytes): {limit}; finished files are kept: free some space and run "
+                "the same command again to continue, or choose another folder"
             ) from error
-        raise DataError(
-            f"cannot write {path}: {error.strerror}; choose a folder that can be written."
-        ) from error
+        raise DataError(f"{path} cannot be written ({error.strerror}): choose a folder that can") from error
     return digest.hexdigest()
 
 
@@ -61,24 +59,24 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist.") from None
+        raise DataError(f"{path} does not exist, expected a file that data.prepare wrote") from None
     except (ValueError, OSError, RecursionError) as error:
         raise DataError(
-            f"{path} cannot be read as JSON ({error}); delete its folder and prepare again."
+            f"{path} cannot be read as JSON ({error}): delete its folder and prepare again"
         ) from error
 
 
 def sha256(path: Path) -> str:
-    """In hex, of a whole file. Raises DataError where it cannot be read."""
+    """The sha256 of a file, in hex. Raises DataError if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; restore it, or prepare again.") from error
+        raise DataError(f"{path} cannot be read ({error.strerror}): restore it, or prepare again") from error
 
 
 def digest(value: Any) -> str:
-    """sha256 in hex of a JSON-able value in one canonical spelling."""
+    """The sha256, in hex, of a JSON-able value in a canonical form."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -86,18 +84,16 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"cannot create the folder {path}: {error.strerror}; choose another one.") from error
+        raise DataError(f"{path} cannot be made ({error.strerror}): choose another folder") from error
 
 
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """One process at a time prepares a folder; another waits here. The lock dies with its holder."""
+    """A lock, so that one process at a time prepares a folder. It is released when its holder dies."""
     try:
         file = open(folder / ".lock", "wb")  # noqa: SIM115
     except OSError as error:
-        raise DataError(
-            f"cannot write in {folder}: {error.strerror}; choose a folder that can be written."
-        ) from error
+        raise DataError(f"{folder} cannot be written ({error.strerror}): choose another folder") from error
     with file:
         # Some network file systems have no locks: there two runs must not prepare one folder at once.
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""How far a preparation is: a bar on a terminal, a line a minute elsewhere, with rate and time left."""
+"""Progress of data preparation: a bar on a terminal, a line per minute elsewhere, with rate and remaining time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ INTERVAL_S = 60.0
 
 
 class Gauge:
-    """Counts bytes of the corpus where its size is known, else tokens towards ``max_tokens``, else tokens alone."""
+    """Counts bytes of the corpus if its size is known, else tokens towards ``max_tokens``, else tokens alone."""
 
     def __init__(
         self, size: int | None, max_tokens: int | None, report: Callable[[str], None], begun: int = 0

@@ -1,7 +1,7 @@
-"""Data sets on the Hugging Face hub, or in a local folder of that form, through `datasets`.
+"""Data sets on the Hugging Face hub, or in a local folder of that format, through `datasets`.
 
-A streamed data set says after each chunk where it stands (file and row), so that an interrupted preparation goes on there
-without reading again what came before.
+The position of a streamed data set (file and row) is saved after each chunk, so that an interrupted preparation continues
+there without rereading.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from data.config import HubConfig
-from data.network import first_line, offline, unreachable
-from data.pieces import Piece, document_pieces, stamp, text_field
+from data.documents import Part, split_document, stamp, text_field
+from data.hub_probe import first_line, offline, unreachable
 from polargrad_dist.errors import DataError
 
 
@@ -45,7 +45,7 @@ class HubSource:
             f"{self._hub.name} ({self._hub.subset or 'default'}, {self._hub.split}) from the Hugging Face hub"
         )
 
-    def pieces(self, start: int = 0, cursor: Any = None) -> Iterator[Piece]:
+    def documents(self, start: int = 0, cursor: Any = None) -> Iterator[Part]:
         rows = self._rows = self._open()
         if cursor is not None:
             rows.load_state_dict(cursor)
@@ -55,11 +55,11 @@ class HubSource:
         try:
             for number, row in enumerate(rows, start):
                 where = f"{self._hub.name}, row {number}"
-                yield from document_pieces(text_field(row, self._text_field, where), self._fraction, where)
+                yield from split_document(text_field(row, self._text_field, where), self._fraction, where)
         except OSError as error:  # what fsspec, requests and httpx raise when the network goes away
             raise DataError(
-                f"{self._hub.name} could not be read on from row {number} ({type(error).__name__}: {error}); what is "
-                "finished is kept: run the same command again to continue."
+                f"{self._hub.name} could not be read beyond row {number} ({type(error).__name__}: {error}); finished "
+                "shards are kept: run the same command again to continue"
             ) from error
 
     def cursor(self) -> Any:
@@ -70,10 +70,10 @@ class HubSource:
             from datasets import load_dataset
         except ImportError as error:
             raise DataError(
-                "data.source is hub, which needs datasets: pip install 'polargrad-dist[train]'."
+                "data.source is 'hub', but the package datasets is not installed: pip install 'polargrad-dist[train]'"
             ) from error
         hub = self._hub
-        # Asked first, since the clients' own retries take minutes. Offline, what was downloaded before may do.
+        # Checked first, since the clients' own retries take minutes. Offline, an earlier download may suffice.
         ask = not Path(hub.name).is_dir() and not offline()
         if ask and (reason := unreachable(f"api/datasets/{hub.name}")) is not None:
             raise DataError(self._cannot(reason))
@@ -89,7 +89,7 @@ class HubSource:
 
     def _cannot(self, reason: str) -> str:
         return (
-            f"the data set {self._hub.name} cannot be fetched from the Hugging Face hub ({reason}); without a network set "
+            f"the data set {self._hub.name} cannot be fetched from the Hugging Face hub ({reason}): without a network set "
             "data.source to files with data.paths of local text, JSON lines or parquet, or to shards with ready-made "
-            ".bin files."
+            ".bin files"
         )

@@ -1,6 +1,6 @@
-"""A run's tokenizer beside its checkpoints, so that the run can be used where neither its data nor their cache are.
+"""A copy of a run's tokenizer in its directory, so that the run can be used without its data or their cache.
 
-``tokenizer/info.json`` says what it is, ``tokenizer/tokenizer.json`` is the tokenizer itself; tiktoken's are named only.
+``tokenizer/info.json`` describes it, ``tokenizer/tokenizer.json`` is the tokenizer itself; tiktoken's are stored by name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FOLDER, INFO, TOKENIZER = "tokenizer", "info.json", "tokenizer.json"
 
 @dataclass(frozen=True)
 class Kept:
-    """What a run directory knows of its tokens. ``info`` is None for foreign shards without a tokenizer."""
+    """The tokenizer in a run directory. ``info`` is None for foreign shards without a tokenizer."""
 
     info: TokenizerInfo | None
     end_of_text: int | None
@@ -27,21 +27,21 @@ class Kept:
 
     @property
     def vocab_size(self) -> int | None:
-        """The tokenizer's entries; None without one."""
+        """The vocabulary size; None without a tokenizer."""
         return self.info.vocab_size if self.info else None
 
     def load(self) -> Tokenizer:
-        """The tokenizer. Raises DataError where there is none."""
+        """The tokenizer. Raises DataError if there is none."""
         if self.info is None:
             raise DataError(
                 f"{self.folder.parent} was trained on shards without a tokenizer, expected one to read or write text: "
-                "name it with --tokenizer"
+                "train with data.tokenizer.name set"
             )
         return self.info.load(self.folder)
 
 
 def keep(folder: Path, tokenizer: Tokenizer | None, end_of_text: int | None) -> None:
-    """Writes a run's tokenizer into its directory; one that is there already stays, runs do not change theirs."""
+    """Writes a run's tokenizer into its directory, unless there is one already: runs do not change theirs."""
     folder = folder / FOLDER
     if (folder / INFO).exists():
         return
@@ -56,7 +56,7 @@ def keep(folder: Path, tokenizer: Tokenizer | None, end_of_text: int | None) -> 
 
 
 def kept(folder: Path) -> Kept | None:
-    """What `keep` left in a run directory; None in a run that is older than it. Raises DataError for a damaged one."""
+    """Reads what `keep` wrote; None for runs of older versions. Raises DataError if it is damaged."""
     folder = folder / FOLDER
     if not (folder / INFO).exists():
         return None

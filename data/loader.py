@@ -1,8 +1,8 @@
-"""Samples from token shards, in an order that is a function of (seed, sample index) and of nothing else.
+"""Samples from token shards, in an order that depends only on (seed, sample index).
 
 Window j of an epoch is tokens [jT, jT + T + 1) of the concatenated shards. Epoch e visits the N windows in the order of a
 keyed permutation (a Feistel network on the smallest square domain, walked until it lands below N: Black and Rogaway 2002),
-which needs no table however large N is.
+which needs no table, however large N is.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Tokens:
-    """Shards one after the other, as one sequence; memory-mapped."""
+    """Concatenated shards; memory-mapped."""
 
     def __init__(self, shards: Sequence[np.ndarray]):
         self.shards = list(shards)
@@ -41,7 +41,7 @@ class Tokens:
         return self.ends[-1] if self.ends else 0
 
     def read(self, first: int, count: int) -> np.ndarray:
-        """``count`` tokens from ``first`` on, over shard boundaries."""
+        """``count`` tokens from ``first`` on, across shard boundaries."""
         index = bisect.bisect_right(self.ends, first)
         offset = first - (self.ends[index - 1] if index else 0)
         parts = []
@@ -53,7 +53,7 @@ class Tokens:
 
 
 def permutation(indices: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Where the keyed permutation of range(size) takes each of ``indices`` (int64)."""
+    """Applies the keyed permutation of range(size) to ``indices`` (int64)."""
     half = max(1, (max(1, size - 1).bit_length() + 1) // 2)
     low = np.uint64((1 << half) - 1)
     keys = np.random.SeedSequence(key).generate_state(_ROUNDS, np.uint64)
@@ -80,7 +80,7 @@ def _feistel(x: np.ndarray, half: np.uint64, low: np.uint64, keys: np.ndarray) -
 
 @dataclass(frozen=True)
 class Loader:
-    """This rank's micro-batches of the training data. Batches count in samples (sequences)."""
+    """This rank's micro-batches of the training data. Batch sizes count samples (sequences)."""
 
     tokens: Tokens
     sequence_length: int
@@ -101,13 +101,13 @@ class Loader:
             )
         if self.num_samples < 1:
             raise DataError(
-                f"the training data holds {len(self.tokens):,} tokens, too few for one sequence of {self.sequence_length}; "
-                "lower trainer.sequence_length, or add text."
+                f"the training data has {len(self.tokens):,} tokens, too few for one sequence of {self.sequence_length}: "
+                "lower trainer.sequence_length, or add text"
             )
 
     @property
     def num_samples(self) -> int:
-        """Samples of an epoch."""
+        """Samples per epoch."""
         return max(0, (len(self.tokens) - 1) // self.sequence_length)
 
     @property
@@ -119,7 +119,7 @@ class Loader:
         return self.global_batch * self.sequence_length
 
     def sample_indices(self, step: int) -> np.ndarray:
-        """The sample indices that this rank sees in a step, int64."""
+        """The sample indices of this rank in a step, int64."""
         return self._share(step * self.global_batch)
 
     def _share(self, sample: int) -> np.ndarray:
@@ -137,15 +137,15 @@ class Loader:
         return out
 
     def places(self, samples: np.ndarray) -> list[tuple[Tokens, int]]:
-        """The tokens that each sample index reads from, and its window there."""
+        """The tokens and the window that each sample index reads."""
         return [(self.tokens, window) for window in self.windows(samples).tolist()]
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """Micro-batches (tokens, targets), each (b, T) int64, from a step on, without end."""
+        """Micro-batches (tokens, targets), each (b, T) int64, from a step on, endlessly."""
         return self.batches_from(start_step * self.global_batch)
 
     def batches_from(self, sample: int) -> Iterator[Batch]:
-        """The same from any sample index on: the position of a run, whatever its batches were."""
+        """The same from any sample index on, which is the position of a run at any batch size."""
         if self.background is not None:
             self.background.start()
         made = self._batches(sample)
@@ -153,7 +153,7 @@ class Loader:
 
     def _batches(self, sample: int) -> Iterator[Batch]:
         length, share = self.sequence_length, self.global_batch // self.world
-        ahead = max(1, _PERMUTED_AT_ONCE // share)  # steps whose windows are looked up in one go
+        ahead = max(1, _PERMUTED_AT_ONCE // share)  # steps whose windows are computed at once
         while True:
             steps = sample + self.global_batch * np.arange(ahead)[:, None]
             places = self.places((steps + self._share(0)).ravel())
@@ -167,12 +167,12 @@ class Loader:
             sample += ahead * self.global_batch
 
     def fingerprint(self) -> dict[str, Any]:
-        """JSON-able: everything that decides which tokens a sample index means."""
+        """JSON-able: everything that determines the tokens of a sample index."""
         return {**(self.description or {}), "sequence_length": self.sequence_length, "seed": self.seed}
 
 
 def _pair(rows: np.ndarray) -> Batch:
-    """Tokens and targets of rows (b, T + 1) int64; in pinned memory where this process uses a GPU, so that copies overlap."""
+    """Tokens and targets of rows (b, T + 1) int64; in pinned memory if this process uses a GPU, so that copies overlap."""
     import torch
 
     pair = (torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy()))
@@ -180,19 +180,19 @@ def _pair(rows: np.ndarray) -> Batch:
 
 
 def _device() -> int | None:
-    """The GPU that this process uses, None without."""
+    """The GPU of this process; None without one."""
     import torch
 
     return torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
 
 class _Ahead:
-    """An iterator whose items a background thread keeps ready. `close`, or dropping it, ends the thread."""
+    """An iterator with a background thread that prefetches items. `close`, or deleting it, ends the thread."""
 
     def __init__(self, made: Iterator[Batch], depth: int):
         self._queue: queue.Queue[Any] = queue.Queue(depth)
         self._stop = threading.Event()
-        # The thread must not hold this object, or dropping it would leave the thread running.
+        # The thread must not reference this object, or deleting it would leave the thread running.
         self._thread = threading.Thread(
             target=_fill, args=(made, self._queue, self._stop, _device()), daemon=True, name="loader"
         )
@@ -219,9 +219,7 @@ class _Ahead:
 def _fill(
     made: Iterator[Any], into: queue.Queue[Any], stop: threading.Event, device: int | None = None
 ) -> None:
-    if (
-        device is not None
-    ):  # a thread begins with the first GPU, where pinning would take memory on every rank's behalf
+    if device is not None:  # a new thread uses the first GPU, where pinning would take memory for every rank
         import torch
 
         torch.cuda.set_device(device)
@@ -242,7 +240,8 @@ def _fill(
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """A fixed set of targets, each on exactly one rank; every rank has as many batches. Targets of -100 are padding."""
+    """A fixed set of targets, each on exactly one rank; every rank has the same number of batches. Targets of -100 are
+    padding."""
 
     tokens: Tokens
     sequence_length: int
@@ -253,7 +252,7 @@ class ValidationSet:
     bytes_per_token: float | None
 
     def batches(self) -> Iterator[Batch]:
-        """(tokens, targets), each (b, T) int64; on some ranks the last ones may hold no target at all."""
+        """(tokens, targets), each (b, T) int64; on some ranks the last ones may hold no targets."""
         length = self.sequence_length
         windows = -(-self.num_targets // length)
         per_round = self.micro_batch * self.world
@@ -270,7 +269,7 @@ class ValidationSet:
             yield tokens, targets.masked_fill(~_mask(known), -100)
 
     def targets(self) -> np.ndarray:
-        """The tokens that the targets come from, with the one before them: (num_targets + 1,)."""
+        """The targets, preceded by the token before them: (num_targets + 1,)."""
         return self.tokens.read(0, self.num_targets + 1)
 
 

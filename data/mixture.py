@@ -1,8 +1,8 @@
-"""Several corpora in fixed shares: which sample comes from which source is a function of its index and the weights alone.
+"""Several corpora in fixed shares: the source of a sample depends only on its index and the weights.
 
-Weights become whole numbers over a common denominator D. Among any first i samples source k has i·w_k/D of them, give or take
-less than one, and exactly w_k in each D (the sample that is furthest behind comes next: the chairman assignment of Tijdeman
-1980). So shares do not depend on the world size, and the position of a run stays one number.
+Weights become whole numbers over a common denominator D. Of the first i samples, for any i, source k has i·w_k/D to within
+less than one, and exactly w_k of each D (the source that is furthest behind comes next: the chairman assignment of Tijdeman
+1980). So shares do not depend on the world size, and the position of a run remains a single number.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
+from data.documents import Part, Source
 from data.loader import Loader, Tokens, permutation
-from data.pieces import Piece, Source
 from polargrad_dist.errors import ConfigError, DataError
 
-MOST = 1_000_000  # samples after which the dealing repeats, at most
+MOST = 1_000_000  # longest period of the order of sources, in samples
 
 
 def shares(weights: list[float]) -> list[int]:
-    """The weights as whole numbers without a common factor. Raises ``ConfigError`` where that takes more than `MOST`."""
+    """The weights as coprime whole numbers. Raises ``ConfigError`` if their sum would exceed `MOST`."""
     if bad := [w for w in weights if not (math.isfinite(w) and w > 0)]:
         raise ConfigError(f"data.sources has the weight {bad[0]}, expected a finite number > 0")
     exact = [Fraction(str(weight)) for weight in weights]
@@ -40,10 +40,10 @@ def shares(weights: list[float]) -> list[int]:
 
 
 class Dealing:
-    """Which source each sample index belongs to, and the how-manieth of that source it is."""
+    """Maps sample indices to sources, and to indices within each source."""
 
     def __init__(self, counts: list[int]):
-        """counts: whole shares, see `shares`."""
+        """counts: whole-number shares, see `shares`."""
         self.counts = np.array(counts, dtype=np.int64)
         self.period = int(self.counts.sum())
         self._source = _dealt(counts)
@@ -64,8 +64,8 @@ class Dealing:
 def _dealt(counts: list[int]) -> np.ndarray:
     """(D,) int64: the source of each sample of a period.
 
-    Source k's j-th sample may come once its share allows it, and has to by ⌈j·D/w_k⌉: always the one whose time runs out
-    first, of those that may.
+    Source k's j-th sample may come once its share allows it, and must come by ⌈j·D/w_k⌉: among those allowed, the one with
+    the earliest deadline is next.
     """
 
     period = sum(counts)
@@ -88,7 +88,7 @@ def _dealt(counts: list[int]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class MixedLoader(Loader):
-    """A `Loader` over several sources, each in its own order and epochs. ``tokens`` are all of them, one after the other."""
+    """A `Loader` over several sources, each with its own order and epochs. ``tokens`` is their concatenation."""
 
     parts: tuple[Tokens, ...] = ()
     names: tuple[str, ...] = ()
@@ -100,8 +100,8 @@ class MixedLoader(Loader):
         for name, part in zip(self.names, self.parts, strict=True):
             if self._windows(part) < 1:
                 raise DataError(
-                    f"data.sources: {name} holds {len(part):,} tokens, too few for one sequence of {self.sequence_length}; "
-                    "lower trainer.sequence_length, or add text."
+                    f"data.sources: {name} holds {len(part):,} tokens, too few for one sequence of {self.sequence_length}: "
+                    "lower trainer.sequence_length, or add text"
                 )
         object.__setattr__(self, "_dealing", Dealing(list(self.counts)))
 
@@ -110,7 +110,7 @@ class MixedLoader(Loader):
 
     @property
     def num_samples(self) -> int:
-        """Sequences of all sources together; of a small source with a large weight some come again before all have come."""
+        """Sequences of all sources; those of a small source with a large weight repeat before all others have been read."""
         return sum(map(self._windows, self.parts))
 
     def places(self, samples: np.ndarray) -> list[tuple[Tokens, int]]:
@@ -127,7 +127,7 @@ class MixedLoader(Loader):
         return [(self.parts[k], window) for k, window in zip(sources.tolist(), windows.tolist(), strict=True)]
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """How often each source has been read through after ``samples`` samples."""
+        """The epochs of each source after ``samples`` samples."""
         total = sum(self.counts)
         return {
             name: samples * count / total / self._windows(part)
@@ -136,7 +136,7 @@ class MixedLoader(Loader):
 
 
 class MixedText:
-    """The beginning of each of several corpora, as much as its share says: what a tokenizer of the mixture learns from."""
+    """The beginnings of several corpora, each according to its share: the training text of the mixture's tokenizer."""
 
     size: int | None = None
     position = 0
@@ -157,12 +157,12 @@ class MixedText:
     def cursor(self) -> None:
         return None
 
-    def pieces(self, start: int = 0, cursor: Any = None) -> Iterator[Piece]:
+    def documents(self, start: int = 0, cursor: Any = None) -> Iterator[Part]:
         for source, count in zip(self._sources, self._counts, strict=True):
             left = self._limit * count // sum(self._counts)
-            for piece in source.pieces():
+            for part in source.documents():
                 if left <= 0:
                     break
-                if not piece.validation:
-                    yield piece
-                    left -= piece.size
+                if not part.validation:
+                    yield part
+                    left -= part.size

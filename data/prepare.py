@@ -1,9 +1,9 @@
-"""From text to token shards: `python -m data.prepare --source files --paths '["*.jsonl"]' --out FOLDER …`.
+"""Turns text into token shards: `python -m data.prepare --source files --paths '["*.jsonl"]' --out FOLDER …`.
 
-Text is read in one order, tokenized by several threads (the tokenizers work outside Python), and written in that order:
-the shards do not depend on the number of threads. After each shard ``progress.json`` says how far the corpus is done,
-so that an interrupted run goes on there; a folder with a manifest is complete. End-of-text opens every document, as in
-modded-nanoGPT's shards.
+Text is read in a fixed order, tokenized by several threads (the tokenizers work outside Python), and written in the same
+order, so the shards do not depend on the number of threads. After each shard ``progress.json`` records the position in the
+corpus, so that an interrupted preparation continues there; a folder with a manifest is complete. Every document begins with
+end-of-text, as in modded-nanoGPT's shards.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 
 from data.config import DataConfig
+from data.documents import PART_CHARACTERS, Part, Source
 from data.files import digest, folder_lock, make_folder, read_json, write_atomically, write_json
 from data.gauge import Gauge
-from data.pieces import DOCUMENT_PIECE, Piece, Source
 from data.shards import (
     MANIFEST,
     MAX_SHARD_TOKENS,
@@ -44,14 +44,16 @@ from polargrad_dist.arguments import read_arguments, safe_parser
 from polargrad_dist.errors import ConfigError, DataError
 
 CHUNK_BYTES = 2**20
-AHEAD_BYTES = 2**25  # text that waits for its tokens or to be written
+AHEAD_BYTES = 2**25  # limit of text that is being tokenized or not yet written
 PROGRESS = "progress.json"
 Report = Callable[[str], None]
 
 
 def say(message: str) -> None:
-    """One line to the terminal."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # a terminal that is gone costs no data
+    """Prints a line to stderr."""
+    with contextlib.suppress(
+        OSError, ValueError, AttributeError
+    ):  # a lost terminal does not stop preparation
         print(message, file=sys.stderr, flush=True)
 
 
@@ -60,16 +62,15 @@ def prepare(
 ) -> Path:
     """Tokenizes the configured corpus, and returns the folder of its shards, complete and with a manifest.
 
-    ``out``: the folder; None for one in ``config.cache`` named by a hash of everything that changes a token. What is
-    there already is kept. ``tokenizer``: one that is open already, in place of the configured one. Raises DataError or
-    ConfigError.
+    ``out``: the folder; None for one in ``config.cache`` named by a hash of everything that changes a token. Existing shards
+    are kept. ``tokenizer``: an open tokenizer, instead of the configured one. Raises DataError or ConfigError.
     """
     _check(config)
     source = open_source(config)
     report(source.describe())
     tokenizer = tokenizer or open_tokenizer(config.tokenizer, source, Path(config.cache) / "tokenizers")
     inputs = source.identity() | {
-        "pieces": DOCUMENT_PIECE,
+        "pieces": PART_CHARACTERS,
         "tokenizer": tokenizer.info.hash,
         "end_of_text": tokenizer.info.end_of_text,
         "shard_tokens": config.shard_tokens,
@@ -89,24 +90,27 @@ def prepare(
 def _check(config: DataConfig) -> None:
     if config.sources:
         raise ConfigError(
-            "data.sources is a mixture, whose sources are prepared one by one when a run starts: name one corpus here."
+            "data.sources is a mixture, whose sources are prepared one by one when a run starts, expected one corpus: use "
+            "data.source"
         )
     if not 0 < config.shard_tokens <= MAX_SHARD_TOKENS // 2:
         raise ConfigError(
-            f"data.shard_tokens is {config.shard_tokens}; it must lie in 1 … {MAX_SHARD_TOKENS // 2}."
+            f"data.shard_tokens is {config.shard_tokens}, expected a whole number from 1 to {MAX_SHARD_TOKENS // 2}"
         )
     if config.max_tokens is not None and config.max_tokens < 1:
-        raise ConfigError(f"data.max_tokens is {config.max_tokens}; it must be at least 1, or null for all.")
+        raise ConfigError(
+            f"data.max_tokens is {config.max_tokens}, expected a whole number >= 1, or null for all"
+        )
     if config.workers < 0:
-        raise ConfigError(f"data.workers is {config.workers}; it must be at least 0 (0: one per core).")
+        raise ConfigError(f"data.workers is {config.workers}, expected a whole number >= 0 (0: one per core)")
 
 
 def _same(path: Path, found: dict[str, Any], inputs: dict[str, Any]) -> None:
     for key in inputs:
         if found.get(key) != inputs[key]:
             raise ConfigError(
-                f"{path} was made from other inputs ({key}: {_short(found.get(key))} there, {_short(inputs[key])} here); "
-                "choose another folder, or delete this one."
+                f"{path} was made from other inputs ({key}: {_short(found.get(key))} there, {_short(inputs[key])} here), "
+                "expected the same: choose another folder, or delete this one"
             )
 
 
@@ -117,11 +121,11 @@ def _short(value: Any) -> str:
 
 @dataclass
 class Progress:
-    """How far a corpus is done: ``pieces`` are in the shards named here, which are whole."""
+    """How far a corpus is prepared: the first ``parts`` of its documents are in the shards named here."""
 
-    pieces: int = 0
+    parts: int = 0
     cursor: Any = None
-    """The source's own word for the same place."""
+    """The source's own position at that point."""
     train: list[Shard] = field(default_factory=list)
     validation: list[Shard] = field(default_factory=list)
 
@@ -137,10 +141,12 @@ class Progress:
             shards = ([Shard.read(s) for s in raw[split]] for split in ("train", "validation"))
             return cls(int(raw["pieces"]), raw["cursor"], *shards)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(f"{path} is damaged ({error!r}); delete {folder} and prepare again.") from error
+            raise DataError(f"{path} is damaged ({error!r}): delete {folder} and prepare again") from error
 
     def save(self, folder: Path, inputs: dict[str, Any]) -> None:
-        write_json(folder / PROGRESS, asdict(self) | {"inputs": inputs})
+        saved = asdict(self) | {"inputs": inputs}
+        # The count's name in the file, and in the folder's key, stays that of earlier versions, whose folders still go on.
+        write_json(folder / PROGRESS, {"pieces": saved.pop("parts")} | saved)
 
     @property
     def tokens(self) -> int:
@@ -149,22 +155,22 @@ class Progress:
 
 @dataclass
 class Buffer:
-    """Tokens of one split that are not in a shard yet."""
+    """Tokens of one split that are not yet in a shard."""
 
-    parts: list[np.ndarray] = field(default_factory=list)
+    arrays: list[np.ndarray] = field(default_factory=list)
     tokens: int = 0
     documents: int = 0
     text_bytes: int = 0
 
-    def add(self, piece: Piece, ids: np.ndarray, end_of_text: np.ndarray) -> None:
-        self.parts += [end_of_text, ids] if piece.begins else [ids]
-        self.tokens += len(ids) + piece.begins
-        self.documents += piece.begins
-        self.text_bytes += piece.size
+    def add(self, part: Part, ids: np.ndarray, end_of_text: np.ndarray) -> None:
+        self.arrays += [end_of_text, ids] if part.begins else [ids]
+        self.tokens += len(ids) + part.begins
+        self.documents += part.begins
+        self.text_bytes += part.size
 
     def write(self, path: Path) -> Shard:
         return write_shard(
-            path, np.concatenate(self.parts), documents=self.documents, text_bytes=self.text_bytes
+            path, np.concatenate(self.arrays), documents=self.documents, text_bytes=self.text_bytes
         )
 
 
@@ -177,13 +183,15 @@ def _write_shards(
     report: Report,
 ) -> None:
     progress = Progress.load(folder, inputs)
-    if progress.pieces:
-        report(f"continuing after {progress.pieces:,} pieces and {len(progress.train)} shards in {folder}")
+    if progress.parts:
+        report(
+            f"continuing after {progress.parts:,} parts of documents and {len(progress.train)} shards in {folder}"
+        )
     dtype = token_dtype(tokenizer.info.vocab_size)
     end_of_text = np.array([tokenizer.info.end_of_text], dtype)
     limit = config.max_tokens or sys.maxsize
     buffers = {"train": Buffer(), "validation": Buffer()}
-    done, cursor = progress.pieces, progress.cursor
+    done, cursor = progress.parts, progress.cursor
 
     def flush() -> None:
         for split, buffer in buffers.items():
@@ -192,11 +200,11 @@ def _write_shards(
                 shards.append(buffer.write(folder / f"{split}-{len(shards):05}.bin"))
                 report(f"wrote {folder / shards[-1].name}: {buffer.tokens:,} tokens")
                 buffers[split] = Buffer()
-        progress.pieces, progress.cursor = done, cursor
+        progress.parts, progress.cursor = done, cursor
         progress.save(folder, inputs)
 
     gauge = Gauge(source.size, config.max_tokens, report, progress.tokens)
-    chunks = _chunks(source, progress.pieces, progress.cursor)
+    chunks = _chunks(source, progress.parts, progress.cursor)
     with (
         contextlib.closing(gauge),
         contextlib.closing(_tokenized(chunks, tokenizer, config.workers or _cores(), dtype)) as tokenized,
@@ -204,9 +212,9 @@ def _write_shards(
         while progress.tokens + buffers["train"].tokens < limit:
             if (chunk := next(tokenized, None)) is None:
                 break
-            for piece, ids in zip(chunk.pieces, chunk.ids, strict=True):
-                buffers["validation" if piece.validation else "train"].add(piece, ids, end_of_text)
-            done, cursor = done + len(chunk.pieces), chunk.cursor
+            for part, ids in zip(chunk.parts, chunk.ids, strict=True):
+                buffers["validation" if part.validation else "train"].add(part, ids, end_of_text)
+            done, cursor = done + len(chunk.parts), chunk.cursor
             gauge.show(chunk.position, progress.tokens + buffers["train"].tokens)
             if buffers["train"].tokens >= config.shard_tokens:
                 flush()
@@ -214,7 +222,7 @@ def _write_shards(
         flush()
     if not progress.train:
         raise DataError(
-            f"the corpus ({source.describe()}) holds no training text; add text, or lower data.validation_fraction."
+            f"the corpus ({source.describe()}) holds no training text: add text, or lower data.validation_fraction"
         )
     info = tokenizer.info
     if (text := tokenizer.json()) is not None:
@@ -234,22 +242,22 @@ def _write_shards(
 class Chunk:
     """About 1 MiB of text on its way from the source to a shard."""
 
-    pieces: list[Piece]
+    parts: list[Part]
     cursor: Any
     position: int
     ids: list[np.ndarray] = field(default_factory=list)
 
     @property
     def size(self) -> int:
-        return sum(piece.size for piece in self.pieces)
+        return sum(part.size for part in self.parts)
 
     def portions(self) -> Iterator[list[str]]:
-        """Its texts in lots of about 1 MiB: what a tokenizer is given at once is what it needs memory for."""
+        """Its texts in batches of about 1 MiB, which bound the tokenizer's memory."""
         lot: list[str] = []
         size = 0
-        for piece in self.pieces:
-            lot.append(piece.text)
-            size += piece.size
+        for part in self.parts:
+            lot.append(part.text)
+            size += part.size
             if size >= CHUNK_BYTES:
                 yield lot
                 lot, size = [], 0
@@ -260,7 +268,7 @@ class Chunk:
 def _tokenized(
     chunks: Iterator[Chunk], tokenizer: Tokenizer, threads: int, dtype: np.dtype
 ) -> Generator[Chunk, None, None]:
-    """The chunks with their ids, in order; a few are tokenized ahead."""
+    """Yields the chunks with their ids, in order, while further ones are being tokenized."""
 
     def work(chunk: Chunk) -> Chunk:
         for texts in chunk.portions():
@@ -286,7 +294,7 @@ def _tokenized(
 
 @contextlib.contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Each of our threads tokenizes a chunk of its own; the tokenizers' own threads on top would only compete."""
+    """Turns off the tokenizers' own threads, which would compete with ours: each of ours tokenizes a chunk."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"
@@ -300,16 +308,16 @@ def _one_thread_each() -> Iterator[None]:
 
 
 def _chunks(source: Source, start: int, cursor: Any) -> Iterator[Chunk]:
-    pieces: list[Piece] = []
+    parts: list[Part] = []
     size = 0
-    for piece in source.pieces(start, cursor):
-        pieces.append(piece)
-        size += piece.size
-        if size >= CHUNK_BYTES and piece.ends:
-            yield Chunk(pieces, source.cursor(), source.position)
-            pieces, size = [], 0
-    if pieces:
-        yield Chunk(pieces, source.cursor(), source.position)
+    for part in source.documents(start, cursor):
+        parts.append(part)
+        size += part.size
+        if size >= CHUNK_BYTES and part.ends:
+            yield Chunk(parts, source.cursor(), source.position)
+            parts, size = [], 0
+    if parts:
+        yield Chunk(parts, source.cursor(), source.position)
 
 
 def _cores() -> int:
@@ -322,7 +330,7 @@ def parse(args: list[str]) -> tuple[DataConfig, Path | None]:
 
     parser = safe_parser(prog="python -m data.prepare", description="Tokenize a corpus into .bin shards.")
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
-    parser.add_argument("--run", type=str, help="YAML file of a training run, whose data: is prepared")
+    parser.add_argument("--run", type=str, help="YAML file of a training run whose data section to prepare")
     parser.add_argument("--out", type=str, help="folder for the shards; default: one in --cache")
     parser.add_class_arguments(DataConfig)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -339,17 +347,18 @@ def parse(args: list[str]) -> tuple[DataConfig, Path | None]:
 
 
 def _with_nearest_key(message: str, defaults: Any) -> str:
-    """The parser's message; of a key that it does not know, with the one that was probably meant."""
+    """The parser's message; for an unknown key, with the nearest valid one."""
     unknown = re.search(r"unrecognized arguments: --([\w.]+)|Option '([\w.]+)' is not accepted", message)
     if unknown is None:
         return message
     name = unknown[1] or unknown[2]
     nearest = difflib.get_close_matches(name, defaults.keys(), n=1, cutoff=0.3)
-    return f"there is no key {name!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else ".")
+    hint = f"did you mean {nearest[0]!r}?" if nearest else "see --help for the keys"
+    return f"there is no key {name!r}: {hint}"
 
 
 def _data_of(run: Path) -> list[str]:
-    """The data: part of a run's YAML as command-line arguments, which later ones override."""
+    """The data section of a run's YAML as command-line arguments, which later ones override."""
     import yaml
 
     try:
@@ -358,14 +367,14 @@ def _data_of(run: Path) -> list[str]:
         raise ConfigError(f"--run {run} cannot be read as YAML: {error}") from error
     section = content.get("data") if isinstance(content, dict) else None
     if not isinstance(section, dict):
-        raise ConfigError(f"--run {run} has no data: part; name the YAML file of a training run.")
+        raise ConfigError(f"--run {run} has no data section, expected the YAML file of a training run")
     return [
         f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in section.items()
     ]
 
 
 def main() -> int:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file-size limit becomes an error that can be told
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that a file-size limit raises an error instead
     try:
         folder = prepare(*parse(sys.argv[1:]))
     except (DataError, ConfigError) as error:

@@ -1,6 +1,6 @@
-"""Files wherever they lie and however they are packed: local paths, `s3://`, `gs://` and the like through fsspec, .gz, .zst.
+"""Local and remote files, compressed or not: paths, `s3://`, `gs://` and other URLs of fsspec, .gz, .zst.
 
-Text is read where it lies. Prepared shards have to be mapped into memory: their folders are fetched once into the cache.
+Text is read in place. Prepared shards are memory-mapped, so their folders are first fetched into the cache.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ BLOCK = 1 << 22
 
 
 def is_remote(path: str | Path) -> bool:
-    """Whether a path names another file system than the local one."""
+    """Whether a path is a URL of another file system than the local one."""
     return "://" in str(path)
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A file on another file system, with as much of `pathlib.Path` as reading text takes."""
+    """A file on another file system, with the part of `pathlib.Path` that reading text needs."""
 
     url: str
     size: int
     mark: str
-    """What changes whenever the file's content does."""
+    """Identifies the file's content: it changes whenever the content does."""
 
     def __str__(self) -> str:
         return self.url
@@ -53,17 +53,17 @@ File = Path | Remote
 
 
 def kind(path: File) -> str:
-    """The ending that tells a file's form, below that of its packing: ``.jsonl`` of ``a.jsonl.gz``."""
+    """The suffix of a file's format, without that of its compression: ``.jsonl`` of ``a.jsonl.gz``."""
     return PurePosixPath(path.name.removesuffix(path.suffix)).suffix if path.suffix in PACKED else path.suffix
 
 
 def size_of(path: File) -> int:
-    """Bytes of a file as it lies, packed or not. Raises OSError."""
+    """Bytes of a file as stored, compressed or not. Raises OSError."""
     return path.size if isinstance(path, Remote) else path.stat().st_size
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL, and the path there. Raises ``ConfigError`` for one that fsspec cannot open."""
+    """fsspec's file system for a URL, and the path in it. Raises ``ConfigError`` if fsspec cannot open it."""
     import fsspec
 
     try:
@@ -73,7 +73,7 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def find_remote(pattern: str, key: str, suffixes: tuple[str, ...]) -> list[Remote]:
-    """The files of a URL, a folder's or a glob's sorted by name. Raises ``DataError`` where there is none."""
+    """The files of a URL; those of a folder or glob are sorted by name. Raises ``DataError`` if there are none."""
     system, path = file_system(pattern)
     try:
         if any(sign in path for sign in "*?["):
@@ -84,7 +84,7 @@ def find_remote(pattern: str, key: str, suffixes: tuple[str, ...]) -> list[Remot
             found = {path: system.info(path)}
     except FileNotFoundError:
         found = {}
-    except Exception as error:  # whatever the file system's own client raises
+    except Exception as error:  # any error of the file system's client
         raise DataError(f"{key}: {pattern} cannot be listed ({type(error).__name__}: {error})") from error
     files = [
         Remote(system.unstrip_protocol(name), int(info["size"]), str(system.ukey(name)))
@@ -93,15 +93,16 @@ def find_remote(pattern: str, key: str, suffixes: tuple[str, ...]) -> list[Remot
     ]
     files = [file for file in files if kind(file) in suffixes or file.suffix in suffixes]
     if not files:
-        raise DataError(f"{key}: {pattern} matches no file that ends in {', '.join(suffixes)}.")
+        raise DataError(f"{key}: {pattern} matches no file, expected one that ends in {', '.join(suffixes)}")
     return files
 
 
 @contextmanager
 def opened(path: File, raw: list[BinaryIO] | None = None) -> Iterator[BinaryIO]:
-    """The unpacked bytes of a file, read forward; ``raw`` receives the packed file, whose ``tell()`` says how far it is read.
+    """The decompressed bytes of a file, for reading forward; ``raw`` receives the file as stored, whose ``tell()`` is the
+    position.
 
-    Raises ``DataError`` where it cannot be read or unpacked.
+    Raises ``DataError`` if it cannot be read or decompressed.
     """
     import fsspec
 
@@ -123,7 +124,7 @@ def opened(path: File, raw: list[BinaryIO] | None = None) -> Iterator[BinaryIO]:
 
 
 def _unpacking(file: Any, suffix: str) -> BinaryIO:
-    """The bytes of a packed file; one that was cut raises OSError or EOFError at its end, several frames are one file."""
+    """The bytes of a compressed file, of one or several frames; a truncated file raises OSError or EOFError at its end."""
     if suffix == ".gz":
         return cast(BinaryIO, gzip.GzipFile(fileobj=file))
     import pyarrow
@@ -132,7 +133,7 @@ def _unpacking(file: Any, suffix: str) -> BinaryIO:
 
 
 def unpacked_size(path: File) -> int:
-    """Bytes of a file's text; of a packed one by reading it through, once."""
+    """Bytes of a file's text; a compressed file is read through once to count them."""
     if path.suffix not in PACKED:
         return size_of(path)
     return _unpacked(
@@ -150,9 +151,9 @@ def _unpacked(path: File, mark: str, size: int) -> int:
 
 
 def fetch_prepared(url: str, store: Path, manifest: str) -> Path:
-    """A folder of prepared shards from another file system, in the cache: each file once, shards checked by their sha256.
+    """Fetches a remote folder of prepared shards into the cache: each file once, shards checked by their sha256.
 
-    Raises ``DataError`` where a file cannot be fetched, or is not what the manifest says.
+    Raises ``DataError`` if a file cannot be fetched, or differs from the manifest.
     """
     system, path = file_system(url)
     folder = store / "fetched" / digest(url)[:16]
@@ -176,9 +177,11 @@ def _named_by(manifest: Path, url: str) -> dict[str, str]:
         if (file := raw["tokenizer"].get("file")) is not None:
             named[str(file)] = str(raw["tokenizer"]["hash"])
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{url}: its manifest is damaged ({error!r}); upload the folder again.") from error
+        raise DataError(f"{url}: its manifest is damaged ({error!r}): upload the folder again") from error
     if strange := [name for name in named if Path(name).name != name or name in ("", ".", "..")]:
-        raise DataError(f"{url}: the manifest names {strange[0]!r}, expected a plain file name.")
+        raise DataError(
+            f"{url}: the manifest names {strange[0]!r}, expected a plain file name: upload the folder again"
+        )
     return named
 
 
@@ -191,11 +194,11 @@ def _fetch(system: Any, source: str, target: Path, checksum: str | None) -> None
             os.fsync(out.fileno())
         if checksum is not None and (found := sha256(temporary)) != checksum:
             raise DataError(
-                f"{source} has sha256 {found[:16]}…, its manifest says {checksum[:16]}…: upload the folder again."
+                f"{source} has sha256 {found[:16]}…, expected {checksum[:16]}… by its manifest: upload the folder again"
             )
         os.replace(temporary, target)
     except FileNotFoundError as error:
-        raise DataError(f"{source} does not exist; expected a folder that data.prepare wrote.") from error
+        raise DataError(f"{source} does not exist, expected a folder that data.prepare wrote") from error
     except OSError as error:
         raise DataError(f"{source} cannot be fetched to {target}: {error.strerror or error}.") from error
     finally:

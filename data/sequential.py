@@ -1,7 +1,7 @@
 """Shards read from their first token to their last, in the batch order of modded-nanoGPT's loaders.
 
-A step takes the next global batch of one shard, every sequence after the last; where fewer than a batch and two tokens are
-left of a shard, the next one begins. Rank r has the r-th part of each batch. Nothing is shuffled: a seed moves no token.
+A step takes the next global batch of a shard, sequence after sequence; when less than a batch and two tokens remain of a
+shard, the next one begins. Rank r has the r-th part of each batch. Nothing is shuffled, so the seed does not matter.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from polargrad_dist.errors import DataError
 
 @dataclass(frozen=True)
 class SequentialLoader(Loader):
-    """This rank's micro-batches; after the last shard the first begins again."""
+    """This rank's micro-batches; after the last shard comes the first again."""
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:
@@ -41,11 +41,11 @@ class SequentialLoader(Loader):
 
     @property
     def num_samples(self) -> int:
-        """Samples of an epoch."""
+        """Samples per epoch."""
         return int(self._ends[-1]) * self.global_batch if len(self._ends) else 0
 
     def places(self, samples: np.ndarray) -> list[tuple[Tokens, int]]:
-        """The shard that each sample index reads from, and its window there."""
+        """The shard and the window that each sample index reads."""
         steps, within = np.divmod(samples % self.num_samples, self.global_batch)
         shards = np.searchsorted(self._ends, steps, side="right")
         firsts = np.concatenate([[0], self._ends[:-1]])[shards]
@@ -56,5 +56,5 @@ class SequentialLoader(Loader):
         ]
 
     def fingerprint(self) -> dict[str, Any]:
-        """JSON-able: everything that decides which tokens a sample index means, the batch among them."""
+        """JSON-able: everything that determines the tokens of a sample index, including the batch."""
         return super().fingerprint() | {"order": "sequential", "global_batch": self.global_batch}

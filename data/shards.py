@@ -1,4 +1,4 @@
-"""Token shards: the `.bin` format that llm.c and modded-nanoGPT read and write, and the manifest beside them.
+"""Token shards: the `.bin` format of llm.c and modded-nanoGPT, and the manifest beside them.
 
 A shard is a header of 256 little-endian int32 (magic, version, number of tokens, zeros) and then the tokens: magic
 20240520, version 1, uint16; or magic 20240801, version 7, uint32, for vocabularies over 65,536.
@@ -28,7 +28,7 @@ _DTYPE = {magic: dtype for dtype, magic in _MAGIC.items()}
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """uint16 where every id below ``vocab_size`` fits, else uint32."""
+    """uint16 if every id below ``vocab_size`` fits, else uint32."""
     return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
 
 
@@ -51,7 +51,7 @@ TOKENIZER_FIELDS: dict[str, tuple[type, ...]] = {
 
 
 def check_fields(raw: Any, kinds: dict[str, tuple[type, ...]]) -> None:
-    """Raises ValueError where ``raw`` is no object or a field of it has another type than said; a missing one may be null."""
+    """Raises ValueError if ``raw`` is not an object or a field has another type than given; a missing one may be null."""
     if not isinstance(raw, dict):
         raise ValueError(f"{raw!r:.60} is no object")
     for name, kind in kinds.items():
@@ -63,7 +63,7 @@ def check_fields(raw: Any, kinds: dict[str, tuple[type, ...]]) -> None:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of tokens, and what is known of it. A foreign shard has no sha256, max_token or text counts."""
+    """One file of tokens and its description. A foreign shard has no sha256, max_token or text counts."""
 
     name: str
     tokens: int
@@ -75,7 +75,7 @@ class Shard:
 
     @classmethod
     def read(cls, raw: Any) -> Shard:
-        """A shard as a manifest describes it. Raises ValueError where it is malformed or names a place elsewhere."""
+        """Reads a manifest's description of a shard. Raises ValueError if it is malformed or names another folder."""
         check_fields(raw, SHARD_FIELDS)
         shard = cls(**raw)
         if Path(shard.name).name != shard.name or shard.name in ("", ".", ".."):
@@ -86,12 +86,12 @@ class Shard:
 def write_shard(
     path: Path, tokens: np.ndarray, *, documents: int | None = None, text_bytes: int | None = None
 ) -> Shard:
-    """Writes tokens (n,) uint16 or uint32 as one shard, atomically. Raises DataError when the disk is full."""
+    """Writes tokens (n,) uint16 or uint32 as one shard, atomically. Raises DataError if the disk is full."""
     tokens = np.ascontiguousarray(tokens, dtype=tokens.dtype.newbyteorder("<"))
     if tokens.dtype not in _MAGIC:
-        raise DataError(f"{path}: tokens of type {tokens.dtype}; a shard holds uint16 or uint32.")
+        raise DataError(f"{path}: the tokens are {tokens.dtype}, expected uint16 or uint32")
     if not 0 < len(tokens) <= MAX_SHARD_TOKENS:
-        raise DataError(f"{path}: {len(tokens):,} tokens; a shard holds 1 to {MAX_SHARD_TOKENS:,}.")
+        raise DataError(f"{path}: {len(tokens):,} tokens, expected 1 to {MAX_SHARD_TOKENS:,}")
     header = np.zeros(256, dtype="<i4")
     header[:3] = (*_MAGIC[tokens.dtype], len(tokens))
     checksum = write_atomically(path, header.data, tokens.data)
@@ -100,29 +100,31 @@ def write_shard(
 
 
 def _header(path: Path) -> tuple[np.dtype, int]:
-    """The token type and count that a shard declares; raises DataError where the file cannot be that shard."""
+    """The token type and count in a shard's header; raises DataError if the file does not fit them."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
             raw = file.read(HEADER_BYTES)
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}.") from error
+        raise DataError(f"{path} cannot be read ({error.strerror}): restore it, or prepare again") from error
     if size < HEADER_BYTES:
         what = "is empty" if size == 0 else f"holds {size} bytes, fewer than its header of {HEADER_BYTES}"
-        raise DataError(f"{path} {what}: it is no token shard; write it again.")
+        raise DataError(f"{path} {what}, expected a token shard: write it again")
     magic, version, count = (int(x) for x in np.frombuffer(raw, dtype="<i4", count=3))
     if (magic, version) not in _DTYPE:
         known = " or ".join(f"{m} version {v}" for m, v in _DTYPE)
-        raise DataError(f"{path} starts with magic {magic} version {version}; a token shard has {known}.")
+        raise DataError(
+            f"{path} starts with magic {magic} version {version}, expected {known}: write it again"
+        )
     dtype = _DTYPE[magic, version]
     expected = HEADER_BYTES + count * dtype.itemsize
     if count <= 0:
-        raise DataError(f"{path} declares {count} tokens; a shard holds at least one.")
+        raise DataError(f"{path} declares {count} tokens, expected at least one: write it again")
     if size != expected:
         kind = "truncated" if size < expected else "longer than it says"
         raise DataError(
-            f"{path} is {kind}: {size:,} bytes, but its header declares {count:,} tokens, which take {expected:,}; "
-            "fetch or prepare it again."
+            f"{path} is {kind}: {size:,} bytes, expected {expected:,} for the {count:,} tokens in its header: fetch "
+            "or prepare it again"
         )
     return dtype, count
 
@@ -130,7 +132,7 @@ def _header(path: Path) -> tuple[np.dtype, int]:
 def open_shard(path: Path) -> np.ndarray:
     """The tokens (n,) uint16 or uint32 of a shard, memory-mapped and read-only.
 
-    Raises DataError on an empty file, a wrong magic, or a size other than the header declares.
+    Raises DataError for an empty file, a wrong magic number, or a size that does not match the header.
     """
     dtype, count = _header(path)
     with open(path, "rb") as file:
@@ -139,13 +141,13 @@ def open_shard(path: Path) -> np.ndarray:
 
 
 def foreign_shard(path: Path) -> Shard:
-    """A shard that no manifest describes."""
+    """The description of a shard without a manifest."""
     dtype, count = _header(path)
     return Shard(str(path), count, HEADER_BYTES + count * dtype.itemsize)
 
 
 def sampled_sha256(path: Path, blocks: int = 16, block: int = 2**16) -> str:
-    """A checksum of a foreign shard's header and of blocks spread over it: tells files apart without reading them whole."""
+    """A checksum of a foreign shard's header and of blocks spread over it, to identify it without reading it whole."""
     size = path.stat().st_size
     checksum = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
@@ -157,7 +159,7 @@ def sampled_sha256(path: Path, blocks: int = 16, block: int = 2**16) -> str:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prepared folder holds: written last, so a folder with a manifest is complete."""
+    """The content of a prepared folder; written last, so a folder with a manifest is complete."""
 
     inputs: dict[str, Any]
     tokenizer: dict[str, Any]
@@ -181,7 +183,7 @@ class Manifest:
         try:
             if raw["version"] != 1:
                 raise DataError(
-                    f"{folder / MANIFEST} has version {raw['version']!r}; this program reads version 1."
+                    f"{folder / MANIFEST} has version {raw['version']!r}, expected 1: prepare again with this version"
                 )
             inputs, tokenizer = raw["inputs"], raw["tokenizer"]
             check_fields(inputs, {})
@@ -194,7 +196,7 @@ class Manifest:
             return cls(inputs, tokenizer, train, validation)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
-                f"{folder / MANIFEST} is damaged ({error!r}); delete {folder} and prepare again."
+                f"{folder / MANIFEST} is damaged ({error!r}): delete {folder} and prepare again"
             ) from error
 
 
@@ -209,17 +211,16 @@ def verify_shards(
 ) -> None:
     """Raises DataError naming the first damaged shard.
 
-    Every header and size is checked. Contents (sha256 by the manifest) are checked for every ``parts``-th shard
-    from ``part`` on: all of those with ``mode`` "full", a random selection worth ``budget`` bytes with "auto", none
-    with "sizes".
+    Every header and size is checked. Contents (by the sha256 in the manifest) are checked for every ``parts``-th shard from
+    ``part`` on: all of them with ``mode`` "full", a random selection of ``budget`` bytes with "auto", none with "sizes".
     """
     for shard in shards:
         path = folder / shard.name
         _header(path)
         if path.stat().st_size != shard.size:
             raise DataError(
-                f"{path} holds {path.stat().st_size:,} bytes, the manifest says {shard.size:,}; delete its folder and "
-                "prepare again."
+                f"{path} holds {path.stat().st_size:,} bytes, expected {shard.size:,} by the manifest: delete its "
+                "folder and prepare again"
             )
     if mode == "sizes":
         return
@@ -238,6 +239,6 @@ def verify_shards(
         found = sha256(folder / shard.name)
         if found != shard.sha256:
             raise DataError(
-                f"{folder / shard.name} is corrupt: its sha256 is {found[:16]}…, the manifest says "
-                f"{str(shard.sha256)[:16]}…; delete its folder and prepare again."
+                f"{folder / shard.name} is corrupt: its sha256 is {found[:16]}…, expected "
+                f"{str(shard.sha256)[:16]}… by the manifest: delete its folder and prepare again"
             )

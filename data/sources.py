@@ -1,6 +1,6 @@
-"""Corpora: where text comes from, always in the same order, cut into pieces and split into training and validation.
+"""Text sources: documents in a fixed order, long ones in parts, split into training and validation.
 
-A source knows neither tokenizers nor shards. Its identity (JSON-able) changes whenever its text could have changed.
+A source is independent of tokenizers and shards. Its identity (JSON-able) changes whenever its text may have changed.
 """
 
 from __future__ import annotations
@@ -18,25 +18,27 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data.config import DataConfig, SourceConfig
+from data.documents import Part, Source, document_hash, split_document, stamp, text_field
 from data.hub import HubSource
-from data.pieces import Piece, Source, document_hash, document_pieces, stamp, text_field
 from data.remote import PACKED, File, find_remote, is_remote, kind, opened, size_of, unpacked_size
 from polargrad_dist.errors import ConfigError, DataError
 
 LINE_BYTES = 2**27
-PIECE_BYTES = 2**18  # plain text is read in pieces of this size, cut at a line break
+PART_BYTES = 2**18  # plain text is read in parts of this size, cut at a line break
 TEXT, LINES, PARQUET = (".txt", ".md"), (".jsonl", ".ndjson"), (".parquet",)
 _NO_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
 def open_source(config: DataConfig) -> Source:
-    """The corpus that a configuration names. Raises ConfigError or DataError."""
+    """The configured corpus. Raises ConfigError or DataError."""
     if not 0 <= config.validation_fraction < 1:
-        raise ConfigError(f"data.validation_fraction is {config.validation_fraction}; it must lie in [0, 1).")
+        raise ConfigError(
+            f"data.validation_fraction is {config.validation_fraction}, expected a number in [0, 1)"
+        )
     if config.validation_paths and config.source in ("builtin", "hub"):
         raise ConfigError(
-            f"data.validation_paths is set with data.source {config.source!r}, which keeps a share of its own documents; "
-            "leave it empty and set data.validation_fraction."
+            f"data.validation_paths is set with data.source {config.source!r}, expected []: leave it out, and set "
+            "data.validation_fraction"
         )
     if config.source == "builtin":
         return BuiltinSource(config.validation_fraction)
@@ -50,15 +52,15 @@ def open_source(config: DataConfig) -> Source:
     if config.source == "hub":
         return HubSource(config.hub, config.text_field, config.validation_fraction)
     raise ConfigError(
-        f"data.source is {config.source!r}: token shards are ready to be read, there is no text to prepare."
+        f"data.source is {config.source!r}, expected builtin, files or hub: shards need no preparation"
     )
 
 
 class BuiltinSource:
     """The Python standard library's own sources without tests, and ``pydoc_data.topics``, in sorted order.
 
-    It differs between Python versions, so its sha256 is part of its identity. Validation documents are those with
-    the lowest hashes, as many as reach the given share of the bytes.
+    It differs between Python versions, so its sha256 is part of its identity. Validation documents are those with the lowest
+    hashes, until they reach the given share of the bytes.
     """
 
     position = 0
@@ -72,7 +74,7 @@ class BuiltinSource:
         documents = [*_library_sources(self._root), *_library_topics()]
         if not documents:
             raise DataError(
-                f"{self._root} holds no Python sources, so there is no built-in corpus; set data.source to another."
+                f"{self._root} holds no Python sources, expected the standard library's: set data.source to another corpus"
             )
         return documents
 
@@ -99,7 +101,7 @@ class BuiltinSource:
     def cursor(self) -> None:
         return None
 
-    def pieces(self, start: int = 0, cursor: Any = None) -> Iterator[Piece]:
+    def documents(self, start: int = 0, cursor: Any = None) -> Iterator[Part]:
         wanted, kept = self._fraction * self.size, 0
         validation: set[int] = set()
         for index in sorted(range(len(self._documents)), key=lambda i: document_hash(self._documents[i][1])):
@@ -110,7 +112,7 @@ class BuiltinSource:
         self.position = sum(len(text) for _, text in self._documents[:start])
         for index, (_, text) in enumerate(self._documents[start:], start):
             self.position += len(text)
-            yield Piece(text.decode(), len(text), index in validation)
+            yield Part(text.decode(), len(text), index in validation)
 
 
 def _library_sources(root: Path) -> Iterator[tuple[str, bytes]]:
@@ -140,8 +142,8 @@ def _library_topics() -> Iterator[tuple[str, bytes]]:
 class FileSource:
     """Local text, JSON lines and parquet files.
 
-    Validation: the files of ``validation_paths`` where given; else documents of JSON lines and parquet by a hash of
-    their text, and the last share of the bytes of the text files, from a line break on.
+    Validation: the files of ``validation_paths`` if given; else documents of JSON lines and parquet by a hash of their text,
+    and the last share of the bytes of text files, from a line break on.
     """
 
     def __init__(
@@ -156,8 +158,8 @@ class FileSource:
             else []
         )
         self.size: int | None = sum(size_of(path) for path in self._validation + self._files)
-        self._before = 0  # bytes of the files that are read through
-        self._raw: list[BinaryIO] = []  # the file that is being read
+        self._before = 0  # bytes of the files that are finished
+        self._raw: list[BinaryIO] = []  # the file being read
         text_bytes = sum(unpacked_size(path) for path in self._files if kind(path) in TEXT)
         self._text_split = text_bytes - int(self._fraction * text_bytes)
 
@@ -180,18 +182,18 @@ class FileSource:
 
     @property
     def position(self) -> int:
-        """Bytes of the files, as they lie, that are read so far."""
+        """Bytes of the files, as stored, that have been read so far."""
         return self._before + (self._raw[0].tell() if self._raw and not self._raw[0].closed else 0)
 
-    def pieces(self, start: int = 0, cursor: Any = None) -> Iterator[Piece]:
-        return itertools.islice(self._pieces(), start, None)
+    def documents(self, start: int = 0, cursor: Any = None) -> Iterator[Part]:
+        return itertools.islice(self._documents(), start, None)
 
-    def _pieces(self) -> Iterator[Piece]:
+    def _documents(self) -> Iterator[Part]:
         # Validation files come first, so that a limit on training tokens never cuts them off.
         self._before = 0
         for path in self._validation:
-            for piece in self._read(path, sys.maxsize):
-                yield piece._replace(validation=True)
+            for part in self._read(path, sys.maxsize):
+                yield part._replace(validation=True)
             self._before += size_of(path)
         before = 0
         for path in self._files:
@@ -199,16 +201,16 @@ class FileSource:
             before += unpacked_size(path) if kind(path) in TEXT else 0
             self._before += size_of(path)
 
-    def _read(self, path: File, split: int) -> Iterator[Piece]:
+    def _read(self, path: File, split: int) -> Iterator[Part]:
         if kind(path) in TEXT:
             return read_text(path, split, self._raw)
         read = read_json_lines if kind(path) in LINES else read_parquet
         documents = read(path, self._field, self._raw)
-        return (piece for where, text in documents for piece in document_pieces(text, self._fraction, where))
+        return (part for where, text in documents for part in split_document(text, self._fraction, where))
 
 
 def missing_paths(config: DataConfig) -> list[str]:
-    """Named files, folders and globs that match nothing on this machine. Raises ConfigError where none is named."""
+    """Configured files, folders and globs that match nothing on this machine. Raises ConfigError if none is configured."""
     missing: list[str] = []
     sources: list[SourceConfig | DataConfig] = [*config.sources] or [config]
     for source in sources:
@@ -216,7 +218,7 @@ def missing_paths(config: DataConfig) -> list[str]:
             continue
         if not source.paths:
             raise ConfigError(
-                f"data.paths is empty with data.source {source.source!r}; name files, folders or globs."
+                f"data.paths is empty with data.source {source.source!r}, expected files, folders or globs"
             )
         for pattern in source.paths:
             path = Path(pattern).expanduser()
@@ -226,22 +228,22 @@ def missing_paths(config: DataConfig) -> list[str]:
 
 
 def find_local(paths: list[str], key: str, suffixes: tuple[str, ...]) -> list[Path]:
-    """As `find_files`, where only files of this machine will do, since they are mapped into memory."""
+    """As `find_files`, but only local files, since they are memory-mapped."""
     for path in paths:
         if is_remote(path):
             raise ConfigError(
-                f"{key} is {path}, expected a local path or a folder that data.prepare wrote: fetch these shards first."
+                f"{key} is {path}, expected a local path or a folder that data.prepare wrote: fetch these shards first"
             )
     return [path for path in find_files(paths, key, suffixes) if isinstance(path, Path)]
 
 
 def find_files(paths: list[str], key: str, suffixes: tuple[str, ...]) -> list[File]:
-    """Files, folders (searched to the bottom) and globs, expanded in the given order, and URLs of them.
+    """Files, folders (searched recursively) and globs, local or URLs, expanded in the given order.
 
-    Text may be packed (.gz, .zst). Raises DataError, ConfigError.
+    Text may be compressed (.gz, .zst). Raises DataError or ConfigError.
     """
     if not paths:
-        raise ConfigError(f"{key} is empty; name files, folders or globs of {', '.join(suffixes)}.")
+        raise ConfigError(f"{key} is empty, expected files, folders or globs of {', '.join(suffixes)}")
     found: list[File] = []
     for pattern in paths:
         if is_remote(pattern):
@@ -252,7 +254,9 @@ def find_files(paths: list[str], key: str, suffixes: tuple[str, ...]) -> list[Fi
             matches = sorted(p for p in path.rglob("*") if _known(p, suffixes) and p.is_file())
         elif path.is_file():
             if not _known(path, suffixes):
-                raise ConfigError(f"{key}: {path} ends in {path.suffix!r}; known are {', '.join(suffixes)}.")
+                raise ConfigError(
+                    f"{key}: {path} ends in {path.suffix!r}, expected one of {', '.join(suffixes)}"
+                )
             matches = [path]
         else:
             matches = [
@@ -261,15 +265,17 @@ def find_files(paths: list[str], key: str, suffixes: tuple[str, ...]) -> list[Fi
                 if _known(Path(name), suffixes) and not Path(name).is_dir()
             ]
         if not matches:
-            raise DataError(f"{key}: {pattern} matches no file that ends in {', '.join(suffixes)}.")
+            raise DataError(
+                f"{key}: {pattern} matches no file, expected one that ends in {', '.join(suffixes)}"
+            )
         found += matches
     for file in found:
         try:
             empty = size_of(file) == 0
         except OSError as error:
-            raise DataError(f"{file} cannot be read: {error.strerror}; remove it from {key}.") from error
+            raise DataError(f"{file} cannot be read ({error.strerror}): remove it from {key}") from error
         if empty:
-            raise DataError(f"{file} is empty; remove it from {key} or fill it.")
+            raise DataError(f"{file} is empty, expected text: remove it from {key} or fill it")
     return found
 
 
@@ -277,8 +283,8 @@ def _known(path: Path, suffixes: tuple[str, ...]) -> bool:
     return (kind(path) if path.suffix in PACKED and kind(path) in TEXT + LINES else path.suffix) in suffixes
 
 
-def read_text(path: File, split: int, raw: list[BinaryIO] | None = None) -> Iterator[Piece]:
-    """One document in pieces that end at line breaks; those from byte ``split`` on are for validation.
+def read_text(path: File, split: int, raw: list[BinaryIO] | None = None) -> Iterator[Part]:
+    """One document in parts that end at line breaks; those from byte ``split`` on are for validation.
 
     raw: see `data.remote.opened`.
     """
@@ -287,7 +293,7 @@ def read_text(path: File, split: int, raw: list[BinaryIO] | None = None) -> Iter
     rest = b""
     with opened(path, raw) as file:
         while position < size:
-            stop = position + PIECE_BYTES
+            stop = position + PART_BYTES
             wanted = min(stop, split if position < split else stop) - position
             block, rest = (rest + file.read(max(0, wanted - len(rest)))), b""
             if len(block) > wanted:
@@ -295,7 +301,7 @@ def read_text(path: File, split: int, raw: list[BinaryIO] | None = None) -> Iter
             if not block.endswith(b"\n"):
                 more, end = rest, rest.find(b"\n") + 1
                 if not end:
-                    more += file.readline(max(1, PIECE_BYTES - len(rest)))
+                    more += file.readline(max(1, PART_BYTES - len(rest)))
                     end = len(more)
                 block, rest = block + more[:end], more[end:]
             if not block.endswith(b"\n") and position + len(block) < size:
@@ -306,12 +312,12 @@ def read_text(path: File, split: int, raw: list[BinaryIO] | None = None) -> Iter
             except UnicodeDecodeError as error:
                 raise DataError(_not_utf8(path, line + block.count(b"\n", 0, error.start), error)) from error
             validation = position >= split
-            yield Piece(text, len(block), validation, position == 0 or validation != was_validation)
+            yield Part(text, len(block), validation, position == 0 or validation != was_validation)
             position, line, was_validation = position + len(block), line + block.count(b"\n"), validation
 
 
 def _cut_long_line(block: bytes) -> int:
-    """Where to cut a block with no line break in reach: before its last space, else before its last character."""
+    """Where to cut a block without a line break: before its last space, else before its last character."""
     cut = block.rfind(b" ")
     if cut <= 0:
         cut = len(block) - 1
@@ -322,8 +328,8 @@ def _cut_long_line(block: bytes) -> int:
 
 def _not_utf8(path: File, line: int, error: UnicodeDecodeError) -> str:
     return (
-        f"{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8 ({error.reason}); convert the file "
-        f"first, for example with iconv -f LATIN1 -t UTF-8."
+        f"{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8 ({error.reason}): convert the file "
+        f"first, for example with iconv -f LATIN1 -t UTF-8"
     )
 
 
@@ -336,7 +342,7 @@ def read_json_lines(path: File, field: str, raw: list[BinaryIO] | None = None) -
             where = f"{path}, line {number}"
             if len(line) > LINE_BYTES:
                 raise DataError(
-                    f"{where} is longer than {LINE_BYTES // 2**20} MiB; each line must be one document: split it."
+                    f"{where} is longer than {LINE_BYTES // 2**20} MiB, expected one document per line: split it"
                 )
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -346,10 +352,10 @@ def read_json_lines(path: File, field: str, raw: list[BinaryIO] | None = None) -
             except UnicodeDecodeError as error:
                 raise DataError(_not_utf8(path, number, error)) from error
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{where} is not JSON ({error}); each line must be one object.") from error
+                raise DataError(f"{where} is not JSON ({error}), expected one object per line") from error
             if not isinstance(record, dict):
                 raise DataError(
-                    f"{where} holds a {type(record).__name__}; each line must be an object with {field!r}."
+                    f"{where} holds a {type(record).__name__}, expected an object with {field!r} per line"
                 )
             yield where, text_field(record, field, where)
 
@@ -365,7 +371,9 @@ def read_parquet(path: File, field: str, raw: list[BinaryIO] | None = None) -> I
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise DataError("parquet files need pyarrow: pip install 'polargrad-dist[train]'.") from error
+        raise DataError(
+            "parquet files need the package pyarrow, which is not installed: pip install 'polargrad-dist[train]'"
+        ) from error
     try:
         with opened(path, raw) as whole:
             schema = parquet.read_schema(whole)
@@ -373,11 +381,11 @@ def read_parquet(path: File, field: str, raw: list[BinaryIO] | None = None) -> I
             texts = (
                 [field] if field in schema.names and str(schema.field(field).type).endswith("string") else []
             )
-            # As a dictionary, a text that a file holds once and names a million times stays one text in memory.
+            # With a dictionary, a text that the file stores once and references a million times is in memory once.
             file = parquet.ParquetFile(whole, read_dictionary=texts)
             if field not in file.schema_arrow.names:
                 raise DataError(
-                    f"{path} has no column {field!r} but {', '.join(file.schema_arrow.names)}; set data.text_field."
+                    f"{path} has the columns {', '.join(file.schema_arrow.names)}, expected {field!r}: set data.text_field"
                 )
             row = 0
             for group in range(file.num_row_groups):
@@ -387,4 +395,4 @@ def read_parquet(path: File, field: str, raw: list[BinaryIO] | None = None) -> I
                         where = f"{path}, row {row}"
                         yield where, text_field({field: value.as_py()}, field, where)
     except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
-        raise DataError(f"{path} cannot be read as parquet: {error}.") from error
+        raise DataError(f"{path} cannot be read as parquet ({error}): write it again") from error

@@ -1,6 +1,6 @@
-"""Tokenizers: one trained here, any that AutoTokenizer loads, tiktoken's. Text in, ids out, and a hash of what it does.
+"""Tokenizers: a BPE trained here, any that AutoTokenizer loads, and tiktoken's. Each has a hash of its behaviour.
 
-Text that looks like a special token is text: only `data.prepare` writes end-of-text.
+Special tokens inside text are encoded as text: only `data.prepare` writes end-of-text.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from data.config import TokenizerConfig
+from data.documents import Source
 from data.files import digest, make_folder, read_json, sha256, write_atomically
-from data.network import first_line, unreachable
-from data.pieces import Source
+from data.hub_probe import first_line, unreachable
 from polargrad_dist.errors import ConfigError, DataError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -30,14 +30,14 @@ _LONG_WORD = re.compile(r"\S{1000}")
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """What a prepared folder remembers of its tokenizer; `load` brings it back."""
+    """The description of a tokenizer in a prepared folder; `load` opens it."""
 
     name: str
     hash: str
     vocab_size: int
     end_of_text: int
     file: str | None = None
-    """The tokenizer's own JSON, beside the shards; None for tiktoken's, which are loaded by name."""
+    """File name of the tokenizer's JSON beside the shards; None for tiktoken's, which are loaded by name."""
 
     def load(self, folder: Path | None = None) -> Tokenizer:
         """The tokenizer; ``folder`` is that of the shards."""
@@ -46,11 +46,11 @@ class TokenizerInfo:
         return open_ready(self.name, self.end_of_text)
 
     def check(self, folder: Path) -> None:
-        """Raises DataError where the tokenizer beside shards is no longer the one that made them."""
+        """Raises DataError if the tokenizer beside the shards is not the one that made them."""
         if self.file is not None and (found := sha256(folder / self.file)) != self.hash:
             raise DataError(
-                f"{folder / self.file} is not the tokenizer that made the shards beside it: its sha256 is {found[:16]}…, the "
-                f"manifest says {self.hash[:16]}…; restore it, or delete the folder and prepare again."
+                f"{folder / self.file} is not the tokenizer that made the shards beside it: its sha256 is {found[:16]}…, "
+                f"expected {self.hash[:16]}…: restore it, or delete the folder and prepare again"
             )
 
 
@@ -62,7 +62,7 @@ class Tokenizer:
         self._tiktoken = info.name.startswith("tiktoken:")
 
     def encode_batch(self, texts: Sequence[str], dtype: DTypeLike = np.uint32) -> list[np.ndarray]:
-        """The ids of each text; no special token among them."""
+        """The ids of each text, without special tokens."""
         if self._tiktoken:
             return [np.array(self.backend.encode_ordinary(text), dtype) for text in texts]
         found = self.backend.encode_batch_fast(texts, add_special_tokens=False)
@@ -80,19 +80,19 @@ class Tokenizer:
         )
 
     def json(self) -> str | None:
-        """The tokenizer as the JSON that `tokenizers` reads; None for tiktoken's."""
+        """The tokenizer in the JSON format of `tokenizers`; None for tiktoken's."""
         return None if self._tiktoken else self.backend.to_str()
 
 
 def open_tokenizer(config: TokenizerConfig, source: Source, cache: Path) -> Tokenizer:
-    """The tokenizer that a configuration names; trains and caches a BPE where it says so."""
+    """The configured tokenizer; trains and caches a BPE if configured."""
     if config.name == "bpe":
         return _trained(config, source, cache)
     return open_ready(config.name, config.end_of_text)
 
 
 def open_ready(name: str, end_of_text: int | str | None) -> Tokenizer:
-    """A ready-made tokenizer by tiktoken name, folder or hub name. Raises DataError when it cannot be found."""
+    """A ready-made tokenizer by tiktoken name, folder or hub name. Raises DataError if it cannot be found."""
     if name.startswith("tiktoken:"):
         return _tiktoken(name, end_of_text)
     folder = Path(name).expanduser()
@@ -103,19 +103,20 @@ def open_ready(name: str, end_of_text: int | str | None) -> Tokenizer:
 
 
 def _declared_end(folder: Path) -> str | None:
-    """The end-of-sequence token that a tokenizer's folder names."""
+    """The end-of-sequence token in a tokenizer's folder."""
     path = folder / "tokenizer_config.json"
     token = read_json(path).get("eos_token") if path.exists() else None
     return token["content"] if isinstance(token, dict) else token
 
 
 def _auto(name: str, place: str) -> Any:
-    """AutoTokenizer from this machine, else from the hub, asked first whether it is there: retries take minutes."""
+    """AutoTokenizer from this machine, else from the hub, if a quick probe reaches it: retries take minutes."""
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise DataError(
-            f"the tokenizer {name!r} needs transformers: pip install 'polargrad-dist[train]'."
+            f"the tokenizer {name!r} needs the package transformers, which is not installed: pip install "
+            "'polargrad-dist[train]'"
         ) from error
     try:
         try:
@@ -137,8 +138,8 @@ def _auto(name: str, place: str) -> Any:
 
 def _cannot(name: str, reason: str) -> str:
     return (
-        f"the tokenizer {name!r} cannot be loaded ({reason}); set data.tokenizer.name to a local folder with "
-        "tokenizer.json, to tiktoken:NAME, or to bpe to train one on the corpus."
+        f"the tokenizer {name!r} cannot be loaded ({reason}): set data.tokenizer.name to a local folder with "
+        "tokenizer.json, to tiktoken:NAME, or to bpe to train one on the corpus"
     )
 
 
@@ -148,15 +149,17 @@ def _tiktoken(name: str, end_of_text: int | str | None) -> Tokenizer:
 
         backend = tiktoken.get_encoding(name.removeprefix("tiktoken:"))
     except ImportError as error:
-        raise DataError(f"{name} needs tiktoken: pip install 'polargrad-dist[train]'.") from error
+        raise DataError(
+            f"{name} needs the package tiktoken, which is not installed: pip install 'polargrad-dist[train]'"
+        ) from error
     except ValueError as error:
         raise ConfigError(
             f"data.tokenizer.name is {name!r}, which tiktoken does not know: {error}".split("\n")[0]
         ) from error
     except Exception as error:
         raise DataError(
-            f"tiktoken could not fetch the files of {name} ({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder "
-            "that has them, or data.tokenizer.name to a local tokenizer folder."
+            f"tiktoken could not fetch the files of {name} ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a folder "
+            "that has them, or data.tokenizer.name to a local tokenizer folder"
         ) from error
     token = END_OF_TEXT if end_of_text is None else end_of_text
     try:
@@ -165,8 +168,8 @@ def _tiktoken(name: str, end_of_text: int | str | None) -> Tokenizer:
         marker = -1
     if not 0 <= marker < backend.n_vocab:
         raise ConfigError(
-            f"data.tokenizer.end_of_text is {token!r}, which the tokenizer {name!r} does not have; set it to the token "
-            "that separates documents."
+            f"data.tokenizer.end_of_text is {token!r}, which the tokenizer {name!r} does not have: set it to the token "
+            "that separates documents"
         )
     content = hashlib.sha256(f"{name} {backend.n_vocab}\n".encode())
     for entry in backend.token_byte_values():  # sorted
@@ -185,8 +188,8 @@ def _wrap(name: str, backend: Any, end_of_text: int | str | None, default: str |
     number = backend.token_to_id(marker) if isinstance(marker, str) else marker
     if number is None or not 0 <= number < size:
         raise ConfigError(
-            f"data.tokenizer.end_of_text is {marker!r}, which the tokenizer {name!r} does not have; set it to the token "
-            "that separates documents."
+            f"data.tokenizer.end_of_text is {marker!r}, which the tokenizer {name!r} does not have: set it to the token "
+            "that separates documents"
         )
     text = backend.to_str()
     return Tokenizer(
@@ -201,19 +204,21 @@ def _from_file(path: Path) -> Any:
     try:
         backend = Backend.from_file(str(path))
     except Exception as error:  # the Rust side raises nothing narrower
-        raise DataError(f"{path} cannot be read as a tokenizer ({first_line(error)}).") from error
+        raise DataError(
+            f"{path} cannot be read as a tokenizer ({first_line(error)}), expected a tokenizer.json"
+        ) from error
     backend.encode_special_tokens = True
     return backend
 
 
 def _trained(config: TokenizerConfig, source: Source, cache: Path) -> Tokenizer:
-    """A byte-level BPE of the corpus's first training text, from the cache where it was trained before."""
+    """A byte-level BPE trained on the beginning of the corpus, or from the cache if it was trained before."""
     if config.vocab_size < 257:
         raise ConfigError(
-            f"data.tokenizer.vocab_size is {config.vocab_size}; a byte-level BPE has at least 257 entries."
+            f"data.tokenizer.vocab_size is {config.vocab_size}, expected at least 257, the least for a byte-level BPE"
         )
     if config.train_bytes < 1:
-        raise ConfigError(f"data.tokenizer.train_bytes is {config.train_bytes}; it must be at least 1.")
+        raise ConfigError(f"data.tokenizer.train_bytes is {config.train_bytes}, expected a whole number >= 1")
     key = digest([source.identity(), config.vocab_size, config.train_bytes, "bpe 2"])[:16]
     make_folder(cache)
     path = cache / f"bpe-{key}.json"
@@ -247,7 +252,7 @@ def _train(config: TokenizerConfig, source: Source) -> str:
 
 
 def _without_long_words(text: str) -> Iterator[str]:
-    """The text, cut where 1,000 characters have no space among them: learning merges takes the square of a word's length."""
+    """The text, with words cut after 1,000 characters: learning merges takes time quadratic in a word's length."""
     start = 0
     for word in _LONG_WORD.finditer(text):
         yield text[start : word.end()]
@@ -257,10 +262,10 @@ def _without_long_words(text: str) -> Iterator[str]:
 
 def _training_text(source: Source, limit: int) -> Iterator[str]:
     seen = 0
-    for piece in source.pieces():
-        if piece.validation:
+    for part in source.documents():
+        if part.validation:
             continue
-        yield from _without_long_words(piece.text)
-        seen += piece.size
+        yield from _without_long_words(part.text)
+        seen += part.size
         if seen >= limit:
             return

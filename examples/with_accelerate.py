@@ -6,33 +6,26 @@ torchrun --nproc_per_node 4 -m examples.with_accelerate FOLDER FOLDER/step-3
 
 import itertools
 import sys
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from examples import tiny
 from polargrad_dist import PolarGrad
 from polargrad_dist.integrations.accelerate import consolidate_before_save
 
-STEPS, EVERY, BATCH, LENGTH = 6, 3, 8, 64
-MODEL = LlamaConfig(
-    vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
-)
-TEXT = Path(__file__).resolve().parent.parent / "README.md"
+STEPS, EVERY = 6, 3
 
 
 def main(folder: str, resume: str | None = None) -> list[float]:
     # Accelerate's schedulers otherwise step once per process.
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), step_scheduler_with_optimizer=False)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(MODEL)
+    model = tiny.model()
     optimizer = PolarGrad(model)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, total_iters=STEPS)
-    text = torch.tensor(list(TEXT.read_bytes()))
-    sequences = TensorDataset(text[: len(text) // LENGTH * LENGTH].view(-1, LENGTH))
-    loader = DataLoader(sequences, BATCH // accelerator.num_processes)
+    loader = DataLoader(TensorDataset(tiny.sequences()), tiny.BATCH // accelerator.num_processes)
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
     consolidate_before_save(accelerator, optimizer)
     if resume:

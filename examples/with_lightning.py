@@ -5,22 +5,17 @@ python -m examples.with_lightning FOLDER 4 FOLDER/epoch=0-step=3.ckpt
 """
 
 import sys
-from pathlib import Path
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from examples import tiny
 from polargrad_dist import PolarGrad
 
-BATCH, LENGTH, BATCHES, EPOCHS = 8, 64, 3, 2
-MODEL = LlamaConfig(
-    vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
-)
-TEXT = Path(__file__).resolve().parent.parent / "README.md"
+BATCHES, EPOCHS = 3, 2
 
 
 class Bytes(lightning.LightningModule):
@@ -28,7 +23,7 @@ class Bytes(lightning.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = LlamaForCausalLM(MODEL)
+        self.model = tiny.model()
         self.losses: list[float] = []
 
     def training_step(self, batch: list[torch.Tensor], index: int) -> torch.Tensor:
@@ -44,14 +39,14 @@ class Bytes(lightning.LightningModule):
 
 def main(folder: str, processes: str = "1", resume: str | None = None) -> list[float]:
     lightning.seed_everything(0)
-    text = torch.tensor(list(TEXT.read_bytes()))[: BATCHES * BATCH * LENGTH]
     trainer = lightning.Trainer(
         accelerator="auto" if torch.cuda.is_available() else "cpu", devices=int(processes), strategy="ddp",
         max_epochs=EPOCHS, gradient_clip_val=1.0, logger=False, enable_progress_bar=False,
         callbacks=[ModelCheckpoint(folder, every_n_epochs=1, save_top_k=-1)],
     )  # fmt: skip
     module = Bytes()
-    loader = DataLoader(TensorDataset(text.view(-1, LENGTH)), BATCH // int(processes))
+    sequences = TensorDataset(tiny.sequences()[: BATCHES * tiny.BATCH])
+    loader = DataLoader(sequences, tiny.BATCH // int(processes))
     trainer.fit(module, loader, ckpt_path=resume)
     return module.losses
 

@@ -6,32 +6,26 @@ torchrun --nproc_per_node 4 -m examples.with_transformers FOLDER FOLDER/checkpoi
 
 import os
 import sys
-from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
+from examples import tiny
 from polargrad_dist import PolarGrad
 from polargrad_dist.integrations.transformers import ConsolidateBeforeSave
 
-STEPS, EVERY, BATCH, LENGTH = 6, 3, 8, 64
-MODEL = LlamaConfig(
-    vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
-)
-TEXT = Path(__file__).resolve().parent.parent / "README.md"
+STEPS, EVERY = 6, 3
 
 
 def main(folder: str, resume: str | None = None) -> list[float]:
     set_seed(0)
-    model = LlamaForCausalLM(MODEL)
-    text = torch.tensor(list(TEXT.read_bytes()))
-    sequences = text[: len(text) // LENGTH * LENGTH].view(-1, LENGTH)
+    model = tiny.model()
     arguments = TrainingArguments(
         folder,
         max_steps=STEPS,
         save_steps=EVERY,
         logging_steps=1,
-        per_device_train_batch_size=BATCH // int(os.environ.get("WORLD_SIZE", "1")),
+        per_device_train_batch_size=tiny.BATCH // int(os.environ.get("WORLD_SIZE", "1")),
         max_grad_norm=1.0,
         use_cpu=not torch.cuda.is_available(),
         report_to="none",
@@ -39,7 +33,7 @@ def main(folder: str, resume: str | None = None) -> list[float]:
     trainer = Trainer(
         model,
         arguments,
-        train_dataset=[{"input_ids": tokens, "labels": tokens} for tokens in sequences],
+        train_dataset=[{"input_ids": tokens, "labels": tokens} for tokens in tiny.sequences()],
         # The learning rates are the optimizer's own, in place of those of TrainingArguments.
         optimizer_cls_and_kwargs=(PolarGrad, {"model": model, "hidden": {"lr": 0.02}}),
         callbacks=[ConsolidateBeforeSave()],

@@ -1,7 +1,7 @@
-"""`make train`: pre-trains the quick-start model with one process per GPU, two on a machine without, and says how it went.
+"""`make train`: pre-trains the quick-start model with one process per GPU, or two without GPUs, and prints the results.
 
-Everything goes through torchrun and train.py, as any other run; what is added here is the comparison at the end.
-Arguments are handed on to train.py.
+Training goes through torchrun and train.py like any other run; this script adds the comparison at the end. Arguments are
+passed on to train.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ONLY_SHOW = (
     "--print_config",
     "--help",
     "-h",
-)  # of train.py, which then trains nothing
+)  # options of train.py that train nothing
 
 
 def main() -> int:
@@ -66,7 +66,7 @@ def ended(command: list[str], environment: dict[str, str]) -> int:
 
 
 def summary(processes: int) -> int:
-    """Validation in bits per byte beside a bigram model of the same tokens, a sample, the report, and what to do next."""
+    """Prints validation bits per byte beside those of a bigram model, a sample, the report, and what to do next."""
     from polargrad_dist.trainer.metrics import record_in
     from tools.bigram import measure
     from tools.report import write_report
@@ -81,7 +81,7 @@ def summary(processes: int) -> int:
     sample = run.sample("def ", 120)
     steps = config.trainer.steps
     if bigram is None:
-        print("\nvalidation: none was asked for")
+        print("\nvalidation: not configured")
     else:
         print(
             f"\nvalidation: {reached[-1]['bits_per_byte']:.3f} bits per byte after {reached[-1]['step']} steps"

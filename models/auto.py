@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data.network import first_line, unreachable
+from data.hub_probe import first_line, unreachable
 from models.base import LanguageModel
 from models.config import Sizes
 from models.loss import PIECE
@@ -313,7 +313,7 @@ class TransformersModel(LanguageModel):
         return flops
 
     def load_pretrained(self, folder: str) -> None:
-        """Takes over weights in Hugging Face's form. Raises ``ConfigError`` where they are of another model."""
+        """Takes over weights in Hugging Face's format. Raises ``ConfigError`` where they are of another model."""
         from models.start import pretrained
 
         self.inner.load_state_dict(pretrained(folder, self.inner.config).state_dict())

@@ -106,9 +106,9 @@ class LanguageModel(nn.Module, ABC):
             )
 
     def load_pretrained(self, folder: str) -> None:
-        """Takes over weights in Hugging Face's form. Raises ``ConfigError`` where the architecture has none."""
+        """Takes over weights in Hugging Face's format. Raises ``ConfigError`` where the architecture has none."""
         raise ConfigError(
-            f"model.init_from is {folder!r}, weights in Hugging Face's form, which {self.config.architecture!r} does "
+            f"model.init_from is {folder!r}, weights in Hugging Face's format, which {self.config.architecture!r} does "
             "not have: expected a run of this trainer"
         )
 

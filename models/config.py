@@ -57,7 +57,7 @@ class ModelConfig:
         config: for "transformers", its configuration: a mapping with model_type and whatever that type's configuration
             has (as in config.json), or a folder or hub name to take it from. Defaults to that of init_from.
         init_from: where the first weights come from: a folder or hub name with Qwen2 weights (for "transformers", of any
-            architecture) in Hugging Face's form, or a run directory or checkpoint of this trainer. Weights only: the run
+            architecture) in Hugging Face's format, or a run directory or checkpoint of this trainer. Weights only: the run
             starts at step 0 with a fresh optimizer, and sizes that are left open are those of the weights.
         vocab_size: rows of the embedding; null takes the tokenizer's (GPT-2 small: rounded up to 128), or the
             full size.

@@ -1,4 +1,4 @@
-"""Where a model's first weights come from: `model.init_from` fills in sizes, and reads weights in Hugging Face's form.
+"""Where a model's first weights come from: `model.init_from` fills in sizes, and reads weights in Hugging Face's format.
 
 Runs of this project are read by the trainer, which knows checkpoints; here only their model's configuration counts.
 """
@@ -20,7 +20,7 @@ from polargrad_dist.errors import ConfigError
 def adopt(config: ModelConfig, of_run: dict[str, Any] | None = None) -> ModelConfig:
     """The configuration with what it leaves open taken from where its weights come from, and names replaced by their content.
 
-    of_run: the model's configuration of the run that ``init_from`` names, None where it is in Hugging Face's form. Raises
+    of_run: the model's configuration of the run that ``init_from`` names, None where it is in Hugging Face's format. Raises
     ``ConfigError`` where a size contradicts the weights.
     """
     if config.architecture == "transformers" and isinstance(config.config, str):
@@ -35,7 +35,7 @@ def adopt(config: ModelConfig, of_run: dict[str, Any] | None = None) -> ModelCon
         return config
     if config.architecture != "qwen2.5":
         raise ConfigError(
-            f"model.init_from is {config.init_from!r}, weights in Hugging Face's form, with model.architecture "
+            f"model.init_from is {config.init_from!r}, weights in Hugging Face's format, with model.architecture "
             f"{config.architecture!r}: expected qwen2.5 or transformers, or a run of this trainer"
         )
     return _of_qwen(config, read_config(config.init_from, "model.init_from"))
@@ -109,7 +109,7 @@ def _of_qwen(config: ModelConfig, found: dict[str, Any]) -> ModelConfig:
 
 
 def pretrained(folder: str, config: Any | None = None) -> nn.Module:
-    """The weights of a folder in Hugging Face's form, fp32, on the CPU, as Transformers reads them.
+    """The weights of a folder in Hugging Face's format, fp32, on the CPU, as Transformers reads them.
 
     Raises ``ConfigError`` where weights are missing, left over or of other shapes.
     """

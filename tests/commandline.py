@@ -1,7 +1,9 @@
-"""`train.py` as a command line, run in this process."""
+"""`train.py` as a command line: in this process, or on several under torchrun."""
 
 import contextlib
 import io
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,3 +27,22 @@ def train(*args: str) -> SimpleNamespace:
     finally:
         sys.argv = before
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def torchrun(processes: int, *args: str) -> subprocess.CompletedProcess[str]:
+    """`torchrun --standalone --nproc_per_node PROCESSES train.py ARGS`, whatever becomes of it."""
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+    ]
+    return subprocess.run(
+        [*launcher, "train.py", *args],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )

@@ -1,14 +1,13 @@
 """The whole path through the real entry point: every model on every form of text, and one process against two."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.commandline import train
+from tests.commandline import torchrun, train
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
@@ -59,23 +58,7 @@ def test_each_model_learns_from_json_lines_and_from_the_shards_made_of_them(tmp_
 @pytest.mark.parametrize("gradients", ["all_reduced", "reduce_scatter"])
 def test_two_processes_have_the_losses_of_one_over_fifty_steps(tmp_path, corpus, gradients):
     assert train(*arguments(tmp_path / "one", corpus, 50)).returncode == 0
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "train.py",
-    ]
-    command = [*torchrun, *arguments(tmp_path / "two", corpus, 50, "--optimizer.gradients", gradients)]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = torchrun(2, *arguments(tmp_path / "two", corpus, 50, "--optimizer.gradients", gradients))
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == len(two) == 50

@@ -8,8 +8,8 @@ import torch
 import yaml
 
 from data.config import DataConfig
+from data.dataset import open_data
 from data.kept import INFO, keep, kept
-from data.open import open_data
 from data.prepare import parse as parse_prepare
 from data.tokenizers import open_ready
 from polargrad_dist.errors import CheckpointError, ConfigError, DataError
@@ -33,9 +33,7 @@ def ran(tmp_path, monkeypatch):
 
 NAMED = [
     {"model": {"class_path": "stranger.Model", "init_args": {}}},
-    {"model": "stranger.Model"},
     {"trainer": {"schedule": {"class_path": "stranger.Model"}}},
-    {"trainer": {"checkpoint": "stranger.Model"}},
     {"data": {"tokenizer": {"class_path": "stranger.Model"}}},
     {"optimizer": {"hidden": {"class_path": "stranger.Model", "init_args": {"lr": 1}}}},
 ]
@@ -48,6 +46,20 @@ def test_a_configuration_that_names_code_is_refused_before_it_is_imported(ran, t
     assert found.returncode == 2
     assert "the configuration names code to run (stranger.Model), expected values only" in found.stderr
     assert "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ({"model": "stranger.Model"}, "model"),
+        ({"trainer": {"checkpoint": "stranger.Model"}}, "trainer.checkpoint"),
+    ],
+)
+def test_a_section_that_is_the_name_of_code_is_refused_unread(ran, tmp_path, content, key):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    found = train("--config", str(tmp_path / "run.yaml"))
+    assert found.returncode == 2
+    assert f"{key} is stranger.Model, expected a mapping with its fields" in found.stderr
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from train import RunConfig
 
 HEAD = """# Every configuration key
 
-Each can stand in a YAML file under its section, or on the command line: `--trainer.schedule.kind wsd`. Generated from the
+Each can be set in a YAML file, in its section, or on the command line: `--trainer.schedule.kind wsd`. Generated from the
 code by `python -m tools.configuration_page`; `python train.py --help` says the same.
 """
 RULES = """Roles are `hidden`, `embed`, `value_embed`, `head` and `scalar`; `head` and `value_embed` take the rule of `embed`
@@ -34,7 +34,7 @@ def page() -> str:
 
 
 def sections(prefix: str, config: Any) -> Iterator[str]:
-    """A table of the plain keys of a dataclass, then those of the dataclasses in it."""
+    """A table of a dataclass's plain keys, then the tables of its nested dataclasses."""
     meanings, hints = arguments(type(config)), typing.get_type_hints(type(config))
     nested, rows = [], []
     for field in fields(config):
@@ -58,7 +58,7 @@ def sections(prefix: str, config: Any) -> Iterator[str]:
 
 
 def rule_section(config: Any) -> str:
-    """The keys of a role's rule, with the defaults of the roles beside each other."""
+    """The keys of a role's rule, with the defaults of the roles side by side."""
     meanings, hints = arguments(Rule), typing.get_type_hints(Rule)
     defaults = [config.rule(role) for role in ("hidden", "embed", "scalar")]
     rows = []
@@ -79,7 +79,7 @@ def row(key: str, kind: Any, default: str, meaning: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A default as it would stand in YAML."""
+    """A default value as written in YAML."""
     if value is None:
         return "`null`"
     if isinstance(value, bool):
@@ -90,7 +90,7 @@ def shown(value: Any) -> str:
 
 
 def kind_in_words(kind: Any) -> str:
-    """A type in the words of somebody who writes YAML."""
+    """A type in terms of YAML."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         return ", ".join(f"`{part}`" for part in parts)
@@ -120,7 +120,7 @@ def first_sentence(kind: type) -> str:
 
 
 def arguments(kind: type) -> dict[str, str]:
-    """What the docstring's "Args:" say of each field. Raises ``KeyError`` for a field that it passes over."""
+    """The description of each field in the docstring's "Args:". Raises ``KeyError`` for a field without one."""
     text = (kind.__doc__ or "").partition("Args:")[2]
     indent = re.search(r"\n( +)\S", text)
     found: dict[str, str] = {}

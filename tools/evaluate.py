@@ -1,8 +1,8 @@
-"""How good a checkpoint is: `python -m tools.evaluate RUN_OR_CHECKPOINT [--text NAME=PATH …] [--tasks hellaswag,…]`.
+"""Evaluates a checkpoint: `python -m tools.evaluate RUN_OR_CHECKPOINT [--text NAME=PATH …] [--tasks hellaswag,…]`.
 
-Without further words: loss and bits per byte of the run's own validation set. ``--text`` measures any text or prepared
-folder, ``--tasks`` runs the LM evaluation harness, ``--hellaswag`` a local file. A folder that Transformers loads will do for
-``--tasks``.
+By default: loss and bits per byte of the run's own validation set. ``--text`` evaluates any text or prepared folder,
+``--tasks`` runs the LM evaluation harness, ``--hellaswag`` a local file. ``--tasks`` also takes a folder that Transformers
+loads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from data.config import DataConfig
 from data.corpora import validation_corpus
-from data.open import ValidationMaker
+from data.dataset import ValidationMaker
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.trainer.choices import read_questions, score
 from polargrad_dist.trainer.cli import run as run_main
@@ -27,8 +27,8 @@ from tools.runs import Run, load_run
 
 
 def main(args: list[str] | None = None) -> int:
-    """Runs the command; ``args`` are its words, by default those of the process."""
-    parser = argparse.ArgumentParser(description="Measure a checkpoint.")
+    """Runs the command with ``args``, by default those of the process."""
+    parser = argparse.ArgumentParser(description="Evaluate a checkpoint.")
     parser.add_argument(
         "run", help="a run directory, one of its checkpoints, or (for --tasks) an exported folder"
     )
@@ -40,17 +40,17 @@ def main(args: list[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="NAME=PATH",
-        help="text files, globs or a prepared folder to measure; may come several times",
+        help="text files, globs or a prepared folder to evaluate; may be given several times",
     )
     parser.add_argument("--sequence_length", type=int, default=None, help="tokens; default: as in training")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences per forward pass")
     parser.add_argument("--cache", default="cache", help="folder for the tokens of --text")
-    parser.add_argument("--hellaswag", default=None, metavar="FILE", help="JSON lines of HellaSwag's form")
+    parser.add_argument("--hellaswag", default=None, metavar="FILE", help="JSON lines in HellaSwag's format")
     parser.add_argument(
         "--tasks", default=None, help="tasks of the LM evaluation harness, separated by commas"
     )
     parser.add_argument(
-        "--include", type=Path, default=None, help="folder of tasks of your own, in the harness's form"
+        "--include", type=Path, default=None, help="folder of your own tasks, in the harness's format"
     )
     parser.add_argument(
         "--limit", type=int, default=None, help="questions of --hellaswag and documents of each task"
@@ -60,7 +60,7 @@ def main(args: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
-        "--trust_remote_code", action="store_true", help="run the modelling file of an exported folder"
+        "--trust_remote_code", action="store_true", help="run the modelling code of an exported folder"
     )
     parser.add_argument(
         "--json", type=Path, default=None, metavar="FILE", help="also write the figures there"
@@ -80,16 +80,16 @@ def main(args: list[str] | None = None) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """The figures that a command line asks for: ``validation``, ``hellaswag`` and ``tasks``, each by name."""
+    """The requested results: ``validation``, ``hellaswag`` and ``tasks``, each by name."""
     device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
     if options.device == "cuda" and device.type != "cuda":
         raise ConfigError("--device is 'cuda', but torch sees no GPU: set it to auto or cpu")
     tasks = [task for task in (options.tasks or "").split(",") if task]
     folder = Path(options.run)
     if (folder / "config.json").is_file():
-        if options.text or options.hellaswag or not tasks:
+        if options.text or options.hellaswag or options.step is not None or not tasks:
             raise ConfigError(
-                f"{folder} is an exported folder, expected --tasks alone: name the run for anything else"
+                f"{folder} is an exported folder, expected --tasks alone: name the run directory for the other options"
             )
         model = harness.of_export(folder, device, options.batch_size, options.trust_remote_code)
         return {"tasks": harness.run_tasks(model, tasks, **_task_options(options))}
@@ -111,7 +111,7 @@ def _task_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def validation(run: Run, options: argparse.Namespace, device: torch.device) -> dict[str, dict[str, float]]:
-    """Loss in nats per token and, where the text is known, bits per byte: of the named texts, or of the run's own sets."""
+    """Loss in nats per token and, where the text is known, bits per byte, of the given texts or of the run's own sets."""
     trained = run.checkpoint.manifest.configuration.get("trainer", {})
     length = options.sequence_length or int(trained.get("sequence_length", run.model.max_sequence_length))
     make = ValidationMaker(length, options.batch_size, 0, 1, None)
@@ -151,7 +151,7 @@ def mean_loss(run: Run, tokens: Any, device: torch.device) -> dict[str, float]:
 
 @torch.no_grad()
 def hellaswag(run: Run, path: str, limit: int | None, device: torch.device) -> dict[str, float]:
-    """Shares of questions answered right, as in training: see `polargrad_dist.trainer.choices`."""
+    """Fractions of correct answers, as in training: see `polargrad_dist.trainer.choices`."""
     questions = read_questions(path, limit)
 
     def logits(tokens: torch.Tensor) -> torch.Tensor:
@@ -163,7 +163,7 @@ def hellaswag(run: Run, path: str, limit: int | None, device: torch.device) -> d
 
 
 def show(found: dict[str, Any]) -> None:
-    """The figures as a table."""
+    """Prints the results as a table."""
     rows: list[tuple[str, str, str]] = []
     for kind, values in found.items():
         for name, figures in (

@@ -1,8 +1,8 @@
-"""A run's weights for other programs: `python -m tools.export RUN_OR_CHECKPOINT OUT [--dtype bfloat16] [--format dcp]`.
+"""Exports a run's weights: `python -m tools.export RUN_OR_CHECKPOINT OUT [--dtype bfloat16] [--format dcp]`.
 
-The default is a folder that Transformers loads: safetensors, configuration, tokenizer, model card; a GPT-2 model brings its
-modelling file. ``--format dcp`` writes weights and optimizer state as a plain `torch.distributed.checkpoint`. Tensors are
-read one by one from whatever ranks saved them, so that no more than a shard is in memory at a time.
+The default is a folder that Transformers loads: safetensors, configuration, tokenizer, model card; GPT-2 models come with
+their modelling code. ``--format dcp`` writes weights and optimizer state as a plain `torch.distributed.checkpoint`. Tensors
+are read one by one, whatever ranks saved them, so that at most one shard is in memory.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def main() -> int:
         "--weights",
         choices=("validated", "last"),
         default="validated",
-        help="of a run that averages its last weights: what it validated, or the last ones",
+        help="for a run that averages its last weights: the validated weights, or the last ones",
     )
     parser.add_argument(
         "--tokenizer",
         choices=("beside", "apart", "none"),
         default="beside",
-        help="beside the model; apart: in a folder tokenizer/, which no model's name can change; none",
+        help="beside: in the same folder; apart: in a folder tokenizer/, where the model's type cannot affect it; none",
     )
     options = parser.parse_args()
     checkpoint = find_checkpoint(options.run, options.step)
@@ -58,7 +58,7 @@ def main() -> int:
     if options.format == "dcp":
         if options.dtype is not None:
             raise ConfigError(
-                "--dtype is set with --format dcp, which keeps every tensor as it is: leave it out"
+                "--dtype is set with --format dcp, which keeps every tensor's dtype: leave it out"
             )
         export_dcp(replace(checkpoint, last=True), out)
     else:
@@ -71,7 +71,7 @@ def main() -> int:
 def new_folder(out: Path) -> Path:
     """Raises ``ConfigError`` unless the folder is new or empty."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is not empty, expected a new or an empty folder: choose another")
+        raise ConfigError(f"{out} is not empty, expected a new or empty folder: choose another")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -87,10 +87,10 @@ def export(
     tokenizer: str = "beside",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a folder that ``AutoModelForCausalLM.from_pretrained`` loads, in a new or empty folder.
+    """Fills a new or empty folder with what ``AutoModelForCausalLM.from_pretrained`` loads.
 
-    dtype: of all weights, a key of `DTYPES`; None for the widest floating type among them. Raises ``ConfigError`` where
-    AutoTokenizer would give other token ids than the run's tokenizer.
+    dtype: of all weights, a key of `DTYPES`; None for the widest floating type among them. Raises ``ConfigError`` if
+    AutoTokenizer gives other token ids than the run's tokenizer.
     """
     known = known_tokens(checkpoint)
     model = build(checkpoint, known, device="meta")
@@ -98,7 +98,7 @@ def export(
     config = model.hub_config(checkpoint.progress) | {"dtype": _name(kind), "torch_dtype": _name(kind)}
     if not (isinstance(model, TransformersModel) and model.renames):
         _write_weights(checkpoint, model, out, kind, shard_bytes)
-    else:  # its files name weights otherwise than its modules: Transformers writes them, from the whole model
+    else:  # its files and modules name weights differently: Transformers writes them, from the whole model
         whole: Any = build(checkpoint, known)
         fill(whole, checkpoint, "the run")
         whole.to(kind).inner.save_pretrained(out, max_shard_size=shard_bytes)
@@ -111,7 +111,7 @@ def export(
         "use_cache": True,
     }
     rows = model.get_output_embeddings().weight.shape[0]
-    if rows > model.vocab_size:  # a head padded to whole blocks: those rows are no tokens
+    if rows > model.vocab_size:  # a head padded to whole blocks: the padding rows are not tokens
         generation["suppress_tokens"] = list(range(model.vocab_size, rows))
     _write(out / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
     if model.hub_code is not None:
@@ -123,7 +123,7 @@ def export(
 
 
 def ordinary_modes(folder: Path) -> None:
-    """Files that everybody may read as far as the umask allows: libraries make some of them private."""
+    """Makes files as readable as the umask allows: libraries make some of them private."""
     mask = os.umask(0)
     os.umask(mask)
     for path in [folder, *folder.rglob("*")]:
@@ -139,7 +139,7 @@ def _name(kind: torch.dtype) -> str:
 
 
 def _widest(checkpoint: Checkpoint) -> torch.dtype:
-    """The floating type that holds every weight: embedding tables may be bf16 beside fp32 matrices."""
+    """The widest floating type of the weights: embedding tables may be bf16 and matrices fp32."""
     kinds = [checkpoint.manifest.tensors[MODEL + name].dtype for name in checkpoint.names()]
     return max((kind for kind in kinds if kind.is_floating_point), key=lambda kind: kind.itemsize)
 
@@ -154,7 +154,7 @@ def _write_weights(
     names = [name for name in map(MODEL.__add__, checkpoint.names()) if name in wanted]
     if missing := sorted(wanted - set(names)):
         raise CheckpointError(
-            f"{checkpoint.folder} has no {missing[0].removeprefix(MODEL)}: it is of another model"
+            f"{checkpoint.folder} has no {missing[0].removeprefix(MODEL)}, expected the same model"
         )
     sizes = {name: checkpoint.manifest.tensors[name].bytes for name in names}
     for name in names:
@@ -196,7 +196,7 @@ def export_dcp(checkpoint: Checkpoint, out: Path) -> None:
     from torch.distributed.checkpoint.metadata import MetadataIndex
 
     class Lazily(dcp.DefaultSavePlanner):
-        """Plans from shapes alone, and reads a tensor when it is written."""
+        """Plans with shapes only, and reads each tensor when it is written."""
 
         def lookup_object(self, index: MetadataIndex) -> Any:
             part, name = index.fqn.split(".", 1)

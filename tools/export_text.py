@@ -1,4 +1,4 @@
-"""What lies beside exported weights for people and tokenizers: the model card, and a tokenizer that is really the run's."""
+"""The files beside exported weights: the model card, and a tokenizer that is verified to be the run's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from polargrad_dist.trainer.checkpoint.single import Checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# What tokenizers disagree on: contractions, digits, runs of spaces, line ends, scripts, composed and decomposed characters.
+# Where tokenizers differ: contractions, digits, runs of spaces, line ends, scripts, composed and decomposed characters.
 SAMPLE = (
     "It's 1234567 o'clock, I'LL say: we've 3.14159 reasons -- and \"don't\" panic!\n\n\n"
     "\tdef f(x):\r\n        return x**2  # no\n"
@@ -29,10 +29,10 @@ SAMPLE = (
 
 
 def add_tokenizer(known: Kept, out: Path, *, apart: bool, trust: bool) -> None:
-    """Writes the run's tokenizer into ``out``, or apart from the model into ``out/tokenizer``, and proves it.
+    """Writes the run's tokenizer into ``out``, or apart from the model into ``out/tokenizer``, and verifies it.
 
-    Raises ``ConfigError`` where AutoTokenizer, loading what was written, gives other ids for `SAMPLE`. A run on shards
-    without a tokenizer exports none.
+    Raises ``ConfigError`` if AutoTokenizer, loading the result, gives other ids for `SAMPLE`. A run on shards without a
+    tokenizer exports none.
     """
     if known.info is None:
         return
@@ -57,7 +57,7 @@ def add_tokenizer(known: Kept, out: Path, *, apart: bool, trust: bool) -> None:
 
 
 def fast_tokenizer(tokenizer: Tokenizer) -> Any:
-    """The run's tokenizer as Transformers has it; end-of-text is its only special token."""
+    """The run's tokenizer as a Transformers tokenizer; end-of-text is its only special token."""
     from tokenizers import Tokenizer as Backend
     from transformers import PreTrainedTokenizerFast
 
@@ -68,7 +68,7 @@ def fast_tokenizer(tokenizer: Tokenizer) -> Any:
 
 
 def _from_tiktoken(tokenizer: Tokenizer) -> Any:
-    """A tiktoken encoding in the form of `tokenizers`, by Transformers' own converter."""
+    """A tiktoken encoding in the format of `tokenizers`, by Transformers' own converter."""
     import tempfile
 
     from tokenizers import Tokenizer as Backend
@@ -87,7 +87,7 @@ def _plain_class(path: Path) -> None:
 
 
 def model_card(checkpoint: Checkpoint, model: LanguageModel, known: Kept, kind: torch.dtype) -> str:
-    """The README.md of an export: what was trained, on what, how far, and how to load it."""
+    """The README.md of an export: model, data, training so far, and how to load it."""
     manifest = checkpoint.manifest
     configuration = manifest.configuration
     trainer, data = configuration.get("trainer", {}), configuration.get("data", {})

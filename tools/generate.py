@@ -1,4 +1,4 @@
-"""Text from a run's weights, as it is sampled: `python -m tools.generate RUN_OR_CHECKPOINT --prompt "class "`."""
+"""Prints text sampled from a run's model: `python -m tools.generate RUN_OR_CHECKPOINT --prompt "class "`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from tools.runs import load_run
 
 
 def main(args: list[str] | None = None) -> int:
-    """Runs the command; ``args`` are its words, by default those of the process."""
+    """Runs the command with ``args``, by default those of the process."""
     parser = argparse.ArgumentParser(description="Continue a prompt with the model of a run.")
     parser.add_argument("run", help="a run directory, or one of its checkpoints")
     parser.add_argument("--prompt", default="", help="text to continue; empty starts a document")
     parser.add_argument("--tokens", type=int, default=200, help="tokens to add")
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0 takes the likeliest token each time"
-    )
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
     parser.add_argument(
         "--top_k", type=int, default=50, help="sample from the k likeliest tokens only; 0 for all"
     )
@@ -61,7 +59,7 @@ def main(args: list[str] | None = None) -> int:
 def _is_utf8(text: str) -> bool:
     try:
         text.encode()
-    except UnicodeEncodeError:  # bytes of the command line that were no text
+    except UnicodeEncodeError:  # bytes of the command line that are not text
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""The LM evaluation harness on a run's model as it is in memory, or on an export: tasks by name, or from local files."""
+"""The LM evaluation harness on a run's model in memory, or on an export: tasks by name, or from local files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tools.runs import Run
 
 
 def as_transformers(model: LanguageModel, progress: float) -> Any:
-    """A model as Transformers has it, on the same weights. progress: as in ``forward``."""
+    """A Transformers model that shares the weights. progress: as in ``forward``."""
     for name in ("qwen", "inner"):
         if hasattr(model, name):
             return getattr(model, name)
@@ -32,7 +32,7 @@ def as_transformers(model: LanguageModel, progress: float) -> Any:
 
 
 def of_run(run: Run, device: torch.device, batch_size: int) -> Any:
-    """The harness's model of a run. Raises ``ConfigError`` where the harness is not installed."""
+    """The harness's model of a run. Raises ``ConfigError`` if the harness is not installed."""
     harness = _harness()
     model = as_transformers(run.model.to(device), run.checkpoint.progress).eval()
     tokenizer = fast_tokenizer(run.tokenizer)
@@ -66,9 +66,9 @@ def _harness() -> Any:
 def run_tasks(
     model: Any, tasks: list[str], *, include: Path | None, limit: int | None, shots: int | None
 ) -> dict[str, dict[str, float]]:
-    """Each task's figures by name. include: a folder of tasks in the harness's YAML form. limit: documents per task.
+    """Each task's results by name. include: a folder of tasks in the harness's YAML format. limit: documents per task.
 
-    Raises ``ConfigError`` for a task that is not known.
+    Raises ``ConfigError`` for an unknown task.
     """
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -92,12 +92,12 @@ def run_tasks(
         log_samples=False,
         bootstrap_iters=0,
     )
-    assert found is not None  # of rank 0, the only one
+    assert found is not None  # None on ranks other than 0, and there is only one
     return {task: _figures(values) for task, values in found["results"].items()}
 
 
 def _figures(values: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a task under their plain names: ``acc`` of ``acc,none``."""
+    """The results of a task under short names: ``acc`` for ``acc,none``."""
     named = {key.removesuffix(",none"): value for key, value in values.items()}
     return {
         key: float(value)

@@ -1,4 +1,4 @@
-"""A finished or running run, opened from its directory: configuration, model with the newest valid weights, data."""
+"""Opens a finished or running run from its directory: configuration, model with the newest valid weights, data."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from data import open_data
+from data.dataset import Data
 from data.kept import Kept, kept
-from data.open import Data
 from data.tokenizers import Tokenizer
 from models import LanguageModel, ModelConfig, build_model
 from polargrad_dist.errors import CheckpointError
@@ -46,20 +46,20 @@ class Run:
 
     @cached_property
     def data(self) -> Data:
-        """The run's data, prepared where need be."""
+        """The run's data, prepared if necessary."""
         return data_of(self.folder)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Raises ``DataError`` for a run on shards that came without one."""
+        """The run's tokenizer. Raises ``DataError`` for a run on shards without one."""
         return self.known.load()
 
     def prompt(self, text: str) -> torch.Tensor:
-        """(1, T) int64: a text's tokens; of an empty one the token that opens a document."""
+        """(1, T) int64: a text's tokens; for an empty text, the token at the start of documents."""
         return torch.tensor([self.tokenizer.encode(text) or [self.known.end_of_text or 0]])
 
     def sample(self, prompt: str, tokens: int, temperature: float = 0.8, seed: int = 0) -> str:
-        """The prompt with the text that the model continues it with."""
+        """The prompt and its sampled continuation."""
         return self.tokenizer.decode(self.prompt(prompt)[0].tolist()) + "".join(
             self.stream(prompt, tokens, temperature=temperature, top_k=50, seed=seed)
         )
@@ -74,7 +74,7 @@ class Run:
         top_p: float | None = None,
         seed: int = 0,
     ) -> Iterator[str]:
-        """The continuation of a prompt, piece by piece as it is sampled; whole characters only."""
+        """The continuation of a prompt, streamed as it is sampled; whole characters only."""
         ids: list[int] = []
         shown = ""
         self.model.eval()
@@ -96,9 +96,9 @@ class Run:
 
 
 def load_run(path: Path | str, *, step: int | None = None) -> Run:
-    """Opens a run directory or one of its checkpoints; weights are those of ``step``, or of the newest valid checkpoint.
+    """Opens a run directory or one of its checkpoints, with the weights of ``step`` or of the newest valid checkpoint.
 
-    Raises ``CheckpointError`` when there is none, ``ConfigError`` when the folder is neither.
+    Raises ``CheckpointError`` if there is none, ``ConfigError`` if the folder is neither.
     """
     checkpoint = find_checkpoint(path, step)
     known = known_tokens(checkpoint)
@@ -110,22 +110,22 @@ def load_run(path: Path | str, *, step: int | None = None) -> Run:
 def known_tokens(checkpoint: Checkpoint) -> Kept:
     """The run's tokenizer, from its directory.
 
-    Nothing that the run's configuration names is opened for it: the directory may be a stranger's. Raises
-    ``CheckpointError`` for a run of version 0.1, which kept none.
+    Nothing that the run's configuration names is opened, since the directory may be untrusted. Raises ``CheckpointError`` for
+    a run of version 0.1, which stored none.
     """
     known = kept(checkpoint.run_dir)
     if known is None:
         raise CheckpointError(
             f"{checkpoint.run_dir} keeps no tokenizer, expected its folder tokenizer/, which runs write since version 0.2: "
-            "start the run once more, for no step further"
+            "start the run again with the same command, which adds it"
         )
     return known
 
 
 def data_of(folder: Path) -> Data:
-    """The data of the run in ``folder``, prepared where need be.
+    """The data of the run in ``folder``, prepared if necessary.
 
-    Raises ``ConfigError`` for a folder that is no run directory.
+    Raises ``ConfigError`` for a folder that is not a run directory.
     """
     rundir.expect(folder, "config.yaml")
     config = parse_run(["--config", str(folder / "config.yaml")])[0]
@@ -141,7 +141,7 @@ def data_of(folder: Path) -> Data:
 
 
 def build(checkpoint: Checkpoint, known: Kept, device: str = "cpu") -> LanguageModel:
-    """The checkpoint's model with weights of its own; ``device="meta"`` for names and shapes alone."""
+    """The checkpoint's model with new weights; ``device="meta"`` for names and shapes only."""
     try:
         config = ModelConfig(**checkpoint.manifest.configuration["model"])
     except (KeyError, TypeError) as error:

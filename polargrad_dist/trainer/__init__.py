@@ -1,6 +1,6 @@
-"""The trainer: configuration, the ranks, the loop, checkpoints, metrics. It is handed its model and its data.
+"""The trainer: configuration, distributed setup, loop, checkpoints, metrics. Its caller provides model and data.
 
-Names are loaded when first used: looking at checkpoints needs torch and numpy alone.
+Names are imported on first use: inspecting checkpoints needs only torch and numpy.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Multiple choice as HellaSwag asks it (Zellers et al. 2019): which ending does the model find likeliest?
+"""HellaSwag's multiple choice (Zellers et al. 2019): which ending does the model find likeliest?
 
 Text, tokens and normalization are those of the LM evaluation harness, so that figures can be compared with published ones.
 """
@@ -19,7 +19,7 @@ from polargrad_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class Question:
-    """A text, its possible endings, and the number of the true one."""
+    """A context, its possible endings, and the index of the correct one."""
 
     context: str
     endings: tuple[str, ...]
@@ -27,7 +27,7 @@ class Question:
 
 
 def read_questions(path: str, limit: int | None = None) -> list[Question]:
-    """The first questions of a file of JSON lines. Raises ``ConfigError`` naming the line that is none."""
+    """The first questions of a file of JSON lines. Raises ``ConfigError`` naming an invalid line."""
     found: list[Question] = []
     try:
         with open(Path(path).expanduser(), encoding="utf-8") as lines:
@@ -60,20 +60,19 @@ def _question(line: str, where: str) -> Question:
         return question
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"trainer.evaluation.hellaswag: {where} is no question ({type(error).__name__}: {error}), expected an "
-            f"object with ctx "
-            "(or ctx_a and ctx_b), endings and label"
+            f"trainer.evaluation.hellaswag: {where} is not a question ({type(error).__name__}: {error}), expected an "
+            "object with ctx (or ctx_a and ctx_b), endings and label"
         ) from error
 
 
 def _plain(text: str) -> str:
-    """Without what WikiHow's pages left in the data set."""
+    """Removes the remains of WikiHow's markup."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
 
 def encode_pair(tokenizer: Any, context: str, ending: str) -> tuple[list[int], list[int]]:
-    """The tokens of a context and of an ending as they are in the whole text; spaces between them belong to the ending."""
+    """The tokens of context and ending, split from those of the whole text; spaces between them belong to the ending."""
     spaces = len(context) - len(context.rstrip())
     if spaces:
         context, ending = context[:-spaces], context[-spaces:] + ending
@@ -84,9 +83,10 @@ def encode_pair(tokenizer: Any, context: str, ending: str) -> tuple[list[int], l
 def score(
     logits_of: Callable[[torch.Tensor], torch.Tensor], question: Question, tokenizer: Any, limit: int | None
 ) -> tuple[bool, bool]:
-    """Whether the true ending is the likeliest, and the likeliest per character.
+    """Whether the correct ending is the likeliest, and the likeliest per character.
 
-    logits_of: (B, T) int64 tokens on the CPU -> logits (B, T, V). limit: the longest sequence; of longer ones the end counts.
+    logits_of: (B, T) int64 tokens on the CPU -> logits (B, T, V). limit: the longest sequence; longer ones are truncated at
+    the start.
     """
     rows = []
     for ending in question.endings:

@@ -1,4 +1,4 @@
-"""What a run can be told: typed, documented, and refused before anything is built when it cannot be run."""
+"""The trainer's configuration: typed, documented, and checked before anything is built."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ from polargrad_dist.trainer.launcher import check_launcher
 
 @dataclass
 class StrategyConfig:
-    """How the model lies on the ranks.
+    """How the model is replicated or sharded.
 
     Args:
         name: "ddp": a copy on every rank; "fsdp": FSDP2, sharded by block over all ranks; "hsdp": sharded within groups of
-            ranks and copied between them; "deepspeed": DeepSpeed's ZeRO.
-        zero_stage: under "deepspeed", what is sharded: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too; null for
-            2 there.
+            ranks and replicated between them; "deepspeed": DeepSpeed's ZeRO.
+        zero_stage: what "deepspeed" shards: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too; null for 2.
         replicas: copies of the model under "hsdp"; the world size must be a multiple of it.
         reshard_after_forward: free gathered parameters between forward and backward (less memory, more traffic).
         cpu_offload: keep sharded parameters, gradients and optimizer state in host memory.
-        timeout_minutes: how long a rank waits for the others, in whatever it does, before it names them and ends. Who waits
-            for data to be prepared waits longer, and says so.
+        timeout_minutes: how long a rank waits for the others before it names the missing ones and ends. Only the wait for
+            data preparation may be longer, and is logged.
     """
 
     name: Literal["ddp", "fsdp", "hsdp", "deepspeed"] = "ddp"
@@ -50,12 +49,11 @@ class EvaluationConfig:
 
     Args:
         every: steps between validations; 0 for only at the end.
-        late_every: steps between validations in the last tenth of the run; 0 for as before it.
+        late_every: steps between validations in the last tenth of the run; 0 for the same as ``every``.
         at_end: also validate after the last step.
-        hellaswag: JSON lines of HellaSwag's form (ctx or ctx_a and ctx_b, endings, label), which the model has to complete;
-            null for none.
-        hellaswag_every: steps between these; 0 for only at the end.
-        hellaswag_items: questions from the start of the file; null for all.
+        hellaswag: file of JSON lines in HellaSwag's format (ctx or ctx_a and ctx_b, endings, label); null for none.
+        hellaswag_every: steps between HellaSwag evaluations; 0 for only at the end.
+        hellaswag_items: number of questions, from the start of the file; null for all.
     """
 
     every: int = 250
@@ -73,16 +71,16 @@ class EvaluationConfig:
 
 @dataclass
 class SamplesConfig:
-    """Text that the model continues while it trains: in the log, the report, TensorBoard and wandb.
+    """Text sampled from the model during training: in the log, the report, TensorBoard and wandb.
 
     Args:
         every: steps between samples; 0 for never.
-        prompts: texts to continue; an empty one begins a document.
-        tokens: tokens to add to each.
-        temperature: 0 takes the likeliest token each time.
+        prompts: texts to continue; an empty one starts a document.
+        tokens: tokens to generate for each prompt.
+        temperature: 0 always takes the likeliest token.
         top_k: sample from the k likeliest tokens only; null for all.
         top_p: sample from the likeliest tokens that together have this probability; null for all.
-        seed: of the sampling; the same at every step.
+        seed: random seed of the sampling, the same at every step.
     """
 
     every: int = 0
@@ -94,7 +92,7 @@ class SamplesConfig:
     seed: int = 0
 
     def check(self) -> None:
-        """Raises ``ConfigError`` for a value that nothing can be sampled with."""
+        """Raises ``ConfigError`` for an invalid value."""
         for name, good, expected in (
             ("every", self.every >= 0, "a whole number >= 0"),
             ("prompts", len(self.prompts) > 0, "at least one text"),
@@ -110,17 +108,17 @@ class SamplesConfig:
 
 @dataclass
 class LoggingConfig:
-    """Where figures go; ``metrics.jsonl`` in the run directory is always written.
+    """Where metrics go; ``metrics.jsonl`` in the run directory is always written.
 
     Args:
-        every: steps between log lines.
-        stats_every: steps between lines with nuclear norm, condition number and residual per role; 0 for never.
+        every: steps between rows of metrics.
+        stats_every: steps between rows with nuclear norm, condition number and residual per role; 0 for never.
         progress: "auto" shows a progress bar on a terminal and lines elsewhere; "bar", "lines" or "off" force one.
         tensorboard: also write TensorBoard events into the run directory.
         wandb: "disabled", "offline" or "online".
-        wandb_project: project on wandb.
-        wandb_name: name of the run on wandb; null for the run directory's.
-        profile: steps to trace with torch's profiler, after two of warm-up; 0 for none. Also ``--profile N``.
+        wandb_project: wandb project.
+        wandb_name: name of the run on wandb; null for the run directory's name.
+        profile: steps to trace with torch's profiler, after two warm-up steps; 0 for none. Also ``--profile N``.
     """
 
     every: int = 10
@@ -135,13 +133,13 @@ class LoggingConfig:
 
 @dataclass
 class SafetyConfig:
-    """When a step is skipped, and when a run gives up.
+    """When to skip a step or abort.
 
     Args:
-        max_skipped: skipped steps in a row after which the run ends, the last good checkpoint intact.
+        max_skipped: skipped steps in a row after which the run aborts; the last good checkpoint stays intact.
         spike_sigma: also skip a step whose loss is this many standard deviations above the mean of the last
             ``spike_window`` losses; null for never.
-        spike_window: losses that a spike is measured against.
+        spike_window: number of previous losses that a spike is measured against.
     """
 
     max_skipped: int = 10
@@ -154,31 +152,31 @@ class TrainerConfig:
     """The run itself.
 
     Args:
-        run_dir: where configuration, metrics, log and checkpoints of the run go.
-        steps: optimizer steps of the whole run.
+        run_dir: folder for the run's configuration, metrics, log and checkpoints.
+        steps: total number of optimizer steps.
         global_batch: sequences per optimizer step, over all ranks and micro-batches.
-        micro_batch: sequences per forward pass on one rank, at most: fewer where a rank's share of the global batch is no
-            multiple of it, as after a restart on more ranks. Gradients accumulate over the rest.
+        micro_batch: most sequences per forward pass on one rank: fewer where a rank's share of the global batch is not a
+            multiple of it, as after a restart on more ranks. Gradients are accumulated to the global batch.
         sequence_length: tokens per sequence.
-        seed: of the initial weights, the order of the data and dropout.
+        seed: random seed of the initial weights, the order of the data and dropout.
         precision: "fp32"; "bf16-mixed": fp32 weights, bf16 matrix products; "bf16": bf16 weights, exactly accumulated.
-        tf32: on a GPU, let matrix products of fp32 numbers round their inputs to TF32's 10 bits: several times faster, and
-            felt with precision "fp32" only. Exact polar factors are computed without it either way.
-        clip_norm: largest global norm of the gradient, applied before the oracle; null for none.
+        tf32: on a GPU, round the inputs of fp32 matrix products to TF32's 10 bits: several times faster, and relevant with
+            precision "fp32" only. Exact polar factors never use it.
+        clip_norm: largest global norm of the gradient, clipped before the oracle; null for no clipping.
         compile: compile each block with torch.compile.
         activation_checkpointing: recompute each block's activations in backward.
-        device: "auto" takes a GPU where there is one.
-        allow_changes: run although the run directory holds another configuration.
+        device: "auto" uses a GPU if there is one.
+        allow_changes: run even if the run directory holds another configuration.
         schedule: learning-rate and momentum schedule.
         lookahead: EMA-Nesterov around the optimizer.
         average: an average of the last weights, for validation and export.
-        strategy: ddp, fsdp or hsdp.
+        strategy: ddp, fsdp, hsdp or deepspeed.
         evaluation: validation.
-        samples: text that the model writes while it trains.
+        samples: text sampled from the model during training.
         logging: metrics.
-        diagnostics: condition numbers, norms and orthogonality of chosen matrices.
+        diagnostics: condition numbers, norms and orthogonality of selected matrices.
         checkpoint: saving and resuming.
-        safety: skipped steps.
+        safety: when to skip a step or abort.
     """
 
     run_dir: str = "runs/default"
@@ -207,20 +205,19 @@ class TrainerConfig:
 
     @property
     def resumes(self) -> bool:
-        """Whether the run goes on from a checkpoint, whose weights take the place of any first ones."""
+        """Whether the run resumes from a checkpoint, whose weights replace any initial ones."""
         return self.checkpoint.resume not in ("auto", "never") or bool(
             checkpoints_in(Path(self.run_dir) / "checkpoints")
         )
 
     def check(self, world: int) -> None:
-        """Raises ``ConfigError`` for what cannot be run on ``world`` ranks, naming the key and what would be right."""
+        """Raises ``ConfigError`` for what cannot run on ``world`` ranks, naming the key and the expected value."""
         if not self.run_dir.strip():
             raise ConfigError("trainer.run_dir is empty, expected the folder that this run writes into")
         if "://" in self.run_dir:
             raise ConfigError(
-                f"trainer.run_dir is {self.run_dir}, expected a folder on a file system that every rank sees: "
-                f"checkpoints are "
-                "renamed and locked there, which object stores cannot; copy the run there when it has ended"
+                f"trainer.run_dir is {self.run_dir}, expected a folder on a file system that every rank sees, since object "
+                "stores cannot rename and lock: train in a folder, and upload the run when it has ended"
             )
         for name in ("steps", "global_batch", "micro_batch", "sequence_length"):
             if getattr(self, name) < 1:
@@ -243,7 +240,7 @@ class TrainerConfig:
             raise ConfigError(f"trainer.seed is {self.seed}, expected a whole number in [0, 2**32)")
         if not 0 < self.strategy.timeout_minutes < 1e6:
             raise ConfigError(
-                f"trainer.strategy.timeout_minutes is {self.strategy.timeout_minutes}, expected minutes in (0, 1e6)"
+                f"trainer.strategy.timeout_minutes is {self.strategy.timeout_minutes}, expected a number in (0, 1e6)"
             )
         if self.global_batch % (world * self.micro_batch):
             near = max(1, round(self.global_batch / (world * self.micro_batch))) * world * self.micro_batch
@@ -324,7 +321,7 @@ class TrainerConfig:
         ):
             if there:
                 raise ConfigError(
-                    f"trainer has {what} with strategy 'deepspeed', which has not been tried: {way}"
+                    f"trainer has {what} with strategy 'deepspeed', which is not supported: {way}"
                 )
 
     def for_world(self, world: int) -> TrainerConfig:

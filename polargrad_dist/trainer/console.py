@@ -1,7 +1,8 @@
-"""What a person sees of a running run: a bar with a line per interval on a terminal, lines alone elsewhere."""
+"""Progress on the console: a bar with a line per interval on a terminal, lines alone elsewhere."""
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import textwrap
@@ -9,32 +10,42 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+# Goes to the run's log.txt alone: the terminal has the line already.
+file_only = logging.getLogger("polargrad_dist.trainer.console")
 COLUMNS = 120
 MEMORY = 0.95
-"""Weight of the past in the smoothed loss of the bar, per step; less at the start, where the loss falls fast."""
+"""Weight of the previous value in the bar's smoothed loss; less at the start, where the loss falls fast."""
 
 
 class Console:
-    """A progress bar on a terminal, one dense line per row elsewhere; silent once nobody can read it."""
+    """A progress bar on a terminal, one dense line per row elsewhere; silent once stderr cannot be written."""
 
     def __init__(self, mode: str, steps: int, first: int):
-        """mode: as ``trainer.logging.progress``. first: the step that the run goes on from."""
+        """mode: as ``trainer.logging.progress``. first: the step that the run resumes from."""
         self.steps, self.first, self.began = steps, first, time.monotonic()
         self._bar: Any = None
         self._smooth: float | None = None
         self._seen = 0
         self._figures: dict[str, float] = {}
-        self.mode = mode
+        self.mode, self.silent = mode, mode == "off"
         self._unless_gone(self._start)
 
     def tick(self, record: dict[str, Any]) -> None:
-        """Moves the bar on by a step, whose ``loss`` and ``grad_norm`` it shows."""
+        """Advances the bar by a step, and shows its ``loss`` and ``grad_norm``."""
         if self._bar is not None:
             self._unless_gone(lambda: self._move(record))
 
     def show(self, row: dict[str, Any]) -> None:
-        """A row of the metrics, in a line that stays."""
-        self._unless_gone(lambda: self._show(row))
+        """A row of the metrics, in a line that stays, on the terminal and in log.txt."""
+        if self.silent:
+            return
+        done = row["step"] - self.first
+        left = (self.steps - row["step"]) * (time.monotonic() - self.began) / max(1, done)
+        # The bar itself shows the time that is left.
+        text = line(row, self.steps, left if self._bar is None else None)
+        self._figures |= {name: row[name] for name in ("tokens_per_second", "mfu") if name in row}
+        self._unless_gone(lambda: self._print(text))
+        file_only.info(text)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -65,52 +76,30 @@ class Console:
         self._bar.update(record["step"] - self._bar.n)
 
     def _postfix(self) -> str:
-        known, parts = self._figures, []
-        if "loss" in known:
-            parts.append(f"loss {known['loss']:.3f}")
-        if self._smooth is not None:
-            parts.append(f"smooth {self._smooth:.3f}")
-        if "grad_norm" in known:
-            parts.append(f"norm {known['grad_norm']:.2g}")
-        if "tokens_per_second" in known:
-            parts.append(f"{known['tokens_per_second']:,.0f} tok/s")
-        if "mfu" in known:
-            parts.append(f"mfu {known['mfu']:.0%}")
-        return "  ".join(parts)
+        smooth = {} if self._smooth is None else {"smooth": self._smooth}
+        return "  ".join(written(self._figures | smooth, _BAR))
 
-    def _show(self, row: dict[str, Any]) -> None:
+    def _print(self, text: str) -> None:
         if self._bar is not None:
-            self._figures |= {name: row[name] for name in ("tokens_per_second", "mfu") if name in row}
-            self._bar.write(line(row, self.steps), file=sys.stderr)
+            self._bar.write(text, file=sys.stderr)
         elif self.mode == "lines":
-            done = row["step"] - self.first
-            left = (self.steps - row["step"]) * (time.monotonic() - self.began) / max(1, done)
-            print(line(row, self.steps, left), file=sys.stderr, flush=True)
+            print(text, file=sys.stderr, flush=True)
 
     def _unless_gone(self, act: Callable[[], Any]) -> None:
-        """A closed pipe, a hung-up terminal, a full disk behind a redirection: the figures are in metrics.jsonl."""
+        """Ignores a closed pipe, a lost terminal and a full disk behind a redirection: the figures are in metrics.jsonl."""
         try:
             act()
-        except (OSError, ValueError, AttributeError):  # also of a stream that is closed or None
+        except (OSError, ValueError, AttributeError):  # ValueError: a closed stream; AttributeError: None
             self.mode, self._bar = "off", None
 
 
 def line(row: dict[str, Any], steps: int, left: float | None = None) -> str:
-    """A row for a person's eye, in lines of at most 120 characters; ``left``: seconds to the end of the run, where known.
+    """A row as text, in lines of at most 120 characters; ``left``: seconds to the end of the run, where known.
 
-    Samples have lines of their own.
+    Samples are on lines of their own.
     """
     parts = [f"step {row['step']:>{len(str(steps))}}/{steps}"]
-    parts += [f"{words} {form(row[name])}" for name, (words, form) in _FIGURES.items() if name in row]
-    if "lr" in row:
-        role = "hidden" if "hidden" in row["lr"] else next(iter(row["lr"]))
-        parts.append(f"lr {row['lr'][role]:.2e}")
-    if "tokens_per_second" in row:
-        parts.append(f"{row['tokens_per_second']:,.0f} tok/s")
-    if "mfu" in row:
-        parts.append(f"mfu {row['mfu']:.1%}")
-    if "memory_gib" in row:
-        parts.append(f"{row['memory_gib']:.2f} GiB")
+    parts += written(row, _LINE)
     if row.get("skipped"):
         parts.append(f"skipped {row['skipped']}")
     for name, found in row.get("validation", {}).items():
@@ -127,16 +116,40 @@ def line(row: dict[str, Any], steps: int, left: float | None = None) -> str:
     return "\n".join(lines).replace("\xa0", " ")
 
 
-def number(form: str) -> Callable[[Any], str]:
-    """How a figure is written; one that is not known as "?"."""
-    return lambda value: "?" if value is None else format(value, form)
+Forms = dict[str, Callable[[Any], str]]
 
 
-_FIGURES = {
-    "loss": ("loss", number(".4f")),
-    "validation_loss": ("validation loss", number(".4f")),
-    "bits_per_byte": ("bits per byte", number(".4f")),
-    "grad_norm": ("norm", number(".3g")),
+def written(figures: dict[str, Any], forms: Forms) -> list[str]:
+    """The figures that are known, in the order and the form that ``forms`` gives them."""
+    return [form(figures[name]) for name, form in forms.items() if name in figures]
+
+
+def figure(words: str, form: str) -> Callable[[Any], str]:
+    """Writes a value into ``words``; null as "?"."""
+    return lambda value: words.format("?" if value is None else format(value, form))
+
+
+def _rate(rates: dict[str, float]) -> str:
+    """The learning rate of the hidden matrices, or of the first role where there are none."""
+    return f"lr {rates.get('hidden', next(iter(rates.values()))):.2e}"
+
+
+_LINE: Forms = {
+    "loss": figure("loss {}", ".4f"),
+    "validation_loss": figure("validation loss {}", ".4f"),
+    "bits_per_byte": figure("bits per byte {}", ".4f"),
+    "grad_norm": figure("norm {}", ".3g"),
+    "lr": _rate,
+    "tokens_per_second": figure("{} tok/s", ",.0f"),
+    "mfu": figure("mfu {}", ".1%"),
+    "memory_gib": figure("{} GiB", ".2f"),
+}
+_BAR: Forms = {
+    "loss": figure("loss {}", ".3f"),
+    "smooth": figure("smooth {}", ".3f"),
+    "grad_norm": figure("norm {}", ".2g"),
+    "tokens_per_second": figure("{} tok/s", ",.0f"),
+    "mfu": figure("mfu {}", ".0%"),
 }
 
 
@@ -147,7 +160,7 @@ def wrapped(text: str, indent: str) -> list[str]:
 
 
 def quiet(message: str) -> None:
-    """A report that goes nowhere."""
+    """Discards a message."""
 
 
 def duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""What a run would be, on N ranks, without building it: parameters, routing, owners, memory, traffic, time."""
+"""The plan of a run on N ranks, without starting it: parameters, routing, owners, memory, traffic, time."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def dry_run(
 ) -> int:
     """Prints the plan of a run on ``ranks`` ranks; ``build(device="meta")`` gives the model's shapes. Returns 0.
 
-    full: every matrix with its owner and cost, in place of a line per role.
+    full: list every matrix with its owner and cost instead of a line per role.
     """
     trainer = trainer.for_world(ranks)
     trainer.check(ranks)

@@ -1,6 +1,6 @@
 """Memory and time of a step before there is one: what a rank would hold, do and send, and how long known GPUs take.
 
-Nothing here has been measured on a GPU; `python -m benchmarks.gpu` is to say how far off it is.
+Nothing here has been measured on a GPU; `python -m benchmarks.gpu` compares it with measurements.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from polargrad_dist.optim.bucket import CPU_BUCKET, GPU_BUCKET
 from polargrad_dist.trainer.config import TrainerConfig
 from polargrad_dist.trainer.devices import Device, known
 
-SHARE = 0.4  # of a device's bf16 peak that models are taken to reach
-LINK = 0.7  # of a link's rate that collectives are taken to reach
+SHARE = 0.4  # assumed fraction of a device's bf16 peak that a model reaches
+LINK = 0.7  # assumed fraction of a link's rate that collectives reach
 
 
 def activations(build: Callable[..., nn.Module], config: TrainerConfig) -> int:
@@ -54,8 +54,8 @@ def activations(build: Callable[..., nn.Module], config: TrainerConfig) -> int:
 
 @dataclass(frozen=True)
 class Work:
-    """What one rank does in a step: flops of the model, of the optimizer's matrices (in fp32 products), bytes that its
-    elementwise work moves, and bytes that travel."""
+    """The work of one rank in a step: flops of the model and of the optimizer's matrices (in fp32 products), bytes that
+    elementwise work moves, and bytes communicated."""
 
     model: float
     oracle: float
@@ -63,7 +63,7 @@ class Work:
     travelling: float
 
     def seconds(self, device: Device, precision: str) -> float:
-        """On a device, with nothing overlapping; the model at `SHARE` of the peak."""
+        """Seconds on a device, with nothing overlapping; the model at `SHARE` of the peak."""
         peak = device.fp32 if precision == "fp32" else device.bf16
         return (
             self.model / (SHARE * peak)

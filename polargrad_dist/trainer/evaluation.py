@@ -1,4 +1,4 @@
-"""The validation loss: a mean over fixed tokens, each of which one rank sees."""
+"""The validation loss: a mean over a fixed set of tokens, each evaluated on exactly one rank."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ BATCHES_BETWEEN_QUESTIONS = 8
 def evaluate(
     placed: Placed, validation: Any, world: World, done: float, asked: Callable[[], bool] = lambda: False
 ) -> dict[str, float] | None:
-    """Nats per token and, where the text's bytes are known, bits per byte, on all ranks alike.
+    """Nats per token and, where the text's bytes are known, bits per byte; the same on all ranks.
 
-    done: share of the run's steps that are made. asked: whether this rank wants to leave, looked at every few batches; None
-    is returned on all ranks when one does.
+    done: fraction of the run's steps that are done. asked: whether this rank was asked to leave, checked every few batches;
+    if one was, all ranks return None.
     """
     model = placed.model
     model.eval()

@@ -1,4 +1,4 @@
-"""Counts skipped steps, refuses weights that are not finite, and says from which checkpoint to go on."""
+"""Counts skipped steps, refuses non-finite weights, and names the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Guard:
-    """Stands between a run and its checkpoints; every method is called on all ranks.
+    """Keeps non-finite weights out of the checkpoints; every method is called on all ranks.
 
     tensors: everything that a checkpoint of this moment would hold, as this rank holds it.
     """
@@ -36,15 +36,15 @@ class Guard:
         self.store, self.tensors = store, tensors
 
     def made(self, loss: float) -> None:
-        """A step reached the weights; ``loss`` is its mean over all ranks."""
+        """Records a step that was applied; ``loss`` is its mean over all ranks."""
         self.progress.skipped_in_a_row = 0
         self.progress.recent = [*self.progress.recent, loss][-self.safety.spike_window :]
 
     def skip(self, step: int, sample: int, reason: str, bad: list[str] | None, own_loss: float) -> None:
-        """A step did not reach the weights.
+        """Records a step that was skipped.
 
-        bad: names whose gradients were not finite on this rank; None for a spike, which has no culprit. sample: the first
-        that the step saw. Raises ``TrainingError`` after too many in a row, and where the weights themselves are broken.
+        bad: names of the parameters with non-finite gradients on this rank; None for a spike of the loss. sample: index of
+        the step's first sample. Raises ``TrainingError`` after too many skipped steps in a row, and for non-finite weights.
         """
         progress = self.progress
         progress.skipped += 1
@@ -61,14 +61,14 @@ class Guard:
             )
 
     def refuse_poisoned(self, tensors: Tensors, what: str, sample: int | None = None) -> None:
-        """Raises ``TrainingError`` on all ranks when weights or optimizer state of one are not finite."""
+        """Raises ``TrainingError`` on all ranks if weights or optimizer state are not finite on one of them."""
         if (where := poisoned(self.world, tensors)) is not None:
             raise TrainingError(
                 f"{what}: {where} is not finite, which no later step can repair; {self.way_back(sample)}"
             )
 
     def way_back(self, sample: int | None = None) -> str:
-        """From which checkpoint to go on, and how; ``sample`` is where the data are suspect, by default the next one."""
+        """How to go on, and from which checkpoint; ``sample`` is where to look at the data, by default the next sample."""
         self.store.wait()
         step, change = self.store.last_saved, "lower the learning rates"
         data = f"or look at the data from sample {self.progress.sample if sample is None else sample} on"

@@ -1,6 +1,6 @@
-"""What a run is, told once at every start: on the console, in ``run.json`` and in the report.
+"""A description of the run, made at every start: on the console, in ``run.json`` and in the report.
 
-``run.json`` holds the facts of the newest start and, under ``starts``, when, where and by which command each start was made.
+``run.json`` holds the description of the newest start and, under ``starts``, the time, place and command of each start.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def facts_of(
     first: int,
     expected: dict[str, Any],
 ) -> dict[str, Any]:
-    """The facts of a start, JSON-able, for rank 0; a fact that is not known is left out.
+    """The description of a start, JSON-able, for rank 0; what is not known is left out.
 
     optimizer: a `PolarGrad`, whose groups have a ``role``. data: may have ``describe()``. first: the step that the run goes
     on from. expected: as `estimate.expected` returns it. All ranks call it together.
@@ -89,7 +89,7 @@ def facts_of(
 
 
 def header(facts: dict[str, Any]) -> str:
-    """The facts on one screen, in lines of at most 120 characters."""
+    """The description on one screen, in lines of at most 120 characters."""
     training, ranks, data = facts["training"], facts["ranks"], facts["data"]
     steps = (
         f"{training['steps']:,} steps x {training['tokens_per_step']:,} tokens = {_short(training['tokens'])}"
@@ -121,9 +121,9 @@ def header(facts: dict[str, Any]) -> str:
 
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
-    """Writes ``run.json`` of a run directory; the starts and the notes in it are kept.
+    """Writes ``run.json`` of a run directory; its earlier starts and notes are kept.
 
-    Raises ``ConfigError`` when it cannot be written.
+    Raises ``ConfigError`` if it cannot be written.
     """
     known = read_facts(folder)
     start = {
@@ -139,12 +139,12 @@ def write_facts(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def note(folder: Path, **more: Any) -> None:
-    """Adds facts that were found out later to ``run.json``, such as a baseline's loss."""
+    """Adds facts that are measured later to ``run.json``, such as the loss of a bigram model."""
     _write(folder, read_facts(folder) | more)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What ``run.json`` holds; empty where there is none, or one that cannot be read."""
+    """The content of ``run.json``; empty if it is missing or unreadable."""
     try:
         known = json.loads((folder / FILE).read_text())
     except (OSError, ValueError, RecursionError):
@@ -196,7 +196,7 @@ def describe_code(facts: dict[str, Any]) -> str:
 
 
 def describe_rule(group: dict[str, Any]) -> str:
-    """A parameter group's rule in a few words, as in ``polar, lr 0.02, momentum_first 0.95 nesterov, scale muon``."""
+    """A parameter group's rule in short, such as ``polar, lr 0.02, momentum_first 0.95 nesterov, scale muon``."""
     words = [f"{group['algorithm']}, lr {group['lr']:g}"]
     if group["algorithm"] == "adamw":
         words.append("betas {} {}".format(*group["betas"]))
@@ -214,9 +214,9 @@ def describe_rule(group: dict[str, Any]) -> str:
 
 
 def _roles(optimizer: Any, asked: Any) -> dict[str, dict[str, Any]]:
-    """Parameters and rule of each role, largest first; groups of one role with the same rule are one.
+    """Parameters and rule of each role, largest first; groups of one role with the same rule are merged.
 
-    asked: the configuration's section; a role that it leaves as it is by default is marked so.
+    asked: the configuration's optimizer section; roles with their default rule are marked as default.
     """
     found: dict[str, dict[str, Any]] = {}
     for group in optimizer.param_groups:
@@ -229,7 +229,7 @@ def _roles(optimizer: Any, asked: Any) -> dict[str, dict[str, Any]]:
 
 
 def is_default(role: str, asked: dict[str, Any]) -> bool:
-    """Whether an optimizer section says of a role what `OptimizerConfig` says anyway."""
+    """Whether an optimizer section gives a role the default rule of `OptimizerConfig`."""
     if role not in ROLES:
         return False
     own = asked.get(role) or asked.get("embed")
@@ -249,7 +249,7 @@ def _model(model: nn.Module, configuration: dict[str, Any]) -> str:
 
 
 def _source(data: Any) -> dict[str, Any]:
-    """What the data section of a configuration reads, as one word or a few."""
+    """The data source of a configuration's data section, in short."""
     if not isinstance(data, dict):
         return {}
     if data.get("sources"):
@@ -263,7 +263,7 @@ def _source(data: Any) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """A GPU's name, or the processor's."""
+    """The name of the GPU, or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):
@@ -274,7 +274,7 @@ def device_name(device: torch.device) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Cores that this process may use, GiB of memory, threads of torch, and the system."""
+    """Cores available to this process, GiB of memory, threads of torch, and the system."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found: dict[str, Any] = {
         "cores": cores,
@@ -287,7 +287,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Python, the packages that decide what a run computes, and CUDA."""
+    """Versions of Python, of the packages that affect results, and of CUDA."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -298,7 +298,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The git commit of the program that was started, with "+changes" where files differ from it; None outside git."""
+    """The git commit of the program, with "+changes" if files differ from it; None outside git."""
     where = Path(sys.argv[0]).resolve().parent if sys.argv and sys.argv[0] else Path.cwd()
 
     def git(*words: str) -> str:
@@ -314,7 +314,7 @@ def commit() -> str | None:
 
 
 def _counted(names: list[str]) -> list[str]:
-    """Equal names once, with their number: ``8 x H100``."""
+    """Each name once, with its count: ``8 x H100``."""
     return [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
 
 

@@ -1,4 +1,4 @@
-"""When a step or a save must not happen: losses, gradients and weights that are not finite, and where they came from."""
+"""When to skip a step or refuse a save: non-finite losses, gradients and weights, and where they came from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from polargrad_dist.trainer.world import World
 
 
 def reason_to_skip(loss: float, norm: float, recent: Sequence[float], safety: SafetyConfig) -> str | None:
-    """Why a step must not reach the weights, from figures that all ranks share; None where it may."""
+    """Why a step must be skipped, from figures that all ranks share; None if it may be applied."""
     if not math.isfinite(loss):
         return f"the loss is {loss}"
     if not math.isfinite(norm):
@@ -29,8 +29,8 @@ def reason_to_skip(loss: float, norm: float, recent: Sequence[float], safety: Sa
 
 @torch.no_grad()
 def magnitudes(tensors: Mapping[str, torch.Tensor]) -> tuple[list[str], list[torch.Tensor]]:
-    """Names, and the largest magnitude of each one's part on this rank: as many numbers in a few tensors, one for every
-    device and dtype, in the order of the names. Nothing is read from the device.
+    """Names, and the largest magnitude of each tensor's part on this rank: one number for each name, in a few tensors, one
+    for every device and dtype, in the order of the names. Nothing is read from the device.
 
     Unlike a sum of squares it cannot overflow where every element is finite.
     """
@@ -44,14 +44,14 @@ def magnitudes(tensors: Mapping[str, torch.Tensor]) -> tuple[list[str], list[tor
 
 
 def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """The names whose part on this rank holds a NaN or an infinity; one read from the device per dtype."""
+    """The names of tensors whose part on this rank holds a NaN or an infinity; one read from the device per dtype."""
     names, largest = magnitudes(tensors)
     finite = [good for x in largest for good in x.isfinite().tolist()]
     return [name for name, good in zip(names, finite, strict=True) if not good]
 
 
 def culprits(world: World, bad: Sequence[str], own_loss: float) -> str:
-    """Which ranks and parameters a non-finite step came from; every rank calls it with what is bad in its gradients."""
+    """Names the ranks and parameters that made a step non-finite; every rank calls it with its own bad gradients."""
     found = world.gather((math.isfinite(own_loss), len(bad), bad[:1]))
     losses = [rank for rank, (finite, _, _) in enumerate(found) if not finite]
     parts = [f"; loss of rank {', '.join(map(str, losses))}"] if losses else []
@@ -64,7 +64,7 @@ def culprits(world: World, bad: Sequence[str], own_loss: float) -> str:
 
 
 def poisoned(world: World, tensors: Mapping[str, torch.Tensor]) -> str | None:
-    """What is not finite on any rank, in words; None where every rank's tensors are finite. Every rank calls it."""
+    """Names what is not finite on any rank; None if every rank's tensors are finite. Every rank calls it."""
     bad = not_finite(tensors)
     found = world.gather((len(bad), bad[:1]))
     parts = [f"{named(count, first)} on rank {rank}" for rank, (count, first) in enumerate(found) if count]

@@ -1,6 +1,6 @@
-"""The first weights of a run, from a run of this trainer or from a folder in Hugging Face's form. Weights only.
+"""Initial weights from another run of this trainer or from a folder in Hugging Face's format. Weights only.
 
-What they were trained on has to fit what comes: the tokenizer of the weights is compared with that of the data.
+The tokenizer that they were trained with is compared with that of the data.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = logging.getLogger("polargrad_dist.trainer")
 
 
 def checkpoint_of(name: str | None) -> Checkpoint | None:
-    """The checkpoint that ``model.init_from`` means; None where it is in Hugging Face's form, or not set."""
+    """The checkpoint that ``model.init_from`` names; None if it is in Hugging Face's format, or not set."""
     if name is None:
         return None
     folder = Path(name).expanduser()
@@ -36,10 +36,10 @@ def checkpoint_of(name: str | None) -> Checkpoint | None:
 
 
 def initialize(model: nn.Module, name: str, checkpoint: Checkpoint | None, data: Any, world: World) -> None:
-    """Gives a model, still on the CPU, its first weights on every rank.
+    """Loads the initial weights into a model, still on the CPU, on every rank.
 
-    name: ``model.init_from``; checkpoint: what `checkpoint_of` found for it. Raises ``ConfigError`` on all ranks where
-    weights, or the tokenizer that they were trained with, do not fit.
+    name: ``model.init_from``; checkpoint: the result of `checkpoint_of`. Raises ``ConfigError`` on all ranks if the weights,
+    or the tokenizer that they were trained with, do not fit.
     """
     if checkpoint is not None:
         found = checkpoint
@@ -67,7 +67,7 @@ def _from_run(model: nn.Module, checkpoint: Checkpoint, data: Any) -> None:
 def fill(model: nn.Module, checkpoint: Checkpoint, what: str) -> None:
     """Reads a checkpoint's weights into a model, one tensor at a time.
 
-    Raises ``ConfigError``, which begins with ``what``, where names or shapes are those of another model.
+    Raises ``ConfigError``, which begins with ``what``, if names or shapes differ.
     """
     saved = set(checkpoint.names())
     for name, target in weights(model).items():
@@ -84,14 +84,14 @@ def fill(model: nn.Module, checkpoint: Checkpoint, what: str) -> None:
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A model's parameters and persistent buffers under the names that checkpoints give them."""
+    """A model's parameters and persistent buffers, by their names in checkpoints."""
     persistent = model.state_dict()
     named = [*model.named_parameters(), *model.named_buffers()]
     return {clean_name(name): tensor for name, tensor in named if name in persistent}
 
 
 def _download(name: str) -> str:
-    """A local folder, or the files of a model on the hub, in its clients' cache."""
+    """A local folder, or the files of a model on the hub, in the hub client's cache."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return str(folder)
@@ -99,31 +99,31 @@ def _download(name: str) -> str:
 
     try:
         return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
-    except Exception as error:  # the client's own, and those of whatever network library it uses
+    except Exception as error:  # the client's own errors, and those of its network library
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"model.init_from is {name!r}, which is neither a folder nor to be had from the hub ({reason}): name a "
-            f"folder with "
-            "config.json and safetensors"
+            f"model.init_from is {name!r}, which is neither a folder nor available from the hub ({reason}): name a "
+            "folder with config.json and safetensors"
         ) from error
 
 
 def _from_hub(model: nn.Module, folder: str, data: Any) -> None:
     if not hasattr(model, "load_pretrained"):
         raise ConfigError(
-            f"model.init_from is {folder!r}, in Hugging Face's form, but the model has no load_pretrained(): use a run of it"
+            f"model.init_from is {folder!r}, in Hugging Face's format, but the model has no load_pretrained(): name a run "
+            "of this model"
         )
     _same_vocabulary(Path(folder), data)
     model.load_pretrained(folder)  # type: ignore[operator]
 
 
 def _same_vocabulary(folder: Path, data: Any) -> None:
-    """Raises ``ConfigError`` where the tokenizer beside the weights maps a token to another id than that of the data."""
+    """Raises ``ConfigError`` if the tokenizer of the weights maps a token to another id than the tokenizer of the data."""
     path = folder / "tokenizer.json"
     text = data.load_tokenizer().json() if getattr(data, "tokenizer", None) is not None else None
     if text is None or not path.is_file():
         log.warning(
-            "the tokenizers of model.init_from and of the data cannot be compared: see to it that they are the same"
+            "the tokenizers of model.init_from and of the data cannot be compared: make sure that they are the same"
         )
         return
     theirs, ours = (_vocabulary(json.loads(t)) for t in (path.read_text(encoding="utf-8"), text))
@@ -131,8 +131,8 @@ def _same_vocabulary(folder: Path, data: Any) -> None:
     if differ:
         token = differ[0]
         raise ConfigError(
-            f"model.init_from is {folder}, whose tokenizer gives {token!r} the id {theirs.get(token)}, that of the data "
-            f"{ours[token]} ({len(differ)} of {len(ours)} differ): set data.tokenizer.name to {folder}"
+            f"model.init_from is {folder}, whose tokenizer gives {token!r} the id {theirs.get(token)}, expected "
+            f"{ours[token]} as in the data's ({len(differ)} of {len(ours)} differ): set data.tokenizer.name to {folder}"
         )
 
 

@@ -1,4 +1,4 @@
-"""What the loop asks of the data that it is handed."""
+"""The interface of the data that the loop is given."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 class TrainData(Protocol):
-    """Micro-batches of this rank, in an order that is a function of the sample index alone."""
+    """Micro-batches of this rank, in an order that depends on the sample index alone."""
 
     def batches_from(self, sample: int) -> Iterator[Batch]: ...
 
 
 class ValidationData(Protocol):
-    """A fixed set of tokens, each on one rank; as many batches on every rank. Targets of -100 are padding."""
+    """A fixed set of tokens, each on one rank; every rank has the same number of batches. Targets of -100 are padding."""
 
     bytes_per_token: float | None
 
@@ -27,7 +27,7 @@ class ValidationData(Protocol):
 
 
 class Data(Protocol):
-    """Training data (`TrainData`), validation data (`ValidationData` or None), and what tells them from others."""
+    """Training data (`TrainData`), validation data (`ValidationData` or None), and their fingerprint."""
 
     @property
     def train(self) -> Any: ...
@@ -40,10 +40,10 @@ class Data(Protocol):
 
 @dataclass
 class Progress:
-    """What a run has done; saved with every checkpoint. ``sample`` is the index of the next one.
+    """How far a run is; saved with every checkpoint. ``sample`` is the index of the next sample.
 
     validation_owed, look_owed: a validation, or questions and samples, were due when the run was asked to leave; the next
-    start makes up for it.
+    start does them first.
     """
 
     step: int = 0
@@ -56,7 +56,7 @@ class Progress:
 
     @property
     def owing(self) -> bool:
-        """Whether anything is left to be measured at this step."""
+        """Whether a measurement of this step is still to be done."""
         return self.validation_owed or self.look_owed
 
 
@@ -70,10 +70,10 @@ class Outcome:
 
 
 def identity_of(configuration: dict[str, Any], data: Data) -> dict[str, Any]:
-    """What a checkpoint must share with a run to be loaded by it. Other data may be allowed, another tokenizer not."""
+    """What a checkpoint and the run that loads it must share. Other data can be allowed, another tokenizer cannot."""
     fingerprint = dict(data.fingerprint())
     tokenizer = {"tokenizer": fingerprint.pop("tokenizer", None)}
-    # Where the first weights came from makes no other model, nor does a key that is newer than the checkpoint and not set.
+    # The origin of the first weights does not change the model; neither does an unset key that the checkpoint is too old for.
     model = {
         k: v for k, v in configuration.get("model", {}).items() if k != "init_from" and (k, v) not in UNSET
     }

@@ -1,4 +1,4 @@
-"""From steps to rows of `metrics.jsonl`: means over the steps since the last row, rates and shares of time.
+"""Turns steps into rows of `metrics.jsonl`: means over the steps since the last row, rates and shares of time.
 
 docs/metrics.md describes every field.
 """
@@ -17,7 +17,7 @@ from polargrad_dist.trainer.world import World
 
 
 class Interval:
-    """The steps since the last row; ``model`` may say its ``flops_per_token(length)``."""
+    """The steps since the last row; ``model`` may have ``flops_per_token(length)``."""
 
     def __init__(self, config: TrainerConfig, world: World, model: nn.Module, optimizer: PolarGrad):
         self.config, self.world, self.model = config, world, model
@@ -30,11 +30,11 @@ class Interval:
         self._skipped = 0
 
     def resumed(self, skipped: int) -> None:
-        """A start that goes on from a checkpoint, with as many steps ``skipped`` before it."""
+        """Records a resume from a checkpoint, before which ``skipped`` steps were skipped."""
         self._skipped = skipped
 
     def due(self, record: dict[str, Any]) -> bool:
-        """Whether a step's figures are a row: every ``logging.every`` steps, at the end, and with a look at the matrices."""
+        """Whether a row is due: every ``logging.every`` steps, at the end, and when matrices are diagnosed."""
         step = record["step"]
         return (
             step % self.config.logging.every == 0
@@ -43,9 +43,9 @@ class Interval:
         )
 
     def add(self, record: dict[str, Any], period: Period) -> dict[str, Any] | None:
-        """Takes in one step's figures; returns the row where one is due.
+        """Adds a step's figures; returns the row if one is due.
 
-        The row's ``loss`` is the mean over the interval's steps that were made, ``loss_last`` that of its last step.
+        The row's ``loss`` is the mean over the steps of the interval that were applied, ``loss_last`` that of its last step.
         """
         self._periods.append(period)
         skipped = record.get("skipped", 0)

@@ -1,7 +1,7 @@
-"""What ``accelerate launch`` tells a program in ACCELERATE_* and FSDP_* variables, compared with the run's configuration.
+"""Compares the settings of ``accelerate launch`` (ACCELERATE_* and FSDP_* variables) with the run's configuration.
 
-The trainer is configured by its own keys: a setting of the launcher's that says something else is refused, never dropped.
-What the launcher writes where nobody has set anything ("no" precision, no dynamo backend) says nothing.
+The trainer is configured by its own keys: a contradicting setting of the launcher is refused, never ignored. The launcher's
+defaults ("no" precision, no dynamo backend) count as not set.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from polargrad_dist.errors import ConfigError
 if TYPE_CHECKING:
     from polargrad_dist.trainer.config import TrainerConfig
 
-PRECISIONS = {
-    "bf16": ("bf16-mixed", "bf16")
-}  # what the launcher may say: what trainer.precision then has to be
+# The launcher's precision, and the values of trainer.precision that fit it.
+PRECISIONS = {"bf16": ("bf16-mixed", "bf16")}
 
 
 def check_launcher(config: TrainerConfig, world: int) -> None:
@@ -83,22 +82,22 @@ def _check_fsdp(config: TrainerConfig, strategy: str) -> None:
 
 
 def refuse_lone_process() -> None:
-    """Raises ``ConfigError`` where several processes on CPUs were asked for and ``accelerate launch`` starts only one."""
+    """Raises ``ConfigError`` if several processes on CPUs were requested and ``accelerate launch`` started only one."""
     on_cpus = on("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     if on_cpus and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
         raise ConfigError(
-            "accelerate launch was asked for several processes on CPUs, of which it starts one (RANK is not set), expected "
-            "all of them: start with torchrun --nproc_per_node N train.py …"
+            "accelerate launch started one process (RANK is not set), expected the several processes on CPUs that were "
+            "requested: start with torchrun --nproc_per_node N train.py …"
         )
 
 
 def on(name: str) -> bool:
-    """Whether a variable says yes, as Accelerate reads it."""
+    """Whether a variable is true, as Accelerate reads it."""
     return os.environ.get(name, "").lower() in ("true", "1", "yes", "y", "t", "on")
 
 
 def said(name: str, nothing: str) -> str | None:
-    """A variable's value in lower case; None where it is not set or says ``nothing``."""
+    """A variable's value in lower case; None if it is not set or equals ``nothing``."""
     value = os.environ.get(name, "").lower()
     return None if value in ("", nothing) else value
 

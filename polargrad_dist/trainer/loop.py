@@ -43,13 +43,13 @@ from polargrad_dist.trainer.wrapped import Wrapped
 
 log = logging.getLogger("polargrad_dist.trainer")
 
-PATIENCE = 60.0  # seconds that a start waits for another process to leave its run directory
+PATIENCE = 60.0  # seconds that a start waits for another process in its run directory
 
 
 class Trainer:
-    """Trains ``model`` on ``data`` for ``config.steps`` steps, resuming from the run directory where it can.
+    """Trains ``model`` on ``data`` for ``config.steps`` steps; resumes from the run directory if it holds a checkpoint.
 
-    configuration: the whole run's, JSON-able, kept in the run directory and in every checkpoint.
+    configuration: the whole run's, JSON-able, stored in the run directory and in every checkpoint.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Trainer:
             raise
 
     def _build(self, model: nn.Module, optimizer: OptimizerConfig) -> None:
-        """Everything up to the first step, while the run directory is this run's alone."""
+        """Builds everything up to the first step, with the run directory locked."""
         config, world = self.config, self.world
         resume = config.checkpoint.resume
         self._on_main(lambda: rundir.check(self.run_dir, self.configuration, config.allow_changes, resume))
@@ -110,13 +110,13 @@ class Trainer:
         )
 
     def _on_main(self, fn: Callable[[], Any]) -> Any:
-        """What ``fn`` returns on rank 0, on every rank; its error is raised on all."""
+        """Runs ``fn`` on rank 0; returns its result, or raises its error, on every rank."""
         return self.world.gather(self.world.together(lambda: fn() if self.world.is_main else None))[0]
 
     def fit(self) -> Outcome:
         """Trains to the last step, or until asked to leave.
 
-        Raises ``TrainingError`` after too many skipped steps, and for weights that are not finite.
+        Raises ``TrainingError`` after too many skipped steps in a row, and for non-finite weights.
         """
         try:
             outcome = self._fit()
@@ -177,7 +177,7 @@ class Trainer:
         return self._outcome(saved, leave if self._stop else None)
 
     def _introduce(self) -> None:
-        """Says what this run is: to the log, and in ``run.json``."""
+        """Writes the run's description to the log and to ``run.json``."""
         given = (self.config, self.world, self.bare, self.optimizer, self.data, self.configuration)
         expected = self._on_main(self.expect) if self.expect else {}
         facts = facts_of(*given, self.run_id, self.progress.step, expected)
@@ -186,7 +186,7 @@ class Trainer:
             log.info("this run:\n%s", header(facts))
 
     def _outcome(self, saved: bool, left: LeaveRequest | None) -> Outcome:
-        """The exit code, and a line in the log where the run did not end as planned."""
+        """The exit code, with a line in the log if the run did not end as planned."""
         config, step, kept = self.config, self.progress.step, self.store.last_saved
         unfinished = step < config.steps or self.progress.owing
         if not self._made and not self.progress.owing and not self._due:
@@ -212,7 +212,7 @@ class Trainer:
     # Around the steps
 
     def _heard(self, told: Told) -> None:
-        """Takes what a step has told: whether to leave, and its figures, for the sinks where a row is due."""
+        """Handles a step's figures: stops if a rank was asked to leave, and writes a row to the sinks if one is due."""
         self._stop |= told.asked
         self.metrics.console.tick(told.record)
         if self._spectra_due(told.record["step"]):
@@ -233,7 +233,7 @@ class Trainer:
     _advised = False
     _due = False
     _made = False
-    # Writes the run's HTML report, for the sinks that take one when it ends.
+    # Writes the run's HTML report, for sinks with ``attach``.
     report: Callable[[Path], Path] | None = None
     # What the run is expected to need on this device, as `estimate.expected` says; asked on rank 0.
     expect: Callable[[], dict[str, Any]] | None = None
@@ -244,7 +244,7 @@ class Trainer:
         return every > 0 and step % every == 0
 
     def _validate_and_save(self, leave: LeaveRequest) -> None:
-        """What is due after a step. Who is asked to leave saves first and validates never."""
+        """Does what is due after a step. A run that is asked to leave saves, and leaves validation to the next start."""
         config, step = self.config, self.progress.step
         last = step == config.steps
         due = config.evaluation.due(step, config.steps)
@@ -270,7 +270,7 @@ class Trainer:
             self._due = False
 
     def _measure(self, leave: LeaveRequest) -> None:
-        """Measures and writes what is owed, unless some rank was asked to leave meanwhile."""
+        """Does the measurements that are due, unless a rank is asked to leave meanwhile."""
         step = self.progress.step
         if self.progress.validation_owed:
             figures = self.evaluate(lambda: leave.asked)
@@ -292,10 +292,10 @@ class Trainer:
                 self.metrics.write({"step": step, **looked})
 
     def _doubt(self, loss: float | None, final: bool) -> str:
-        """Why the weights are not fit to be kept, else nothing.
+        """Why the weights must not be saved; empty if they may.
 
-        After a skipped step they may be what broke it, and saving them would push good checkpoints out: the save waits
-        for a step that works, at the very end for a finite validation.
+        After a skipped step the weights may be its cause, and saving them would push out good checkpoints: the save waits
+        for the next applied step, or after the last step for a finite validation loss.
         """
         if loss is not None and not math.isfinite(loss):
             return f"a validation loss of {loss}"
@@ -304,22 +304,22 @@ class Trainer:
         return ""
 
     def evaluate(self, asked: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
-        """The validation loss and, where known, bits per byte; None when a rank ``asked`` to leave meanwhile."""
+        """The validation loss and, where known, bits per byte; None if a rank was ``asked`` to leave meanwhile."""
         done = self.progress.step / self.config.steps
         return evaluate(self.placed, self.data.validation, self.world, done, asked)
 
     # Saving and resuming
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything that a checkpoint holds, as this rank holds it."""
+        """Every tensor of a checkpoint, as this rank stores it."""
         tensors = {f"model/{name}": tensor for name, tensor in self.placed.weights().items()}
         tensors |= self.wrapped.tensors()
         return tensors | {f"optim/{name}": tensor for name, tensor in self.optimizer.named_state().items()}
 
     def save(self, validation_loss: float | None = None) -> None:
-        """A checkpoint of this moment; one that exists for this step already is left as it is.
+        """Saves a checkpoint of this step, unless there is one already.
 
-        Raises ``TrainingError`` instead where a weight or a moment is not finite on any rank.
+        Raises ``TrainingError`` if a weight or optimizer state is not finite on any rank.
         """
         step = self.progress.step
         if self.store.last_saved == step:
@@ -344,13 +344,13 @@ class Trainer:
         self.placed.restored(tensors)
         if (where := poisoned(self.world, tensors)) is not None:
             raise CheckpointError(
-                f"{path} holds {where} that is not finite: go on from an older one with trainer.checkpoint.resume=PATH"
+                f"{path} holds {where} that is not finite: resume from an older one with trainer.checkpoint.resume=PATH"
             )
         try:
             self.progress.__dict__.update(vars(Progress(**loaded.objects["progress"])))
         except (KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{path} is not of this trainer, its progress is malformed ({error})"
+                f"{path} has malformed progress ({error}), expected a checkpoint of this trainer: choose another"
             ) from None
         self.interval.resumed(self.progress.skipped)
         if loaded.per_rank is not None:

@@ -1,7 +1,7 @@
-"""What a run measures beside its losses: named validation sets, multiple choice, and samples of its text.
+"""Evaluations besides the validation loss: named validation sets, multiple choice, and text samples.
 
-Every rank takes part in every forward pass, so that sharded models gather their weights; nothing here moves a weight or a
-random generator of the run.
+Every rank takes part in every forward pass, so that sharded models can gather their weights; nothing here changes weights or
+the run's random generators.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ Asked = Callable[[], bool]
 
 
 def never() -> bool:
-    """Nobody asks to leave."""
+    """False: this rank was not asked to leave."""
     return False
 
 
 class Evaluator:
-    """Measures the model as it is. All ranks call every method together."""
+    """Evaluates the model during training. All ranks call every method together."""
 
     def __init__(self, config: TrainerConfig, placed: Placed, bare: nn.Module, data: Any, world: World):
-        """bare: the model without DDP's wrapper. Raises ``ConfigError`` or ``DataError`` for what cannot be measured."""
+        """bare: the model without DDP's wrapper. Raises ``ConfigError`` or ``DataError`` for what cannot be evaluated."""
         self.config, self.placed, self.bare, self.data, self.world = config, placed, bare, data, world
         self.tokenizer: Any = None
         self.questions: list[Question] = []
@@ -41,8 +41,8 @@ class Evaluator:
             return
         if not hasattr(data, "load_tokenizer"):
             raise ConfigError(
-                "trainer.samples and trainer.evaluation.hellaswag need data with load_tokenizer(), and these have none: "
-                "leave them out"
+                "trainer.samples or trainer.evaluation.hellaswag is set, but the data have no load_tokenizer(): leave "
+                "them out"
             )
         self.tokenizer = data.load_tokenizer()
         if samples.every and not hasattr(bare, "stream"):
@@ -65,7 +65,7 @@ class Evaluator:
         return every > 0 and (step % every == 0 or step == self.config.steps)
 
     def look(self, step: int, asked: Asked = never) -> dict[str, Any] | None:
-        """What is due after ``step``: ``hellaswag`` and ``samples``; empty where nothing is, None when a rank ``asked`` to
+        """The ``hellaswag`` and ``samples`` that are due after ``step``; empty if nothing is, None if a rank was ``asked`` to
         leave meanwhile."""
         done = step / self.config.steps
         found: dict[str, Any] = {}
@@ -76,8 +76,8 @@ class Evaluator:
         return None if None in found.values() else found
 
     def named(self, step: int, asked: Asked = never) -> dict[str, Any] | None:
-        """``validation``: of each named validation set the ``loss`` in nats per token and, where its text is known, the
-        ``bits_per_byte``. Empty where there are none, None when a rank ``asked`` to leave meanwhile."""
+        """``validation``: for each named validation set the ``loss`` in nats per token and, where its text is known, the
+        ``bits_per_byte``. Empty if there are none, None if a rank was ``asked`` to leave meanwhile."""
         found: dict[str, Any] = {}
         for name, tokens in getattr(self.data, "validations", {}).items():
             figures = evaluate(self.placed, tokens, self.world, step / self.config.steps, asked)
@@ -89,10 +89,10 @@ class Evaluator:
 
     @torch.no_grad()
     def choose(self, done: float, asked: Asked = never) -> dict[str, float] | None:
-        """Shares of questions answered right: ``acc`` by likelihood, ``acc_norm`` by likelihood per character; None when a
-        rank ``asked`` to leave meanwhile.
+        """Fraction of correct answers: ``acc`` by likelihood, ``acc_norm`` by likelihood per character; None if a rank was
+        ``asked`` to leave meanwhile.
 
-        One question a forward pass, dealt over the ranks, so that the result is the same at every world size.
+        Questions are distributed over the ranks, one per forward pass, so that the result is the same at every world size.
         """
         right = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         limit = getattr(self.bare, "max_sequence_length", None)
@@ -114,7 +114,7 @@ class Evaluator:
         return {"acc": plain, "acc_norm": normed, "questions": len(self.questions)}
 
     def sample(self, done: float, asked: Asked = never) -> list[dict[str, str]] | None:
-        """The configured prompts with their continuations, the same text on every rank; None when a rank ``asked`` to leave
+        """The configured prompts with their continuations, the same text on every rank; None if a rank was ``asked`` to leave
         meanwhile."""
         options, found = self.config.samples, []
         with self._measuring():
@@ -140,7 +140,7 @@ class Evaluator:
 
     @contextmanager
     def _measuring(self) -> Iterator[None]:
-        """Evaluation mode, in the run's precision, without compiling for shapes that training does not have."""
+        """Evaluation mode, in the run's precision, without compilation for shapes that training does not have."""
         self.bare.eval()
         try:
             with self.placed.autocast(), torch.compiler.set_stance("force_eager"):

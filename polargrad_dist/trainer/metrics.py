@@ -1,7 +1,7 @@
-"""Figures of a run: ``metrics.jsonl`` always, the console for people, TensorBoard and wandb when asked.
+"""Metrics of a run: ``metrics.jsonl`` and the console always, TensorBoard and wandb if configured.
 
-A sink that fails costs no step: TensorBoard and wandb are named once and dropped, the console falls silent, and rows of
-``metrics.jsonl`` wait until there is room for them.
+A failing sink never stops training: TensorBoard and wandb are reported once and dropped, the console goes silent, and rows of
+``metrics.jsonl`` are kept in memory until they can be written.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from polargrad_dist.trainer.rundir import leaves
 from polargrad_dist.trainer.sinks import RunInfo, Sink, registered
 
 log = logging.getLogger("polargrad_dist.trainer")
-PATIENCE = 5.0  # seconds that the end of a run waits for a full disk
+PATIENCE = 5.0  # seconds that a run waits for a full disk at its end
 
 
 def record_in(line: bytes) -> dict[str, Any] | None:
-    """The record of a line of ``metrics.jsonl``, with its step; None for a line that a kill or a bad disk damaged."""
+    """The record in a line of ``metrics.jsonl``; None for a line that a kill or a bad disk damaged."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -39,21 +39,21 @@ def record_in(line: bytes) -> dict[str, Any] | None:
 
 
 def seconds_of(record: dict[str, Any]) -> float:
-    """What a record says the run had taken, 0 where it says nothing."""
+    """The elapsed seconds of a record, 0 if it has none."""
     value = record.get("elapsed")
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else 0.0
 
 
 class JsonLines:
-    """``metrics.jsonl``: one object per line, written at once, cut back to the checkpoint on resume.
+    """``metrics.jsonl``: one object per line, written immediately, truncated to the checkpoint on resume.
 
-    What a full or failing disk refuses is kept and tried again with every later row; a row that went out in part is taken
-    back first, so that no torn line is ever left before a whole one.
+    Rows that a full or failing disk refuses are kept and retried with every later row; a partly written row is truncated
+    first, so that no torn line precedes a whole one.
     """
 
     def __init__(self, path: Path, keep_up_to: int):
-        """Keeps the records of the steps up to ``keep_up_to``: what a killed run logged after its checkpoint goes, and with
-        it every damaged line. ``elapsed`` is then the time that the run had taken by its last kept record."""
+        """Keeps the records of steps up to ``keep_up_to``, and drops damaged lines and what a killed run logged after its
+        checkpoint. ``elapsed`` is then the elapsed time of the last kept record."""
         self.path, self._keep_up_to = path, keep_up_to
         self._file: int | None = None
         self._whole = 0  # bytes of the file up to the end of its last whole row
@@ -67,7 +67,7 @@ class JsonLines:
         self._flush()
 
     def close(self) -> None:
-        """Tries for a few seconds to write what is still waiting."""
+        """Retries for a few seconds to write the remaining rows."""
         deadline = time.monotonic() + PATIENCE
         while self._waiting and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -127,7 +127,7 @@ class TensorBoard:
     """Event files in the run directory."""
 
     def __init__(self, folder: Path, first: int, configuration: dict[str, Any] | None = None):
-        """A resume takes the place of what was written after its checkpoint."""
+        """A resume replaces what was written after its checkpoint."""
         require("tensorboard", "trainer.logging.tensorboard is true", "tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
@@ -136,7 +136,7 @@ class TensorBoard:
             self._write_hparams(configuration or {})
 
     def _write_hparams(self, configuration: dict[str, Any]) -> None:
-        """The configuration under HPARAMS, in this run's own events: ``add_hparams`` would make a second run of it."""
+        """The configuration under HPARAMS, in this run's own events: ``add_hparams`` would create a second run."""
         from torch.utils.tensorboard.summary import hparams
 
         kinds = bool | int | float | str
@@ -157,7 +157,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """A wandb run, the same one over all resumes of a run directory."""
+    """A wandb run, the same for all resumes of a run directory."""
 
     def __init__(self, config: LoggingConfig, run_dir: Path, run_id: str, configuration: dict[str, Any]):
         require("wandb", f"trainer.logging.wandb is {config.wandb!r}", "wandb")
@@ -171,7 +171,7 @@ class Wandb:
             mode=config.wandb,
             dir=str(run_dir),
             config=configuration,
-            # No table of all figures on the terminal at the end.
+            # No table of all metrics on the terminal at the end.
             settings=wandb.Settings(quiet=True),
         )
         where = self._run.url if config.wandb == "online" else run_dir / "wandb"
@@ -187,7 +187,7 @@ class Wandb:
         self._run.log(shown, step=record["step"])
 
     def attach(self, path: Path) -> None:
-        """The run's report as an artefact."""
+        """Logs the run's report as an artifact."""
         import wandb
 
         artefact = wandb.Artifact(f"report-{self._run.id}", type="report")
@@ -199,7 +199,7 @@ class Wandb:
 
 
 def require(package: str, why: str, extra: str) -> None:
-    """Raises ``ConfigError`` saying which extra to install when a package is missing."""
+    """Raises ``ConfigError``, naming the extra to install, if a package is missing."""
     if importlib.util.find_spec(package) is None:
         raise ConfigError(
             f"{why}, but the package {package} is not installed: pip install 'polargrad-dist[{extra}]', or turn it off"
@@ -207,7 +207,7 @@ def require(package: str, why: str, extra: str) -> None:
 
 
 def flat(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested figures as ``a/b/c``, numbers only."""
+    """Nested numbers as ``a/b/c``; other values are left out."""
     out: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, dict):
@@ -218,19 +218,19 @@ def flat(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def curves(record: dict[str, Any]) -> dict[str, float]:
-    """The figures of a record that are worth a curve against its step."""
+    """The numbers of a record to plot against its step."""
     return {name: value for name, value in flat(record).items() if name not in ("step", "time")}
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: null instead."""
+    """Replaces NaN and infinities, which JSON lacks, by null."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Metrics:
-    """All sinks of a run; on ranks other than 0 it swallows everything."""
+    """All sinks of a run; does nothing on ranks other than 0."""
 
     def __init__(
         self,
@@ -245,9 +245,9 @@ class Metrics:
         tokens_per_step: int = 0,
         report: Callable[[Path], Path] | None = None,
     ):
-        """tokens_per_step: of all ranks; 0 where steps have no tokens.
+        """tokens_per_step: over all ranks; 0 if steps have no tokens.
 
-        report: writes the run's HTML report from its directory, for the sinks that take one when the run ends.
+        report: writes the run's HTML report from its directory, for sinks with ``attach``.
         """
         self.sinks: list[Sink] = []
         self._tokens_per_step, self._began = tokens_per_step, time.monotonic()
@@ -278,7 +278,7 @@ class Metrics:
         return self._rows
 
     def write(self, record: dict[str, Any]) -> None:
-        """Hands a record, which has a ``step``, to every sink, with its ``time``, ``elapsed`` seconds and ``tokens``."""
+        """Adds ``time``, ``elapsed`` seconds and ``tokens`` to a record, and passes it to every sink."""
         if not self.sinks and self.console.mode == "off":
             return
         before = 0.0 if self._rows is None else self._rows.elapsed

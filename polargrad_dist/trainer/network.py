@@ -1,4 +1,4 @@
-"""What a process sets up before it joins the others: descriptors for connections, network cards, the GPU's allocator."""
+"""Process setup before joining the group: file descriptors for connections, network cards, the GPU's allocator."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from collections.abc import Sequence
 
 from polargrad_dist.errors import ConfigError
 
-# gloo connects every rank with every other, once for the run's own group (and each mesh) and once for checkpoints.
+# gloo connects every rank to every other, once for the run's own group (and each mesh) and once for checkpoints.
 MESHES = 4
 OTHERS = 256  # shards, libraries, logs, NCCL's sockets
 
 
 def make_room_for_connections(size: int) -> None:
-    """Raises the limit of open files to what ``size`` ranks need. Raises ``ConfigError`` where the system forbids it."""
+    """Raises the limit of open files to what ``size`` ranks need. Raises ``ConfigError`` if the system forbids it."""
     needed = MESHES * (size + 3) + OTHERS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise ConfigError(
-            f"this process may open {hard:,} files, expected {needed:,} for {size:,} ranks, which are all connected with "
+            f"this process may open {hard:,} files, expected {needed:,} for {size:,} ranks, which are all connected to "
             f"each other: raise the hard limit (ulimit -Hn {needed}, LimitNOFILE in Slurm's or Docker's unit)"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def gloo_interfaces(wish: str, present: Sequence[str]) -> str | None:
-    """``NCCL_SOCKET_IFNAME`` as ``GLOO_SOCKET_IFNAME``; None where it names none of the network cards that are ``present``.
+    """``NCCL_SOCKET_IFNAME`` as ``GLOO_SOCKET_IFNAME``; None if it names none of the network cards that are ``present``.
 
-    NCCL takes beginnings of names, whole ones after "=", and after "^" those that it must not use; gloo whole names only.
+    NCCL takes prefixes of names, exact names after "=", and exclusions after "^"; gloo takes exact names only.
     """
     exclude = wish.startswith("^")
     exact = wish.lstrip("^").startswith("=")
@@ -45,7 +45,7 @@ def gloo_interfaces(wish: str, present: Sequence[str]) -> str | None:
 
 
 def prepare(size: int, gpu: bool) -> None:
-    """Sets up this process for ``size`` ranks; what the environment says already is left as it is."""
+    """Sets up this process for ``size`` ranks; variables that are already set are kept."""
     make_room_for_connections(size)
     wish = os.environ.get("NCCL_SOCKET_IFNAME")
     if wish and "GLOO_SOCKET_IFNAME" not in os.environ:

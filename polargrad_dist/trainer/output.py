@@ -1,4 +1,4 @@
-"""Log lines to the terminal and into the run directory; a closed pipe or a full disk costs lines, never the run."""
+"""Log lines to the terminal and into the run directory; a closed pipe or a full disk loses lines, never the run."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import sys
 from pathlib import Path
 
 from polargrad_dist.errors import ConfigError
+from polargrad_dist.trainer.console import file_only
 
 log = logging.getLogger("polargrad_dist.trainer")
-# What a place that nobody can write to says, as against a disk that is full or failing for a while.
+# Errors of a place that will stay unwritable, unlike a disk that is full or failing for a while.
 _NEVER = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR}
 
 
 class ToTerminal(logging.StreamHandler):
     def emit(self, record: logging.LogRecord) -> None:
-        """A line of its own, above the progress bar where there is one."""
+        """Writes a line of its own, above the progress bar if there is one."""
         if (bars := sys.modules.get("tqdm")) is None:
             super().emit(record)
             return
@@ -29,12 +30,12 @@ class ToTerminal(logging.StreamHandler):
             self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """A terminal that is gone, or a pipe that nobody reads, takes its lines with it."""
+        """Ignores a terminal that is gone and a pipe that nobody reads."""
 
 
 class ToFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """The line stays in the stream's buffer, which goes out with a later one once there is room again."""
+        """Does nothing: the line stays in the stream's buffer, and is written with a later one once there is room."""
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -42,7 +43,7 @@ class ToFile(logging.FileHandler):
 
 
 def start_log(folder: Path, rank: int) -> None:
-    """Warnings and news of this project to the terminal (rank 0) and to the run's log.txt (all ranks, with their number).
+    """Sends log messages to the terminal (rank 0) and to the run's log.txt (all ranks, with their number).
 
     Raises ``ConfigError`` for a log.txt that can never be written.
     """
@@ -53,6 +54,8 @@ def start_log(folder: Path, rank: int) -> None:
         root.removeHandler(handler)
         handler.close()
     handlers: list[logging.Handler] = [ToTerminal()] if rank == 0 else []
+    for handler in handlers:
+        handler.addFilter(lambda record: record.name != file_only.name)
     missing = None
     try:
         handlers.append(ToFile(folder / "log.txt"))
@@ -75,7 +78,7 @@ def start_log(folder: Path, rank: int) -> None:
 
 
 def flush() -> None:
-    """Empties stdout and stderr; points one that is closed at nothing, or Python's own flush would make the exit code 120."""
+    """Flushes stdout and stderr; redirects a closed one to /dev/null, or Python's own flush would make the exit code 120."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -1,4 +1,4 @@
-"""Where a step's time goes, and how fast the device could have been."""
+"""Where a step's time goes, and the peak rate of the device."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-# Parts of a run that are no training: tokens per second leave them out.
+# Phases that are not training: tokens per second leave them out.
 ASIDE = ("evaluation", "saving", "diagnostics")
 
 
 @dataclass
 class Period:
-    """Wall seconds between two moments, and the seconds spent in named parts of them; on a GPU as pairs of events."""
+    """Wall seconds between two moments, and the seconds of each named phase between them; on a GPU as pairs of events."""
 
     wall: float
     seconds: dict[str, float]
@@ -47,7 +47,7 @@ class Period:
 
 
 class Phases:
-    """Seconds spent in named parts of the steps since the last `cut`; on a GPU by events, which nothing waits for."""
+    """Seconds of each named phase since the last `cut`; on a GPU by events, without waiting for the device."""
 
     def __init__(self, device: torch.device):
         self.gpu = device.type == "cuda"
@@ -77,7 +77,7 @@ class Phases:
             self._seconds[name] += time.perf_counter() - start_time
 
     def cut(self) -> Period:
-        """What was spent since the last cut."""
+        """The period since the last cut."""
         now = time.perf_counter()
         period = Period(now - self._began, self._seconds, self._events)
         self._began = now
@@ -86,7 +86,7 @@ class Phases:
 
 
 def shares(periods: Iterable[Period]) -> tuple[float, dict[str, float]]:
-    """(seconds of training, share of each phase and of "other" in all seconds) of periods. Waits for a GPU to be through.
+    """(seconds of training, share of each phase and of "other" in all seconds) of periods. Waits for a GPU to finish.
 
     Training is everything but evaluation, saving and diagnostics.
     """

@@ -1,4 +1,4 @@
-"""What can be refused before data are prepared: everything that needs neither tokens nor weights."""
+"""Checks before data are prepared: everything that needs neither tokens nor weights."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def preflight(
 ) -> nn.Module:
     """Checks a run on ``world`` ranks; returns its model on the meta device, of shapes alone.
 
-    build: makes the model, given ``device="meta"``. vocab_size: tokens of the tokenizer, where they are known already.
-    Nothing is written. Raises ``ConfigError`` for the first thing that would end the run later.
+    build: makes the model, given ``device="meta"``. vocab_size: the tokenizer's, if known already. Nothing is written.
+    Raises ``ConfigError`` for the first problem that would end the run later.
     """
     config.check(world)
     optimizer.check()

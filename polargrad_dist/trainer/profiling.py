@@ -1,4 +1,4 @@
-"""`--profile N`: a trace of N steps by torch's profiler, and a table of where their time goes; of rank 0."""
+"""`--profile N`: a trace of N steps by torch's profiler, and a table of where their time goes; on rank 0."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ MEMORY_EVENTS = 200_000
 
 
 class Profile:
-    """Call `step` after each step; ``profile/`` in the run directory then holds the trace, the table, and on a GPU a
-    snapshot of its memory, which https://pytorch.org/memory_viz shows."""
+    """Call `step` after each step; afterwards ``profile/`` in the run directory holds the trace, the table, and on a GPU a
+    snapshot of its memory for https://pytorch.org/memory_viz."""
 
     def __init__(self, steps: int, run_dir: Path, device: torch.device, active: bool):
-        """steps: to trace, 0 for none. active: whether this rank traces."""
+        """steps: how many to trace, 0 for none. active: whether this rank traces."""
         self.steps, self.folder, self.gpu = steps, run_dir / "profile", device.type == "cuda"
         self._profiler: Any = None
         if not (steps and active):
@@ -40,12 +40,12 @@ class Profile:
         self._profiler.__enter__()
 
     def step(self) -> None:
-        """Ends a step of training."""
+        """Marks the end of a training step."""
         if self._profiler is not None:
             self._profiler.step()
 
     def close(self) -> None:
-        """Ends the trace where the run ended before it, with the steps that there were."""
+        """Ends a trace that the run did not complete, with the steps so far."""
         if self._profiler is not None:
             profiler, self._profiler = self._profiler, None
             profiler.__exit__(None, None, None)

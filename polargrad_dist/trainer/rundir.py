@@ -1,4 +1,4 @@
-"""The run directory: one configuration, its metrics, its log, its checkpoints; another configuration is refused."""
+"""The run directory: one configuration with its metrics, log and checkpoints; other configurations are refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from polargrad_dist.trainer.checkpoint import checkpoints_in
 log = logging.getLogger("polargrad_dist.trainer")
 
 _READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
-# What may differ between two starts of one run without making it another run.
+# Keys that may change between two starts of the same run.
 FREE = (
     "trainer.run_dir",
     "trainer.steps",
@@ -48,13 +48,13 @@ FREE = (
 
 
 def check(folder: Path, configuration: dict[str, Any], allow_changes: bool, resume: str) -> None:
-    """Raises ``ConfigError`` when the folder holds a run of another configuration, naming the first keys that differ, or
-    checkpoints that were not to be resumed. Writes nothing."""
+    """Raises ``ConfigError`` if the folder holds a run of another configuration, naming the first keys that differ, or
+    checkpoints although ``resume`` is never. Writes nothing."""
     config_path = folder / "config.yaml"
     known = read(config_path) if config_path.exists() and not allow_changes else configuration
     if differ := differences(known, configuration):
         raise ConfigError(
-            f"{folder} holds a run of another configuration ({'; '.join(differ[:3])}): choose another "
+            f"{folder} holds a run of another configuration ({'; '.join(differ[:3])}), expected the same: choose another "
             "trainer.run_dir, or set trainer.allow_changes to true"
         )
     if resume == "never" and checkpoints_in(folder / "checkpoints"):
@@ -65,21 +65,21 @@ def check(folder: Path, configuration: dict[str, Any], allow_changes: bool, resu
 
 
 class Hold:
-    """Keeps other processes out of a run directory while one trains in it; the system lets go when that one dies.
+    """A lock on the run directory while a process trains in it; the system releases it when the process dies.
 
-    Two would delete each other's unfinished checkpoints. Held by one rank for all.
+    Two processes would delete each other's unfinished checkpoints. One rank holds it for all.
     """
 
     def __init__(self, folder: Path, patience: float):
-        """patience: seconds to wait for a process that may be on its way out, as after a requeue."""
+        """patience: seconds to wait for a process that may be ending, as after a requeue."""
         self.folder, self.patience = folder, patience
         self._lock = FileLock(folder / ".lock")
         self._made = False
 
     def take(self) -> None:
-        """Makes the directory where it is missing, and waits for it; again is harmless.
+        """Makes the directory if it is missing, and takes the lock; a second call does nothing.
 
-        Raises ``ConfigError`` when it cannot be made or stays taken.
+        Raises ``ConfigError`` if the directory cannot be made or stays locked.
         """
         if self._lock.is_locked:
             return
@@ -121,7 +121,7 @@ class Hold:
         self._lock.release()
 
     def abandon(self) -> None:
-        """Releases the directory of a run that was refused, and takes it away again where it was made for that run."""
+        """Releases the directory of a run that was refused, and removes it if it was made for that run."""
         if self._lock.is_locked and self._made:
             with contextlib.suppress(OSError):
                 for name in ("log.txt", ".lock"):
@@ -131,7 +131,7 @@ class Hold:
 
 
 def run_id(folder: Path) -> str:
-    """The id of the run that the folder holds, or of a new one, which only `claim` writes."""
+    """The id of the run in the folder, or a new one, which only `claim` writes."""
     try:
         known = (folder / "run_id").read_text().strip()
     except FileNotFoundError:
@@ -142,9 +142,9 @@ def run_id(folder: Path) -> str:
 
 
 def claim(folder: Path, configuration: dict[str, Any], run: str) -> None:
-    """Makes the folder this configuration's and this run's; for one process, when nothing can be refused any more.
+    """Writes the run's id and configuration into its directory; called by one rank once all checks have passed.
 
-    Raises ``ConfigError`` when it cannot be written.
+    Raises ``ConfigError`` if they cannot be written.
     """
     try:
         write(folder / "run_id", run)
@@ -156,25 +156,25 @@ def claim(folder: Path, configuration: dict[str, Any], run: str) -> None:
 
 
 def tell_launcher() -> None:
-    """Creates the file by which a batch script knows that a run is finished, where it names one."""
+    """Creates the file that tells a batch script that the run is finished, if the script names one."""
     if path := os.environ.get("POLARGRAD_FINISHED"):
         with contextlib.suppress(OSError):
             Path(path).touch()
 
 
 def expect(folder: Path, *names: str) -> None:
-    """Raises ``ConfigError`` for a folder that is no run directory: one without these files."""
+    """Raises ``ConfigError`` for a folder that is not a run directory: one without these files."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder, expected the run directory (trainer.run_dir) of a run")
     for name in names:
         if not (folder / name).is_file():
             raise ConfigError(
-                f"{folder} is no run directory, it holds no {name}: expected the trainer.run_dir of a run"
+                f"{folder} is not a run directory (it holds no {name}): expected the trainer.run_dir of a run"
             )
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """``key: old -> new`` for every key that makes it another run."""
+    """The old and new value of every key that may not change within a run."""
     before, after = leaves(json.loads(json.dumps(old))), leaves(json.loads(json.dumps(new)))
     keys = [key for key in after | before if before.get(key) != after.get(key)]
     keys = [key for key in keys if not any(key == free or key.startswith(free + ".") for free in FREE)]
@@ -190,7 +190,7 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The configuration that a run directory keeps; raises ``ConfigError`` when it is not one."""
+    """The configuration in a run directory; raises ``ConfigError`` if it cannot be read."""
     import yaml
 
     try:
@@ -212,7 +212,7 @@ def dump(configuration: dict[str, Any]) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Writes a file atomically."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)

@@ -1,7 +1,7 @@
 """SIGTERM, SIGINT, SIGUSR1, SIGHUP and SIGQUIT become "save and leave after this step"; so does the death of torchrun.
 
-A second signal leaves at once, unless a checkpoint is being written. A Ctrl-C reaches the workers of a torchrun twice,
-from the terminal and handed on: signals within a second are one.
+A second signal leaves at once, unless a checkpoint is being written. A Ctrl-C reaches the workers of torchrun twice, from the
+terminal and from torchrun itself, so signals within a second count as one.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _PARENT = os.getppid()
 class LeaveRequest:
     """Whether this process was asked to leave. Handlers act in the process that installed them, not in its children.
 
-    writing: whether a checkpoint is on its way to the disk, which a second signal must not tear. tell: say on stderr what a
-    signal has started.
+    writing: whether a checkpoint is being written, which a second signal must not interrupt. tell: print to stderr what a
+    signal does.
     """
 
     def __init__(self, writing: Callable[[], bool] = lambda: False, tell: bool = False) -> None:
@@ -30,7 +30,7 @@ class LeaveRequest:
         self._writing, self._tell = writing, tell
         self._first = 0.0
         self._pid = os.getpid()
-        # Only torchrun's workers are lost without their parent: a shell that started a run alone may end before it.
+        # Only torchrun's workers have to end with their parent: the shell that started a single process may end before it.
         self._has_launcher = "TORCHELASTIC_RUN_ID" in os.environ
         # nohup ignores SIGHUP on purpose.
         wanted = [n for n in SIGNALS if not (n == signal.SIGHUP and signal.getsignal(n) == signal.SIG_IGN)]

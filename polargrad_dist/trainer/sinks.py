@@ -1,6 +1,6 @@
-"""Sinks of one's own: where the records of a run go besides the console, ``metrics.jsonl``, TensorBoard and wandb.
+"""Custom sinks: where the records of a run go besides the console, ``metrics.jsonl``, TensorBoard and wandb.
 
-What a record holds is in docs/metrics.md.
+docs/metrics.md describes the fields of a record.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from polargrad_dist.errors import ConfigError
 
 
 class Sink(Protocol):
-    """Where records go. One that raises is named in the log and dropped; training goes on.
+    """Receives records. A sink that raises is named in the log and dropped; training goes on.
 
-    A sink may also have ``attach(path)``, which gets the HTML report of the run when it ends.
+    A sink may also have ``attach(path)``, which is called with the run's HTML report at the end.
     """
 
     def write(self, record: dict[str, Any]) -> None: ...
@@ -25,10 +25,10 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a sink is told of its run.
+    """What a sink knows about its run.
 
-    run_id: the same over all resumes. first: the step that a resume goes on from, 0 for a fresh start; records of later
-    steps that the sink holds already are about to be written anew. configuration: the whole run's, JSON-able.
+    run_id: the same across resumes. first: the step that a resume starts from, 0 for a new run; records of later steps that
+    the sink already has will be written again. configuration: the whole run's, JSON-able.
     """
 
     run_dir: Path
@@ -45,7 +45,7 @@ TAKEN = ("metrics.jsonl", "TensorBoard", "wandb")
 def register_sink(name: str, factory: Callable[[RunInfo], Sink]) -> None:
     """Sends the records of every run that this process starts from now on to ``factory(run)`` too; on rank 0 only.
 
-    name: what the log calls it; a second factory under one name takes the place of the first. Raises ``ConfigError`` for
+    name: its name in the log; a second factory of the same name replaces the first. Raises ``ConfigError`` for
     the name of a built-in sink.
     """
     if name in TAKEN or not name:
@@ -56,7 +56,7 @@ def register_sink(name: str, factory: Callable[[RunInfo], Sink]) -> None:
 
 
 def unregister_sink(name: str) -> None:
-    """Forgets a registered sink; runs that have begun keep it."""
+    """Removes a registered sink; runs that have started keep it."""
     _FACTORIES.pop(name, None)
 
 

@@ -1,8 +1,8 @@
-"""One step: the gradient of a global batch, whether it may reach the weights, and what the host learns of it.
+"""One step: the gradient of a global batch, the decision to apply or skip it, and the figures that the host reads.
 
-On a CPU the host looks at loss and gradient norm before the optimizer moves anything. On a GPU that look would cost a wait
-for the device, so a flag on the device decides there (the optimizer selects by it), and the figures come one step later
-through pinned memory. Ranks agree on leaving in the same reduction.
+On a CPU the host checks loss and gradient norm before the optimizer changes anything. On a GPU that check would make the host
+wait for the device, so a flag on the device decides (the optimizer selects by it), and the figures reach the host one step
+later through pinned memory. Ranks agree on leaving in the same reduction.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from polargrad_dist.trainer.wrapped import Wrapped
 
 @dataclass
 class Told:
-    """What the host has learnt of a step: its figures, whether a rank was asked to leave, and where its time went."""
+    """What the host knows about a step: its figures, whether a rank was asked to leave, and where its time went."""
 
     record: dict[str, Any]
     asked: bool
@@ -54,10 +54,10 @@ class Unseen:
 
 
 class Stepper:
-    """Makes the steps of a run; every method is called on all ranks.
+    """Runs the training steps; every method is called on all ranks.
 
-    ``hear`` is called with what the host learns of each step, in their order: at once, or on a GPU during the next step,
-    and at the latest in `finish`.
+    ``hear`` is called with the figures of each step, in order: at once, or on a GPU during the next step, and at the latest
+    in `finish`.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Stepper:
             self.hear(self._step_seen(mean, norm, shared, looked))
 
     def finish(self) -> None:
-        """Waits for the last step, and raises ``TrainingError`` for what it failed with."""
+        """Waits for the last step; raises ``TrainingError`` if it failed."""
         self._look()
         with self._failures_of(self.progress.step):
             self.optimizer.check_last_step()
@@ -129,14 +129,14 @@ class Stepper:
     def _shared(self, mean: torch.Tensor, norm: torch.Tensor, asked: bool) -> torch.Tensor:
         """[sum of losses, ranks asked to leave, ranks whose norm is not finite] of all ranks, fp64 on the device.
 
-        What ranks do next may hang on nothing that they do not share, a norm that overflowed on one of them included.
+        Ranks may base their next action only on numbers that they share; so a norm that overflowed on one rank is shared too.
         """
         wants = torch.full((), float(asked), dtype=torch.float64, device=mean.device)
         bad = (~norm.isfinite()).to(mean.device, torch.float64)
         return self.world.sum(torch.stack([mean.double(), wants, bad]))
 
     def _step_unseen(self, mean: torch.Tensor, norm: torch.Tensor, shared: torch.Tensor) -> None:
-        """The optimizer's step where the device finds loss and norm finite; the host does not look."""
+        """The optimizer's step, which the device applies if loss and norm are finite; the host does not check."""
         names, largest = magnitudes(self._gradients())
         ok = shared[0].isfinite() & (shared[2] == 0)
         own = torch.stack([norm.to(mean.device), mean.double()])
@@ -147,7 +147,7 @@ class Stepper:
         self._unseen = Unseen(self.progress.step + 1, self.progress.sample, names, figures, self.phases.cut())
 
     def _look(self) -> None:
-        """Reads what an unseen step has left behind."""
+        """Reads the figures of a step that the host did not check."""
         unseen, self._unseen = self._unseen, None
         if unseen is None:
             return
@@ -162,7 +162,7 @@ class Stepper:
         self.hear(Told(self._record(unseen.step, loss, norm), asked > 0, unseen.period))
 
     def _step_seen(self, mean: torch.Tensor, norm: torch.Tensor, shared: torch.Tensor, looked: bool) -> Told:
-        """The optimizer's step where the host finds loss and norm fit for it."""
+        """The optimizer's step, if the host finds loss and norm finite."""
         loss, asked, bad_norms = shared.tolist()
         loss, grad_norm = loss / self.world.size, math.nan if bad_norms else float(norm)
         step, progress = self.progress.step + 1, self.progress
@@ -193,14 +193,14 @@ class Stepper:
 
     @contextmanager
     def _failures_of(self, step: int) -> Iterator[None]:
-        """Says which step an oracle failed in: on a GPU the one before is told."""
+        """Names the step in which an oracle failed: on a GPU that is the step before."""
         try:
             yield
         except PolarError as error:
             raise TrainingError(f"step {step}: {error}; {self.guard.way_back()}") from error
 
     def _gradients(self) -> dict[str, torch.Tensor]:
-        """This rank's shards, which the optimizer alone has where it reduces gradients itself."""
+        """This rank's gradient shards; where the optimizer reduces gradients itself, only it has them."""
         optimizer = self.optimizer
         return {work.entry.name: optimizer.shard_gradient(work) for work in optimizer.works}
 

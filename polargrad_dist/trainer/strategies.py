@@ -1,4 +1,4 @@
-"""How a model is laid on the ranks, and how gradients are kept from travelling before the last micro-batch."""
+"""How the model is replicated or sharded over ranks; gradients are communicated only in the last micro-batch."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ from polargrad_dist.trainer.world import World
 
 @dataclass
 class Placed:
-    """A model on its ranks: what to call, and the context for a micro-batch whose gradients stay here."""
+    """A placed model: what to call, and the context for a micro-batch whose gradients are not yet communicated."""
 
     model: nn.Module
     quiet: Callable[[], AbstractContextManager[Any]]
     autocast: Callable[[], AbstractContextManager[Any]]
 
     def rest(self) -> None:
-        """After forward passes without backward: parameters are again what this rank stores."""
+        """Reshards parameters after forward passes without backward."""
         if isinstance(self.model, FSDPModule):
             self.model.reshard()
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Of a micro-batch's share of the loss."""
+        """Backward pass of a micro-batch's share of the loss."""
         loss.backward()
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Parameters and persistent buffers by name, as this rank holds them; every rank calls it."""
+        """Parameters and persistent buffers by name, as this rank stores them; every rank calls it."""
         model = unwrap(self.model)
         named = [*model.named_parameters(), *model.named_buffers()]
         persistent = set(map(clean_name, model.state_dict()))
         return {clean_name(name): t.detach() for name, t in named if clean_name(name) in persistent}
 
     def restored(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Takes over what was loaded into a checkpoint's tensors, where those are no memory of the model's."""
+        """Copies loaded tensors into the model, where they do not share its memory."""
 
     def micro_step(self, last: bool) -> AbstractContextManager[Any]:
-        """For one forward and backward; only the last micro-batch of a step sends gradients."""
+        """The context of one forward and backward; only the last micro-batch of a step communicates gradients."""
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(last)
         return nullcontext() if last else self.quiet()
@@ -59,7 +59,7 @@ class Placed:
 def build(
     model: nn.Module, optimizer: OptimizerConfig, config: TrainerConfig, world: World
 ) -> tuple[Placed, Any]:
-    """The model under the configured strategy, and the `PolarGrad`, or what acts as one, that steps it."""
+    """The model under the configured strategy, and the `PolarGrad`, or its equivalent, that steps it."""
     if config.strategy.name == "deepspeed":
         from polargrad_dist.trainer.zero import start
 
@@ -71,7 +71,7 @@ def build(
 def place(model: nn.Module, config: TrainerConfig, world: World, reduces: bool) -> Placed:
     """Puts a model on this rank's device under the configured strategy.
 
-    ``reduces``: the optimizer reduces gradients itself, so that copies are only made equal, not wrapped.
+    ``reduces``: the optimizer reduces gradients itself, so the model is broadcast from rank 0 but not wrapped in DDP.
     """
     strategy = config.strategy
     if world.device.type == "cuda":
@@ -85,7 +85,7 @@ def place(model: nn.Module, config: TrainerConfig, world: World, reduces: bool) 
         )
     if strategy.cpu_offload and world.device.type == "cpu":
         raise ConfigError(
-            "trainer.strategy.cpu_offload is true on CPUs, which have no other memory to go to: set it to false"
+            "trainer.strategy.cpu_offload is true on CPUs, expected GPUs, whose memory it frees: set it to false"
         )
     if config.precision == "bf16":
         model.to(torch.bfloat16)
@@ -108,7 +108,7 @@ def place(model: nn.Module, config: TrainerConfig, world: World, reduces: bool) 
         for tensor in [*model.parameters(), *model.buffers()]:
             dist.broadcast(tensor.data, 0)
         return Placed(model, nullcontext, autocast)
-    # Buffers are what a model computes alike on every rank. (Their key has another name since torch 2.13.)
+    # Every rank computes the same buffers, so they are not broadcast. (torch 2.13 renamed the argument.)
     known = inspect.signature(DistributedDataParallel).parameters
     still: dict[str, Any] = {
         "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
@@ -116,7 +116,7 @@ def place(model: nn.Module, config: TrainerConfig, world: World, reduces: bool) 
     wrapped = DistributedDataParallel(
         model,
         device_ids=[world.device] if world.device.type == "cuda" else None,
-        # Gradients lie in the buckets that are reduced: one copy of them, and no copying.
+        # Gradients are views of the buckets that are reduced: no second copy of them.
         gradient_as_bucket_view=True,
         **still,
     )
@@ -124,7 +124,7 @@ def place(model: nn.Module, config: TrainerConfig, world: World, reduces: bool) 
 
 
 def _shard(model: nn.Module, blocks: list[nn.Module], config: TrainerConfig, world: World) -> None:
-    """FSDP2: each block on its own, then what is left; reductions in fp32 whatever the compute type."""
+    """FSDP2: each block as a unit, then the rest of the model; reductions in fp32 whatever the compute type."""
     strategy = config.strategy
     kind = world.device.type
     if strategy.name == "hsdp":
@@ -139,10 +139,10 @@ def _shard(model: nn.Module, blocks: list[nn.Module], config: TrainerConfig, wor
         options["offload_policy"] = CPUOffloadPolicy()
     else:
         model.to(world.device)
-    # Tables may be of another type than the rest, which one FSDP unit cannot mix.
+    # Embedding tables may have another dtype than the rest, and an FSDP unit must have one dtype.
     for unit in [*blocks, *getattr(model, "tables", [])]:
         fully_shard(unit, **options)
-    # Backward begins with what forward ends with: freed in between, it would be gathered twice.
+    # Backward starts where forward ends: freed in between, the root's parameters would be gathered twice.
     fully_shard(model, **options | {"reshard_after_forward": False})
 
 

@@ -1,7 +1,7 @@
-"""One limit for every wait: a rank that waits for the others longer than it says which of them it waits for, and ends.
+"""One time limit for every wait: a rank that waits longer for the others names the missing one and ends.
 
-Each rank tells the launcher's store every few seconds that it is alive and how far it has come. A collective alone could
-not say who is missing, and on a GPU would end the process without a word.
+Each rank writes to the launcher's store every few seconds that it is alive and how far it is. A collective alone cannot say
+which rank is missing, and on a GPU its timeout ends the process without a message.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sign:
-    """What a rank last said: how many places it has passed, how often it has said so, and where it is."""
+    """The last report of a rank: how many places it has passed, how often it has reported, and where it is."""
 
     places: int
     beats: int
@@ -40,7 +40,7 @@ class Sign:
 
 
 class Requests:
-    """Requests to a store from a thread of their own: where the store's process is stopped they would block for ever."""
+    """Requests to a store in a thread of their own: if the store's process is stopped, they block forever."""
 
     def __init__(self, timeout: float):
         self.timeout = timeout
@@ -50,7 +50,7 @@ class Requests:
         threading.Thread(target=self._run, daemon=True, name="watch's requests").start()
 
     def ask(self, request: Callable[[], T]) -> T | None:
-        """The answer; None where the store refuses, gives none in time, or still owes one."""
+        """The answer; None if the store refuses, does not answer in time, or has not answered an earlier request."""
         if not self._last.is_set():
             return None
         answer: list[T] = []
@@ -84,7 +84,7 @@ class Watch:
         self._thread.start()
 
     def at(self, where: str) -> None:
-        """This rank begins something new. Called at the same places on every rank."""
+        """Records that this rank has reached a new place. Called at the same places on every rank."""
         self._places += 1
         self._where, self._since = where, time.monotonic()
 
@@ -99,13 +99,13 @@ class Watch:
         self._beat()
 
     def tell(self, key: str) -> None:
-        """Ends the waiting of the others for ``key``."""
+        """Lets the ranks that wait for ``key`` go on."""
         self._ask(lambda: self.store.set(key, ""))
 
     def wait_for_rank_0(self, key: str, doing: str, tell: bool) -> None:
-        """Returns once rank 0 has told ``key``, however long it takes, as long as rank 0 gives signs of life.
+        """Returns once rank 0 has set ``key``, however long it takes, as long as rank 0 reports that it is alive.
 
-        tell: say once a minute what is being waited for. Raises ``TrainingError`` when rank 0 has been silent for the limit.
+        tell: print once a minute what this rank waits for. Raises ``TrainingError`` if rank 0 is silent for the limit.
         """
         began = said = heard = time.monotonic()
         last: Sign | None = None
@@ -127,7 +127,7 @@ class Watch:
     def _run(self) -> None:
         while not self._stop.wait(self.interval):
             self._beat()
-            # The rest of the limit goes to finding out who is missing.
+            # The rest of the limit is for finding out which rank is missing.
             if time.monotonic() - self._since > self.limit - 8 * self.interval:
                 self._judge()
 
@@ -143,11 +143,11 @@ class Watch:
         return Sign(int(places), int(beats), where)
 
     def _ask(self, request: Callable[[], T]) -> T | None:
-        with self._lock:  # the watching thread and one that waits for rank 0
+        with self._lock:  # for the watching thread and the one that waits for rank 0
             return self._requests.ask(request)
 
     def _judge(self) -> None:
-        """Ends the process where another rank is silent or behind; where all are as far as this one, none is waited for."""
+        """Ends the process if another rank is silent or behind; if all are as far as this one, it is not waiting for them."""
         since, places = self._since, self._places
         before = [self._sign(rank) for rank in range(self.size)]
         for _ in range(3):
@@ -181,8 +181,8 @@ class Watch:
             f"rank {self.rank} ends: it waited {time.monotonic() - since:.0f} s at {self._where}, and {found}. No wait is "
             f"longer than trainer.strategy.timeout_minutes, {self.limit / 60:g}: look at that rank, and start the run again"
         )
-        self._stop.wait(2 * self.interval)  # for the other ranks to say the same
-        with suppress(OSError, ValueError, AttributeError):  # a stderr that is no file has no place for it
+        self._stop.wait(2 * self.interval)  # lets the other ranks report the same
+        with suppress(OSError, ValueError, AttributeError):  # fails where stderr is not a real file
             faulthandler.dump_traceback(all_threads=True)
         os._exit(1)
 
@@ -196,7 +196,7 @@ def _places(signs: list[Sign | None], ranks: list[int]) -> str:
 
 
 def _say(message: str) -> None:
-    """To the run's log; before there is one, to the terminal."""
+    """Writes to the run's log, or before that exists to the terminal."""
     if logging.getLogger("polargrad_dist").handlers:
         log.error(message)
         return
@@ -205,10 +205,10 @@ def _say(message: str) -> None:
 
 
 def store_of_launcher(size: int, limit: float, start: str) -> dist.Store:
-    """A connection of its own to the store that torchrun or rank 0 holds; requests end well before the limit.
+    """A separate connection to the store of torchrun or rank 0; requests time out well before the limit.
 
-    start: a word that all ranks share and no earlier start of them had: torchrun's store outlives its ranks, and its count of
-    restarts differs between machines.
+    start: a string that all ranks of this start share and no earlier start had: torchrun's store outlives its ranks, and its
+    count of restarts differs between machines.
     """
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],

@@ -1,7 +1,7 @@
-"""This process among the others: who started it, which device is its own, and the process group.
+"""Distributed setup: rank, device and process group of this process.
 
-Reads what torchrun, ``deepspeed``, ``accelerate launch`` (RANK, …) or ``srun`` (SLURM_PROCID, …) set; alone it makes no
-group.
+Reads what torchrun, ``deepspeed``, ``accelerate launch`` (RANK, …) or ``srun`` (SLURM_PROCID, …) set; a single process makes
+no group.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ FIRST_PORT, PORTS = 61000, 4500
 class World:
     """Rank, world size and device of this process.
 
-    ``host`` carries messages between hosts' memories by gloo, also the optimizer's; ``watch`` ends this rank when it has
-    waited too long.
+    ``host`` is a gloo group for data in host memory, also the optimizer's; ``watch`` ends this rank when it has waited too
+    long.
     """
 
     rank: int = 0
@@ -48,12 +48,12 @@ class World:
         return self.rank == 0
 
     def at(self, where: str) -> None:
-        """Notes where the run is, on every rank at the same places: a rank that stays behind is named by its last one."""
+        """Records where the run is, at the same places on every rank: the error about a slow rank names its last place."""
         if self.watch is not None:
             self.watch.at(where)
 
     def meanwhile(self, doing: str, fn: Callable[[], T]) -> T | None:
-        """``fn()`` on rank 0; the others return None once it is over. The one wait that may be longer than the limit."""
+        """``fn()`` on rank 0; the other ranks wait for it and return None. The only wait that may exceed the limit."""
         self.at(doing)
         if self.watch is None:
             return fn() if self.is_main else None
@@ -75,7 +75,7 @@ class World:
         return values
 
     def together(self, fn: Callable[[], Any]) -> Any:
-        """Runs ``fn`` on every rank; where it fails on one, its error is raised on all."""
+        """Runs ``fn`` on every rank; an error on one rank is raised on all."""
         result, error = None, None
         try:
             result = fn()
@@ -93,7 +93,7 @@ class World:
         return x
 
     def any(self, flag: bool) -> bool:
-        """Whether it is set on some rank."""
+        """Whether the flag is set on any rank."""
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
 
     def close(self) -> None:
@@ -141,9 +141,9 @@ def launched() -> tuple[int, int, int]:
 
 
 def join(device: str = "auto", timeout_minutes: float = 10.0) -> World:
-    """Joins the process group that the launcher describes, and takes this rank's device.
+    """Joins the launcher's process group and selects this rank's device.
 
-    Raises ``ConfigError`` when the asked-for device is not there.
+    Raises ``ConfigError`` if the requested device does not exist.
     """
     rank, size, local_rank = launched()
     if device == "cuda" and not torch.cuda.is_available():
@@ -161,7 +161,9 @@ def join(device: str = "auto", timeout_minutes: float = 10.0) -> World:
     if size == 1:
         return World(device=here)
     timeout = timedelta(minutes=timeout_minutes)
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the flight recorder, for who waited where
+    os.environ.setdefault(
+        "TORCH_FR_BUFFER_SIZE", "2000"
+    )  # the flight recorder, which shows where each rank waited
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if use_gpu else "gloo",

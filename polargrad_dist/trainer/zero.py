@@ -1,7 +1,7 @@
 """``strategy: deepspeed``: the loop's model and optimizer under a DeepSpeed engine, and their tensors for checkpoints.
 
-What a checkpoint holds is what it holds under every other strategy: whole names and shapes, rows of fp32 weights and of state
-dealt over the ranks. So a run goes on under any strategy, ZeRO stage and number of ranks.
+Checkpoints have the same content as under every other strategy: full names and shapes, with the rows of fp32 weights and of
+state distributed over the ranks. So a run can resume under any strategy, ZeRO stage and number of ranks.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from polargrad_dist.trainer.world import World
 
 
 def engine_configuration(config: TrainerConfig, world: World) -> dict[str, Any]:
-    """DeepSpeed's configuration for a run. Norms are clipped there, before the optimizer is called."""
+    """DeepSpeed's configuration for a run. DeepSpeed clips gradients, before it calls the optimizer."""
     zero: dict[str, Any] = {"stage": config.strategy.zero_stage_or_default}
     if config.strategy.cpu_offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
@@ -51,7 +51,7 @@ def engine_configuration(config: TrainerConfig, world: World) -> dict[str, Any]:
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        # No module is "safe": gradients are reduced in the fp32 of the weights, as under the other strategies.
+        # No module is "safe": gradients are reduced in fp32, like the weights, as under the other strategies.
         "torch_autocast": {"enabled": mixed, "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "steps_per_print": 2**31 - 1,
     }
@@ -60,12 +60,12 @@ def engine_configuration(config: TrainerConfig, world: World) -> dict[str, Any]:
 def start(
     model: nn.Module, optimizer: OptimizerConfig, config: TrainerConfig, world: World
 ) -> tuple[Placed, ZeroRun]:
-    """Hands a model to a DeepSpeed engine; returns what the loop calls. A collective."""
+    """Wraps a model in a DeepSpeed engine; returns what the loop calls. A collective."""
     if world.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it; launchers set it
+    os.environ.setdefault("LOCAL_RANK", "0")  # required by DeepSpeed; launchers set it
     if not dist.is_initialized():
         dist.init_process_group(
             "gloo" if world.device.type == "cpu" else "nccl", rank=0, world_size=1, store=dist.HashStore()
@@ -86,7 +86,7 @@ def start(
 
 @dataclass
 class ZeroPlaced(Placed):
-    """A model in an engine, which computes in the configured precision by itself."""
+    """A model in a DeepSpeed engine, which applies the configured precision itself."""
 
     run: ZeroRun
 
@@ -105,9 +105,9 @@ class ZeroPlaced(Placed):
 
 
 class ZeroRun:
-    """A `ZeroPolarGrad` and its engine as the loop's optimizer: `PolarGrad`'s methods, of ZeRO's gradients and weights."""
+    """A `ZeroPolarGrad` and its engine as the loop's optimizer: `PolarGrad`'s methods on ZeRO's gradients and weights."""
 
-    late = False  # the engine looks at every step from the host, so a failure is raised in its own
+    late = False  # the engine checks every step on the host, so a failure is raised in the step itself
 
     def __init__(self, engine: Any, client: ZeroPolarGrad, world: World):
         self.engine, self.client, self.world = engine, client, world
@@ -146,18 +146,18 @@ class ZeroRun:
         self.inner.keep_next(members)
 
     def finish_reductions(self) -> None:
-        """ZeRO has reduced all gradients at the end of the last backward pass."""
+        """Does nothing: ZeRO has reduced all gradients by the end of the last backward pass."""
 
     def no_sync(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """Of a loss that is divided by the micro-batches already; ZeRO reduces at the last one."""
+        """Backward pass of a loss that is already divided by the number of micro-batches; ZeRO reduces in the last one."""
         self.engine.backward(loss, scale_wrt_gas=False)
         self._pending = True
 
     def zero_grad(self) -> None:
-        """Discards gradients that were not stepped: a step of the engine in which the optimizer does nothing."""
+        """Discards the gradients of a skipped step: a step of the engine in which the optimizer does nothing."""
         if self._pending:
             self.client.idle = True
             try:
@@ -166,13 +166,13 @@ class ZeroRun:
                 self.client.idle, self._pending = False, False
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """The global norm, 0-d fp64. The engine clips by itself, just before its step, to the configured ``max_norm``."""
+        """The global norm, 0-d fp64. The engine clips to the configured ``max_norm`` itself, just before its step."""
         if not self.sharded:
             return self.inner.clip_grad_norm_(math.inf)
         return self.inner._norm(list(self._gradients().values()))
 
     def step(self) -> None:
-        """Raises ``TrainingError`` where DeepSpeed finds the norm not finite that was so in fp64."""
+        """Raises ``TrainingError`` if DeepSpeed finds a norm non-finite that is finite in fp64."""
         self._pending = False
         self.engine.step()
         if not self.engine.was_step_applied():
@@ -182,10 +182,10 @@ class ZeroRun:
         self.inner.check_last_step()
 
     def check_last_step(self) -> None:
-        """Nothing is left to raise."""
+        """Does nothing: errors are raised in the step."""
 
     def _gradients(self) -> dict[Tensor, Tensor]:
-        """Of each parameter this rank's stretch of the reduced gradient, flat."""
+        """This rank's interval of each parameter's reduced gradient, flat."""
         params = [p for named in self.client.named for _, p in named]
         if self.stage3:
             partitions = self.zero.get_fp32_grad_partitions()
@@ -212,7 +212,7 @@ class ZeroRun:
     # Saving and resuming
 
     def weights(self) -> dict[str, Tensor]:
-        """Parameters and persistent buffers by name, as this rank holds them; of stage 3 its rows. A collective there."""
+        """Parameters and persistent buffers by name, as this rank stores them; at stage 3 its rows, and a collective."""
         module = self.engine.module
         persistent = module.state_dict() if not self.stage3 else dict(module.named_buffers())
         named = {clean_name(n): b.detach() for n, b in module.named_buffers() if n in persistent}
@@ -225,7 +225,7 @@ class ZeroRun:
         return named
 
     def named_state(self) -> dict[str, Tensor]:
-        """`PolarGrad.named_state`, as it is; of flat vectors a copy, `restored` to write back. A collective."""
+        """`PolarGrad.named_state`; flat vectors are copied, and `restored` writes them back. A collective."""
         if not self.sharded:
             return self.inner.named_state()
         out = {}
@@ -240,7 +240,7 @@ class ZeroRun:
 
     @torch.no_grad()
     def restored(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes over what was loaded into `weights` and `named_state`. A collective."""
+        """Writes back what was loaded into `weights` and `named_state`. A collective."""
         if not isinstance(self.inner, FragmentPolarGrad):
             return
         if self.stage3:
@@ -257,7 +257,7 @@ class ZeroRun:
                 states["step"].copy_(tensors[f"optim/{name}.step"])
         self.inner.follow(reload=True)
         for m in self.works:
-            if "step" in m.state:  # also where none of its elements are
+            if "step" in m.state:  # also on ranks that store none of its elements
                 m.state["step"].copy_(tensors[f"optim/{m.entry.name}.step"])
         if not self.stage3:
             self.zero.refresh_fp32_params()
@@ -267,7 +267,7 @@ class ZeroRun:
         self.zero.checkpoint_event_epilogue()
 
     def _states(self) -> Iterable[tuple[str, Any, dict[str, Any], dict[str, Tensor] | None]]:
-        """Every parameter: name, group, and the states of the vector that holds its elements here."""
+        """Of every parameter: name, group, and the states of the flat vector that holds its elements on this rank."""
         for group, named in zip(self.client.param_groups, self.client.named, strict=True):
             for name, p in named:
                 flat = self.client.wholes[p].flat
@@ -278,11 +278,11 @@ class ZeroRun:
         return self.inner._travel.device
 
     def _count(self, group: dict[str, Any]) -> Tensor:
-        """The steps that an elementwise group has made, the same on every rank."""
+        """The step count of an elementwise group, the same on every rank."""
         return next(m.state["step"] for m in self.works if m.entry.group == self.param_groups.index(group))
 
     def _exchanged(self, x: Tensor, mine: list[tuple[int, int]], theirs: list[tuple[int, int]]) -> Tensor:
-        """From stretches ``mine`` of each rank to stretches ``theirs``; ``x`` is this rank's of the former."""
+        """Redistributes from intervals ``mine`` of each rank to intervals ``theirs``; ``x`` is this rank's ``mine``."""
         if self.world.size == 1:
             return x
         rank = self.world.rank
@@ -297,13 +297,13 @@ class ZeroRun:
         return Traffic().all_to_all(x, sent, received, dist.group.WORLD).wait()
 
     def _rows(self, shape: tuple[int, ...]) -> list[tuple[int, int]]:
-        """Each rank's rows as a stretch of elements; a number is rank 0's."""
+        """Each rank's rows as an interval of elements; a scalar belongs to rank 0."""
         length, size = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
         cuts = [chunk(length, self.world.size, rank) for rank in range(self.world.size)]
         return [(first * size, last * size) for first, last in cuts]
 
     def _as_rows(self, x: Tensor, p: Any) -> Tensor:
-        """A stretch of every rank as a DTensor of rows."""
+        """An interval of elements on every rank, as a DTensor sharded by rows."""
         whole = self.client.wholes[p]
         rows = self._rows(whole.shape) if whole.shape else [(0, 1)] * self.world.size
         here = self._exchanged(x, list(whole.bounds), rows)
@@ -313,6 +313,6 @@ class ZeroRun:
         return dtensor(here.view(-1, *whole.shape[1:]), self.mesh, [Shard(0)], whole.shape)
 
     def _as_stretch(self, x: Tensor, p: Any) -> Tensor:
-        """This rank's stretch of what `_as_rows` gave, or was loaded into it."""
+        """This rank's interval of a tensor from `_as_rows`, possibly loaded since."""
         whole = self.client.wholes[p]
         return self._exchanged(local(x).reshape(-1), self._rows(whole.shape), list(whole.bounds))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import data.prepare as preparing
-from data.prepare import parse, prepare
+from data.prepare import Progress, parse, prepare
 from data.shards import Manifest, open_shard
 from polargrad_dist.errors import ConfigError, DataError
 from tests.data.corpus import config, json_lines, quiet, texts
@@ -120,6 +120,14 @@ def test_a_kill_at_any_moment_costs_no_shard_and_changes_no_byte(tmp_path):
     assert content(killed) == content(straight)
 
 
+def test_an_unfinished_preparation_of_an_earlier_version_goes_on(tmp_path):
+    inputs = {"tokenizer": "abc"}
+    Progress(parts=7, cursor=[1, 2]).save(tmp_path, inputs)
+    saved = json.loads((tmp_path / "progress.json").read_text())
+    assert saved == {"pieces": 7, "cursor": [1, 2], "train": [], "validation": [], "inputs": inputs}
+    assert Progress.load(tmp_path, inputs) == Progress(parts=7, cursor=[1, 2])
+
+
 def test_ctrl_c_leaves_with_a_word_on_how_to_go_on(tmp_path):
     corpus = json_lines(tmp_path / "corpus.jsonl", DOCUMENTS * 10)
     out = tmp_path / "out"
@@ -152,7 +160,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path, c
     assert run.returncode == 2
     last = run.stderr.splitlines()[-1]
     assert last.startswith(f"data.prepare: error: cannot write {limited}/train-00000.bin (")
-    assert "make room and run the same command again to continue" in last
+    assert "free some space and run the same command again to continue" in last
     assert "Traceback" not in run.stderr
     assert sorted(path.name for path in limited.iterdir()) == [".lock"]
     assert subprocess.run(arguments(tmp_path, corpus, limited)).returncode == 0
@@ -249,11 +257,11 @@ def test_the_command_line_takes_yaml_a_runs_data_and_overrides(tmp_path):
     )
     (tmp_path / "wrong.yaml").write_text("sauce: files\n")
     for wrong, message in (
-        (["--sauce", "files"], "no key 'sauce'; did you mean 'source'"),
-        (["--config", str(tmp_path / "wrong.yaml")], "no key 'sauce'; did you mean 'source'"),
+        (["--sauce", "files"], "no key 'sauce': did you mean 'source'"),
+        (["--config", str(tmp_path / "wrong.yaml")], "no key 'sauce': did you mean 'source'"),
         (["--tokenizer.vocabsize", "5"], "did you mean 'tokenizer.vocab_size'"),
         (["--workers", "many"], "Expected a <class 'int'>"),
-        (["--run", str(tmp_path / "data.yaml")], r"data\.yaml has no data: part"),
+        (["--run", str(tmp_path / "data.yaml")], r"data\.yaml has no data section"),
         (["--run", str(tmp_path / "none.yaml")], r"none\.yaml cannot be read"),
     ):
         with pytest.raises(ConfigError, match=message):

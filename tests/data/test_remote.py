@@ -41,8 +41,8 @@ def packed(path, data: bytes):
     return path
 
 
-def pieces(settings):
-    return [(piece.text, piece.validation, piece.begins) for piece in open_source(settings).pieces()]
+def parts(settings):
+    return [(part.text, part.validation, part.begins) for part in open_source(settings).documents()]
 
 
 @pytest.mark.parametrize("packing", [".gz", ".zst"])
@@ -54,7 +54,7 @@ def test_packed_text_is_the_text(tmp_path, form, packing):
     else:
         plain.write_text("".join(texts(20_000)))
     other = packed(tmp_path / f"packed{form}{packing}", plain.read_bytes())
-    assert pieces(config(tmp_path, other)) == pieces(config(tmp_path, plain))
+    assert parts(config(tmp_path, other)) == parts(config(tmp_path, plain))
     folder = config(tmp_path / "c", tmp_path)
     found = open_source(folder)
     assert len(found.identity()["files"]) == 2
@@ -64,11 +64,11 @@ def test_damaged_packing_and_unknown_forms_are_one_sentence(tmp_path):
     whole = gzip.compress(b'{"text": "a"}\n' * 9999)
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"cut\.jsonl\.gz cannot be read"):
-        pieces(config(tmp_path, tmp_path / "cut.jsonl.gz"))
+        parts(config(tmp_path, tmp_path / "cut.jsonl.gz"))
     whole = packed(tmp_path / "whole.jsonl.zst", b'{"text": "a"}\n' * 9999).read_bytes()
     (tmp_path / "cut.jsonl.zst").write_bytes(whole[: len(whole) * 2 // 3])
     with pytest.raises(DataError, match=r"cut\.jsonl\.zst cannot be read"):
-        pieces(config(tmp_path, tmp_path / "cut.jsonl.zst"))
+        parts(config(tmp_path, tmp_path / "cut.jsonl.zst"))
     (tmp_path / "no.txt.zst").write_bytes(b"this is not packed")
     with pytest.raises(DataError, match=r"no\.txt\.zst cannot be"), opened(tmp_path / "no.txt.zst") as file:
         file.read()
@@ -82,10 +82,10 @@ def test_text_is_read_where_it_lies(tmp_path, bucket):
     bucket.pipe("/corpus/a.jsonl", local.read_bytes())
     bucket.pipe("/corpus/deep/b.jsonl.gz", gzip.compress(local.read_bytes()))
     bucket.pipe("/corpus/readme", b"nothing")
-    one = pieces(config(tmp_path, local))
+    one = parts(config(tmp_path, local))
     for paths in (["memory://corpus"], ["memory://corpus/a.jsonl", "memory://corpus/deep/*.gz"]):
         settings = config(tmp_path, paths=paths)
-        assert pieces(settings) == one + one
+        assert parts(settings) == one + one
     before = open_source(settings).identity()
     bucket.pipe("/corpus/a.jsonl", local.read_bytes() + b"\n")
     assert open_source(settings).identity() != before
@@ -104,8 +104,8 @@ def test_parquet_elsewhere_is_read_too(tmp_path, bucket):
 
     parquet.write_table(pyarrow.table({"text": texts(50)}), tmp_path / "a.parquet")
     bucket.pipe("/p/a.parquet", (tmp_path / "a.parquet").read_bytes())
-    remote = pieces(config(tmp_path, paths=["memory://p"]))
-    assert remote == pieces(config(tmp_path, tmp_path / "a.parquet"))
+    remote = parts(config(tmp_path, paths=["memory://p"]))
+    assert remote == parts(config(tmp_path, tmp_path / "a.parquet"))
 
 
 def test_a_prepared_folder_elsewhere_is_fetched_once_and_checked(tmp_path, bucket):
@@ -125,7 +125,7 @@ def test_a_prepared_folder_elsewhere_is_fetched_once_and_checked(tmp_path, bucke
     data[-1] ^= 1
     bucket.pipe("/shards/train-00000.bin", bytes(data))
     shard.unlink()
-    with pytest.raises(DataError, match=r"its manifest says .* upload the folder again"):
+    with pytest.raises(DataError, match=r"expected .* by its manifest: upload the folder again"):
         open_data(settings, **SIZES)
     assert not shard.exists()
     with pytest.raises(DataError, match="does not exist"):
@@ -183,7 +183,7 @@ def test_a_gauge_tells_rate_and_time_left():
 def test_a_source_says_how_far_it_is_read(tmp_path):
     path = packed(tmp_path / "a.jsonl.gz", json_lines(tmp_path / "x.jsonl", texts(3000)).read_bytes())
     source = open_source(config(tmp_path, path))
-    seen = [source.position for _ in source.pieces()]
+    seen = [source.position for _ in source.documents()]
     assert np.all(np.diff(seen) >= 0)
     assert seen[-1] <= source.size == path.stat().st_size
     assert seen[-1] > 0.9 * source.size

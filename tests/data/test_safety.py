@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from data.config import DataConfig, TokenizerConfig
-from data.open import open_data
-from data.pieces import DOCUMENT_PIECE, document_pieces
+from data.dataset import open_data
+from data.documents import PART_CHARACTERS, split_document
 from data.prepare import prepare
 from data.shards import write_shard
 from polargrad_dist.errors import DataError
@@ -86,12 +86,12 @@ def test_a_small_parquet_that_unpacks_to_gigabytes_is_read_in_bounded_batches(tm
 
 def test_a_document_is_cut_before_spaces_and_put_together_again():
     text = "ab cd ü " * 100_000
-    pieces = list(document_pieces(text, 0.0, "here"))
-    assert "".join(piece.text for piece in pieces) == text
-    assert [piece.begins for piece in pieces] == [True] + [False] * (len(pieces) - 1)
-    assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
-    assert all(piece.text.startswith(" ") for piece in pieces[1:])
-    assert max(len(piece.text) for piece in pieces) <= DOCUMENT_PIECE
+    parts = list(split_document(text, 0.0, "here"))
+    assert "".join(part.text for part in parts) == text
+    assert [part.begins for part in parts] == [True] + [False] * (len(parts) - 1)
+    assert [part.ends for part in parts] == [False] * (len(parts) - 1) + [True]
+    assert all(part.text.startswith(" ") for part in parts[1:])
+    assert max(len(part.text) for part in parts) <= PART_CHARACTERS
 
 
 def opened(config):

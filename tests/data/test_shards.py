@@ -41,7 +41,7 @@ def test_shards_are_written_and_read_as_published(tmp_path, vocab_size, tokens, 
         (lambda raw: raw[:100], "holds 100 bytes, fewer than its header of 1024"),
         (
             lambda raw: raw[:-1],
-            r"is truncated: 1,031 bytes, but its header declares 4 tokens, which take 1,032",
+            r"is truncated: 1,031 bytes, expected 1,032 for the 4 tokens in its header",
         ),
         (lambda raw: raw + b"\0", "is longer than it says"),
         (lambda raw: struct.pack("<i", 20240521) + raw[4:], "magic 20240521 version 1"),
@@ -85,7 +85,7 @@ def test_ranks_share_the_checksums_and_all_of_them_see_sizes(tmp_path):
     verify_shards(tmp_path, shards, "full", part=0, parts=2)
     with pytest.raises(DataError, match="corrupt"):
         verify_shards(tmp_path, shards, "full", part=1, parts=2)
-    with pytest.raises(DataError, match=r"2\.bin holds 2,024 bytes, the manifest says 2,026"):
+    with pytest.raises(DataError, match=r"2\.bin holds 2,024 bytes, expected 2,026 by the manifest"):
         verify_shards(tmp_path, [*shards[:2], replace(shards[2], size=2026)], "sizes", part=0, parts=2)
 
 

@@ -108,7 +108,7 @@ def test_a_tokenizer_that_cannot_be_had_is_said_at_once_with_the_way_out(tmp_pat
     start = time.monotonic()
     for name in ("nobody/no-tokenizer-of-this-name", str(tmp_path)):
         with pytest.raises(
-            DataError, match=r"cannot be loaded .*; set data\.tokenizer\.name to a local folder"
+            DataError, match=r"cannot be loaded .*: set data\.tokenizer\.name to a local folder"
         ):
             open_ready(name, None)
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -168,7 +168,7 @@ def test_real_tokenizers_give_the_published_ids_on_real_text(name, words, end_of
     assert tokenizer.encode("Hello world") == words
     assert (tokenizer.info.end_of_text, tokenizer.info.vocab_size) == (end_of_text, vocab_size)
     path = Path(REAL or "") / "openwebtext-1000" / "openwebtext_1000.jsonl"
-    documents = [piece.text for piece in open_source(config(Path(), path)).pieces()]
+    documents = [part.text for part in open_source(config(Path(), path)).documents()]
     ids = tokenizer.encode_batch(documents)
     assert sum(map(len, ids)) == tokens
     assert [tokenizer.decode(some) for some in ids[:20]] == documents[:20]

@@ -76,7 +76,7 @@ def test_without_validation_it_ends_with_the_rest_of_its_summary(tmp_path):
     asked = ["--trainer.steps", "2", "--data.validation_fraction", "0"]
     run = subprocess.run(arguments(tmp_path, *asked), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "validation: none was asked for" in run.stdout
+    assert "validation: not configured" in run.stdout
     assert "report: " in run.stdout
 
 

@@ -1,11 +1,8 @@
 """A checkpoint measured three ways: by this project, by the LM evaluation harness, and during training."""
 
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,7 @@ import torch
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.trainer.checkpoint.single import find_checkpoint
 from polargrad_dist.trainer.choices import encode_pair, read_questions
-from tests.commandline import ROOT, train
+from tests.commandline import torchrun, train
 from tools.evaluate import main
 from tools.export import export
 from tools.runs import load_run
@@ -158,7 +155,7 @@ def test_mistakes_are_one_sentence(tmp_path, trained, material):
     for args, expected in (
         (("--text", "page.txt"), "expected NAME=PATH"),
         (("--tasks", "no_such_task"), "which lm-eval does not know"),
-        (("--hellaswag", folder / "page.jsonl"), "line 1 is no question"),
+        (("--hellaswag", folder / "page.jsonl"), "line 1 is not a question"),
         (("--limit", "0"), "--limit is 0"),
         (("--include", include), "beside --tasks"),
     ):
@@ -182,25 +179,7 @@ def test_hellaswag_in_the_loop_is_the_same_at_every_world_size_and_under_every_s
         args = arguments(
             tmp_path / name, *asked, *samples, "--trainer.strategy.name", strategy, "--model.layers", "2"
         )
-        if world == 1:
-            done = train(*args)
-        else:
-            torchrun = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                "--nproc_per_node=2",
-                "train.py",
-            ]
-            done = subprocess.run(
-                [*torchrun, *args],
-                cwd=ROOT,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
+        done = train(*args) if world == 1 else torchrun(world, *args)
         assert done.returncode == 0, done.stderr[-3000:]
         records = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         scores[name] = [record["hellaswag"] for record in records if "hellaswag" in record]
@@ -217,7 +196,7 @@ def test_hellaswag_in_the_loop_is_the_same_at_every_world_size_and_under_every_s
 def test_questions_that_are_none_are_refused_with_their_line(tmp_path):
     good = json.dumps({"ctx": "a", "endings": ["b", "c"], "label": "1"})
     for bad, expected in (
-        ("{", "line 2 is no question"),
+        ("{", "line 2 is not a question"),
         (json.dumps({"ctx": "a", "endings": ["b"], "label": 1}), "label 1 of 1 endings"),
         (json.dumps({"ctx": "a", "label": 1}), "KeyError"),
     ):

@@ -4,7 +4,6 @@ import json
 import os
 import stat
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from data.kept import keep, kept
 from data.tokenizers import open_ready
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.trainer.checkpoint.single import find_checkpoint
-from tests.commandline import ROOT
+from tests.commandline import torchrun
 from tests.tools.conftest import tool
 from tools.export import export, export_dcp
 from tools.export_text import add_tokenizer
@@ -136,7 +135,10 @@ def test_the_command_takes_a_run_or_a_checkpoint_and_refuses_what_it_cannot_do(t
     for args, expected in (
         ((run, tmp_path / "a"), "is not empty"),
         ((tmp_path, tmp_path / "b"), "neither a run directory"),
-        ((run, tmp_path / "b", "--step", "3"), "no valid checkpoint of step 3"),
+        (
+            (run, tmp_path / "b", "--step", "3"),
+            "holds no checkpoint of step 3, expected one of 4: name one of them with --step",
+        ),
         ((run, tmp_path / "b", "--format", "dcp", "--dtype", "bfloat16"), "--dtype is set with --format dcp"),
     ):
         assert expected in tool("tools.export", *args, code=2)
@@ -144,23 +146,7 @@ def test_the_command_takes_a_run_or_a_checkpoint_and_refuses_what_it_cannot_do(t
 
 def test_a_checkpoint_of_two_sharded_ranks_exports_on_one_process(tmp_path, arguments):
     run = tmp_path / "run"
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "train.py",
-    ]
-    command = [*torchrun, *arguments(run, "--trainer.strategy.name", "fsdp", "--model.layers", "2")]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = torchrun(2, *arguments(run, "--trainer.strategy.name", "fsdp", "--model.layers", "2"))
     assert done.returncode == 0, done.stderr[-2000:]
     (tmp_path / "out").mkdir()
     export(find_checkpoint(run), tmp_path / "out")

@@ -26,7 +26,9 @@ def test_the_command_prints_the_text_of_its_seed(trained, capsys):
 
 def test_an_export_is_named_as_one(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"is a model in Hugging Face's form .* load it with transformers"):
+    with pytest.raises(
+        ConfigError, match=r"is a model in Hugging Face's format .* load it with transformers"
+    ):
         main([str(tmp_path)])
 
 

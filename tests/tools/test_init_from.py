@@ -1,4 +1,4 @@
-"""Runs that begin with the weights of another: of Hugging Face's form, or of a run of this trainer."""
+"""Runs that begin with the weights of another: of Hugging Face's format, or of a run of this trainer."""
 
 import json
 from pathlib import Path

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.commandline import ROOT
 from tools.report import write_report
 from tools.report.__main__ import main
 from tools.report.charts import charts
@@ -236,6 +238,18 @@ def test_the_bigram_model_of_a_run_is_its_line_and_its_figure(tmp_path):
     assert page.tiles()["bigram's bits per byte"] == "1.5000"
     assert page.data["runs"][0]["bigram"] == 3.25
     assert page.data["groups"]["loss"][0]["bigram"] is True
+
+
+def test_a_mistake_at_the_command_line_names_the_command(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.report", str(tmp_path / "nope")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("python -m tools.report: error: ")
+    assert "__main__" not in done.stderr
 
 
 def test_hardware_versions_commit_and_command_are_those_of_run_json(tmp_path):

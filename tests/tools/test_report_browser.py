@@ -1,5 +1,6 @@
 """The page as a browser makes it: a headless Chromium draws every chart, on narrow and wide screens, without an error."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -54,3 +55,17 @@ def test_every_chart_is_drawn_within_its_width(tmp_path, width):
 def test_a_run_of_nothing_and_one_of_a_single_row_draw_without_an_error(tmp_path):
     runs = [run_of(tmp_path / "none", []), run_of(tmp_path / "one", [{"step": 1, "loss": 5.0}])]
     assert "<circle" in dom(write_report(runs, tmp_path / "report.html"), 1280)
+
+
+def test_the_bigram_lines_of_two_runs_name_their_runs_and_do_not_cover_each_other(tmp_path):
+    runs = [run_of(tmp_path / name) for name in ("a", "b", "c")]
+    for run, loss in zip(runs, (3.25, 3.24, 3.25), strict=True):
+        (run / "run.json").write_text(json.dumps({"bigram": {"loss": loss, "bits_per_byte": 1.5}}))
+    text = dom(write_report(runs, tmp_path / "report.html"), 1280)
+    labels = re.findall(r'<text x="[\d.]+" y="([\d.]+)" class="note">(bigram model[^<]*)<', text)
+    # The loss by step and by time.
+    assert [label for _, label in labels] == ["bigram model of a, c 3.250", "bigram model of b 3.240"] * 2
+    heights = [float(y) for y, _ in labels]
+    assert all(low - high >= 12 for high, low in zip(heights[::2], heights[1::2], strict=True))
+    alone = dom(write_report(runs[:1], tmp_path / "alone.html"), 1280)
+    assert ">bigram model 3.250<" in alone

@@ -1,10 +1,15 @@
 """The command line: one sentence for a user's mistake, the merged configuration on request, dry runs with exact counts."""
 
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
+from polargrad_dist.errors import ConfigError
+from polargrad_dist.trainer.guesses import GUESSES
 from tests.commandline import train
+from train import parse_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,6 +65,95 @@ def test_a_mistake_is_one_sentence_and_a_non_zero_exit(tmp_path, args, expected)
     assert "Traceback" not in found.stderr
     assert len([line for line in found.stderr.splitlines() if "error" in line]) == 1
     assert not (tmp_path / "run").exists()
+
+
+BATCH = "did you mean trainer.global_batch (sequences per step, over all ranks) or trainer.micro_batch ("
+RATES = "each role has its own, one of optimizer.hidden.lr, optimizer.embed.lr"
+TEXT = "did you mean data.paths (files and folders, with data.source files) or data.hub.name ("
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("batch_size", BATCH),
+        ("trainer.batch_size", BATCH),
+        ("steps", "did you mean trainer.steps?"),
+        ("max_steps", "did you mean trainer.steps?"),
+        ("epochs", "did you mean trainer.steps (the length of a run is set in steps)?"),
+        ("lr", RATES),
+        ("learning_rate", RATES),
+        ("trainer.lr", RATES),
+        ("trainer.learning_rate", RATES),
+        ("optimizer.learning_rate", RATES),
+        ("optimizer.hidden.learning_rate", "did you mean optimizer.hidden.lr?"),
+        ("optimizer.steps", "each role has its own, one of optimizer.hidden.steps"),
+        ("model", "model is some, expected a mapping with its fields: did you mean model.architecture ("),
+        ("model.n_layer", "did you mean model.layers?"),
+        (
+            "optimizer",
+            "optimizer is some, expected a mapping with its fields: did you mean optimizer.hidden.algo",
+        ),
+        ("trainer.schedule", "expected a mapping with its fields: did you mean trainer.schedule.kind?"),
+        ("data", "data is some, expected a mapping with its fields: did you mean data.source ("),
+        ("data.path", TEXT),
+        ("dataset", TEXT),
+        ("seq_len", "did you mean trainer.sequence_length?"),
+        ("output_dir", "did you mean trainer.run_dir?"),
+        ("gpus", "did you mean torchrun --nproc_per_node ("),
+    ],
+)
+def test_what_other_trainers_call_a_key_is_answered_with_the_one_that_is_meant(tmp_path, key, expected):
+    content: object = "some"
+    for part in reversed(key.split(".")):
+        content = {part: content}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(content))
+    for words in ([f"--{key}", "some"], ["--config", str(tmp_path / "c.yaml")]):
+        with pytest.raises(ConfigError, match=re.escape(expected)):
+            parse_run(words)
+
+
+def test_a_key_with_hyphens_is_answered_too():
+    assert BATCH in train("--batch-size", "8").stderr
+    assert "did you mean dry_run?" in train("--dry-run", "1").stderr
+
+
+def test_every_answer_to_a_first_guess_is_a_key_of_the_configuration_and_no_guess_hides_one():
+    known = {
+        line.split()[0].removeprefix("--")
+        for line in train("--help").stdout.split("\n  ")
+        if "--" in line[:4]
+    }
+    assert {"trainer.steps", "optimizer.hidden.algorithm"} <= known
+    for guess, meant in GUESSES.items():
+        assert all(key in known or key.startswith("torchrun ") for key in meant)
+        # Only the names of sections are both: they are answered where a value stands in place of their keys.
+        assert guess not in known or any(key.startswith(f"{guess}.") for key in known)
+
+
+@pytest.mark.parametrize("words", [["--dry_run"], ["--config", "configs/quickstart.yaml", "--dry_run_full"]])
+def test_a_dry_run_without_a_number_says_that_it_takes_the_ranks(words):
+    found = train(*words)
+    assert found.returncode == 2
+    assert f"{words[-1]} has no value, expected the number of ranks to plan for after it" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("", "is empty"),
+        ("# nothing yet\n", "is empty"),
+        ("- 1\n- 2\n", "holds a list"),
+        ("3\n", "holds a single value"),
+    ],
+)
+def test_a_file_without_sections_is_refused_by_name(tmp_path, text, found):
+    (tmp_path / "c.yaml").write_text(text)
+    refused = train("--config", str(tmp_path / "c.yaml"))
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        f"train.py: error: {tmp_path / 'c.yaml'} {found}, expected YAML with the sections model, data, optimizer and "
+        "trainer\n"
+    )
 
 
 @pytest.mark.parametrize(("folder", "expected"), [("", "is empty"), ("train.py", "which is a file")])
@@ -163,6 +257,14 @@ def test_a_dry_run_says_which_data_are_not_there(tmp_path):
     assert f"data.paths: {tmp_path}/none.txt does not exist on this machine" in found.stdout
 
 
+def test_a_dry_run_says_which_vocabulary_it_assumes_where_none_is_known():
+    command = ("--config", "configs/quickstart.yaml", "--dry_run", "1")
+    hub = train(*command, "--data.tokenizer.name", "gpt2")
+    assert "model.vocab_size: 151,936 assumed, qwen2.5's own" in hub.stdout
+    for known in ((), ("--data.tokenizer.name", "gpt2", "--model.vocab_size", "50257")):
+        assert "assumed" not in train(*command, *known).stdout
+
+
 def test_a_dry_run_has_a_line_per_role_and_the_full_one_a_line_per_matrix():
     command = ("--config", "configs/quickstart.yaml")
     short = train(*command, "--dry_run", "2").stdout
@@ -185,8 +287,6 @@ def test_a_dry_run_without_a_number_is_one_of_one_rank():
 
 @pytest.mark.parametrize("config", sorted(p.stem for p in (ROOT / "configs").glob("*.yaml")))
 def test_every_configuration_in_the_project_is_valid(config):
-    from train import parse_run
-
     run, plain, show = parse_run(["--config", str(ROOT / "configs" / f"{config}.yaml")])
     assert show is None
     run.optimizer.check()

@@ -9,10 +9,12 @@ import struct
 import subprocess
 import sys
 import termios
+from pathlib import Path
 
 import pytest
 
 from polargrad_dist.trainer.console import Console, duration, line
+from polargrad_dist.trainer.output import start_log
 from tests.commandline import ROOT
 
 ROW = {
@@ -79,11 +81,17 @@ console.close()
 
 
 @pytest.fixture(scope="module")
-def screen(tmp_path_factory) -> list[str]:
+def run_dir(tmp_path_factory) -> Path:
+    """Where the program above keeps its log."""
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def screen(run_dir) -> list[str]:
     """What a terminal of 100 columns shows of a run: its lines as they were at every return or new line."""
     terminal, other_end = pty.openpty()
     fcntl.ioctl(other_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path_factory.mktemp("run"))]
+    command = [sys.executable, "-c", PROGRAM, str(run_dir)]
     run = subprocess.Popen(command, cwd=ROOT, stdout=other_end, stderr=other_end)
     os.close(other_end)
     seen = b""
@@ -105,6 +113,27 @@ def test_on_a_terminal_a_line_of_each_interval_stays_beside_the_bar(screen):
     bars = [text for text in screen if "%|" in text]
     for figure in ("loss 4.000", "smooth 4.000", "norm 0.5", "1,234 tok/s", "mfu 25%", "eta "):
         assert figure in bars[-1], bars[-1]
+
+
+def test_the_lines_that_stay_are_in_the_log_too_and_the_bar_is_not(screen, run_dir):
+    logged = (run_dir / "log.txt").read_text().splitlines()
+    assert [re.sub(r"^\d\d:\d\d:\d\d rank 0 INFO ", "", text) for text in logged] == [
+        text
+        for step in (10, 20, 30, 40)
+        for text in (f"step {step}/40  loss 4.0000  1,234 tok/s  mfu 25.0%", f"saved number {step}")
+    ]
+
+
+def test_each_line_is_printed_once_and_logged_once_where_there_is_no_terminal(tmp_path, capsys):
+    start_log(tmp_path, 0)
+    for mode in ("lines", "off"):
+        console = Console(mode, steps=10, first=0)
+        console.show({"step": 5, "loss": 1.25, "samples": [{"prompt": "def", "text": " x"}]})
+    printed, logged = capsys.readouterr().err, (tmp_path / "log.txt").read_text()
+    assert (
+        printed.count("step  5/10  loss 1.2500  eta ") == logged.count("step  5/10  loss 1.2500  eta ") == 1
+    )
+    assert printed.count("'def' -> ' x'") == logged.count("'def' -> ' x'") == 1
 
 
 def test_log_lines_never_share_a_line_with_the_bar(screen):

@@ -19,7 +19,7 @@ from polargrad_dist.trainer.checkpoint import CheckpointConfig
 from polargrad_dist.trainer.config import EvaluationConfig, SafetyConfig, StrategyConfig
 from polargrad_dist.trainer.loop import Trainer
 from tests.gloo import run_ranks
-from tests.trainer.toy import rules, settings, trainer
+from tests.trainer.toy import interrupt, rules, settings, trainer
 
 
 def losses(folder) -> dict[int, float]:
@@ -94,17 +94,7 @@ def test_a_resumed_run_has_the_losses_and_weights_of_an_uninterrupted_one(tmp_pa
     straight = trainer(settings(tmp_path / "a"), dropout=dropout)
     straight.fit()
     first = trainer(settings(tmp_path / "b"), dropout=dropout)
-    step, count = first._step, []
-
-    def interrupted(*args):
-        count.append(1)
-        if len(count) == 7:
-            raise KeyboardInterrupt
-        return step(*args)
-
-    first._step = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        first.fit()
+    interrupt(first, 7)
     second = trainer(settings(tmp_path / "b"), dropout=dropout)
     assert second.fit().exit_code == 0
     assert losses(tmp_path / "a") == losses(tmp_path / "b")

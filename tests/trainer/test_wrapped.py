@@ -17,7 +17,7 @@ from polargrad_dist.trainer.checkpoint import CheckpointConfig
 from polargrad_dist.trainer.checkpoint.single import find_checkpoint
 from polargrad_dist.trainer.config import EvaluationConfig, SafetyConfig, StrategyConfig
 from tests.gloo import run_ranks
-from tests.trainer.toy import settings, trainer
+from tests.trainer.toy import interrupt, settings, trainer
 
 AROUND = {
     "lookahead": LookaheadConfig(beta=0.6, decay=0.9, start=2, end=9),
@@ -123,17 +123,7 @@ def test_it_resumes_exactly_and_a_skipped_step_goes_back(tmp_path):
     straight.fit()
     assert straight.progress.skipped == 1
     first = trainer(settings(tmp_path / "b", **changes), poison=poison)
-    step, count = first._step, []
-
-    def interrupted(*args):
-        count.append(1)
-        if len(count) == 9:
-            raise KeyboardInterrupt
-        return step(*args)
-
-    first._step = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        first.fit()
+    interrupt(first, 9)
     second = trainer(settings(tmp_path / "b", **changes), poison=poison)
     second.fit()
     expected = straight.tensors()

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -136,3 +137,18 @@ def trainer(
     configuration = {"trainer": asdict(config), "dropout": dropout}
     data = ToyData(config, world, frozenset(poison))
     return Trainer(config, optimizer or rules(), model or ToyModel(dropout), data, world, configuration)
+
+
+def interrupt(run: Trainer, step: int) -> None:
+    """Trains until a ``KeyboardInterrupt`` in place of the given step of this start, counted from 1."""
+    take, taken = run._step, []
+
+    def interrupted(*args: Any) -> None:
+        taken.append(1)
+        if len(taken) == step:
+            raise KeyboardInterrupt
+        take(*args)
+
+    run._step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        run.fit()

@@ -1,7 +1,7 @@
-"""A page about one run, or about several beside each other: `python -m tools.report RUN [RUN ...] [--out FILE.html]`.
+"""A report on one run, or on several side by side: `python -m tools.report RUN [RUN ...] [--out FILE.html]`.
 
-One HTML file that needs nothing beside it. `runs` reads run directories, `charts` chooses and thins what is drawn, `page`
-writes the HTML; `chart.js`, `page.js` and `style.css` go into it as they stand. The browser draws.
+One self-contained HTML file. `runs` reads run directories, `charts` selects and thins the curves, `page` writes the HTML,
+which includes `chart.js`, `page.js` and `style.css` unchanged. The browser draws.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from tools.report.runs import read_runs
 __all__ = ["LARGEST", "write_report"]
 
 LARGEST = 1_500_000
-"""Bytes of a page. More runs or matrices than fit are thinned further."""
+"""Largest size of a page in bytes. Curves are thinned further where more runs or matrices would exceed it."""
 
 
 def write_report(folders: list[Path], out: Path) -> Path:
-    """Writes the page ``out`` about the runs in ``folders``, whole or not at all, and returns ``out``.
+    """Writes the page ``out`` about the runs in ``folders``, atomically, and returns ``out``.
 
-    Raises ``ConfigError`` for a folder that is no run directory, and for a place that cannot be written.
+    Raises ``ConfigError`` for a folder that is not a run directory, and for a file that cannot be written.
     """
     if out.is_dir() or out.suffix not in (".html", ".htm"):
         raise ConfigError(
@@ -47,7 +47,7 @@ def write_report(folders: list[Path], out: Path) -> Path:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
+    """Writes a file atomically."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_bytes(content)

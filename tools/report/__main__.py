@@ -12,16 +12,17 @@ from tools.report import write_report
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.report",
-        description="Write a page about one run, or about several beside each other.",
+        description="Write a report on one run, or on several side by side.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's directory")
     parser.add_argument(
-        "--out", help="page to write; default: report.html in the run's directory, or here for several runs"
+        "--out",
+        help="file to write; default: report.html in the run's directory, or in this folder for several runs",
     )
     parser.add_argument(
         "--bigram",
         action="store_true",
-        help="first measure a bigram model on each run's data, for the loss to be compared with; kept in run.json",
+        help="first measure a bigram model on each run's data, as a reference for the loss; stored in run.json",
     )
     options = parser.parse_args()
     folders = [Path(name) for name in options.runs]

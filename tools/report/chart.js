@@ -261,15 +261,23 @@ class Chart {
   }
 
   drawBigram(body, box) {
-    const levels = new Map();
-    for (const curve of this.shown) {
-      const level = this.state.runs[curve.series.run].bigram;
-      if (level) levels.set(level.toPrecision(5), level);
+    /* Runs on the same data share a line; of several lines each names its runs. */
+    const lines = new Map();
+    for (const number of new Set(this.shown.map((curve) => curve.series.run))) {
+      const level = this.state.runs[number].bigram;
+      if (!level) continue;
+      const key = level.toPrecision(5);
+      if (!lines.has(key)) lines.set(key, { level, runs: [] });
+      lines.get(key).runs.push(this.state.runs[number].label);
     }
-    for (const level of levels.values()) {
+    let above = -Infinity;
+    for (const { level, runs } of [...lines.values()].sort((a, b) => b.level - a.level)) {
       const at = this.py(level);
       element("line", { x1: box.left, x2: box.right, y1: at, y2: at, class: "bigram" }, body);
-      element("text", { x: box.left + 4, y: at - 5, class: "note" }, body, `bigram model ${level.toFixed(3)}`);
+      const of = lines.size > 1 ? ` of ${runs.join(", ")}` : "";
+      const y = Math.max(at - 5, above + 13);
+      element("text", { x: box.left + 4, y, class: "note" }, body, `bigram model${of} ${level.toFixed(3)}`);
+      above = y;
     }
   }
 

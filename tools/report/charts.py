@@ -1,8 +1,8 @@
-"""Which curves a report shows, thinned to what a screen can show, as the JSON-able tree that `chart.js` and `page.js` draw.
+"""The curves of a report, thinned to the resolution of a screen, as the JSON-able tree that `chart.js` and `page.js` draw.
 
-A series is ``{"run", "name", "s", "y"}``: the run's number, what the curve is, steps and values; ``lo`` and ``hi`` hold the
-lowest and highest value of each stretch where several values were drawn together, so that a spike of one step stays visible
-among 100,000. Steps become tokens or seconds in the browser.
+A series is ``{"run", "name", "s", "y"}``: the run's number, the curve's name, steps and values; ``lo`` and ``hi`` are the
+lowest and highest value of each interval that was averaged, so that a spike of one step stays visible among 100,000. The
+browser converts steps to tokens or seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from tools.report.runs import Array, RunRecords, printable
 
 WIDE, NARROW = 800, 240
-"""Points of a curve in a large and in a small chart, at most."""
+"""Most points of a curve in a large and in a small chart."""
 
 QUANTITIES = {
     "κ(G)": ("gradient", "condition"),
@@ -36,7 +36,7 @@ POLAR = {
 
 
 def charts(runs: list[RunRecords], budget: int = 40_000) -> dict[str, Any]:
-    """Everything that is drawn. ``budget``: values of the looked-at matrices in all, a fifth of it in any other group."""
+    """Everything that is drawn. ``budget``: most values of all diagnosed matrices; a fifth of it for other groups."""
     return {
         "runs": [run_entry(run) for run in runs],
         "groups": {
@@ -125,7 +125,7 @@ def optimizer_charts(runs: list[RunRecords], budget: int) -> list[dict[str, Any]
 
 
 def one_chart(identifier: str, title: str, parts: list[dict[str, Any]], **more: Any) -> list[dict[str, Any]]:
-    """Several charts of one run as one, whose curves are told apart by their names; those of one course share a curve."""
+    """Merges several charts of one run into one with named curves; identical curves are merged."""
     curves: dict[str, dict[str, Any]] = {}
     for number, part in enumerate(parts):
         for curve in part["series"]:
@@ -151,7 +151,7 @@ def speed_charts(runs: list[RunRecords], budget: int) -> list[dict[str, Any]]:
 
 
 def polar_charts(runs: list[RunRecords], budget: int) -> list[dict[str, Any]]:
-    """The oracle's figures: of one run a chart per figure with a curve per role, of several a chart per figure and role."""
+    """The oracle's metrics: for one run a chart per metric with a curve per role, for several a chart per metric and role."""
     roles = every_name(runs, "polar")
     found = []
     for figure, words in POLAR.items():
@@ -175,7 +175,7 @@ def polar_charts(runs: list[RunRecords], budget: int) -> list[dict[str, Any]]:
 
 
 def matrices(run: RunRecords, budget: int) -> list[dict[str, Any]]:
-    """Of each looked-at matrix its steps and quantities; every matrix keeps a few columns, however many there are."""
+    """Steps and quantities of each diagnosed matrix; every matrix keeps a few columns, however many there are."""
     names = run.names("diagnostics")
     columns = max(6, min(120, budget // max(1, len(names) * len(QUANTITIES))))
     found = []
@@ -197,12 +197,12 @@ def matrices(run: RunRecords, budget: int) -> list[dict[str, Any]]:
 
 
 def every_name(runs: list[RunRecords], *prefix: str) -> list[str]:
-    """The keys below a path in any of the runs, those of the first run first."""
+    """The keys below a path in any run, in the order of the first."""
     return list(dict.fromkeys(name for run in runs for name in run.names(*prefix)))
 
 
 def stretches(steps: Array, values: Array, points: int) -> tuple[Array, Array, Array, Array]:
-    """(steps, means, lowest, highest) of at most ``points`` equal stretches; the last one ends at the last step."""
+    """(steps, means, lowest, highest) of at most ``points`` equal intervals; the last one ends at the last step."""
     if steps.size <= points:
         return steps, values, values, values
     parts = np.array_split(np.arange(steps.size), points)
@@ -222,7 +222,7 @@ def rounded(value: float | None) -> float | int | None:
 
 
 def short(values: Array) -> list[float | int | None]:
-    """Steps keep all their digits, which 5 would not hold beyond 99,999."""
+    """Steps keep all their digits: five would not suffice beyond 99,999."""
     whole = (
         values.size > 0 and bool((values == np.round(values)).all()) and bool((np.abs(values) < 2**53).all())
     )

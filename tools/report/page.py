@@ -1,7 +1,7 @@
-"""The page of a report: one HTML file that loads nothing, light or dark as its reader's screen is.
+"""The page of a report: one self-contained HTML file, light or dark according to the browser's setting.
 
-Text of a run passes through ``html.escape``, data through JSON without "<"; the content policy lets no other script run than
-the two that are here, and forbids requests.
+Text of a run passes through ``html.escape``, data through JSON without "<"; the content policy allows only the two
+scripts here, and forbids requests.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NONE = "–"
 HERE = Path(__file__).parent
 COLOURS = 8
 SAMPLES = 8
-"""Steps of each prompt that are shown, spread over the run, the first and the last among them."""
+"""Steps shown for each prompt, spread over the run, including the first and the last."""
 
 # A figure of the summary: heading, and how a run's cell reads.
 COLUMNS: dict[str, Callable[[Summary], str]] = {

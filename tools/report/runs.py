@@ -1,7 +1,7 @@
-"""What a run directory says about its run: its configuration, its facts and the series of ``metrics.jsonl``, as they are.
+"""Reads a run directory: its configuration, its description and the series of ``metrics.jsonl``.
 
-Only ``config.yaml``, ``run.json`` and ``metrics.jsonl`` are opened, so a report works on a machine that has neither the data
-nor the memory of the run, and on a run that is still being written.
+Only ``config.yaml``, ``run.json`` and ``metrics.jsonl`` are opened, so a report needs neither the data nor the memory of the
+run, and works while the run is still going.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from polargrad_dist.trainer.metrics import record_in
 
 Array = NDArray[np.float64]
 UNSET = "not set"
-LARGEST = 1e300  # beyond it the distance between two values overflows, and no axis can be drawn
+LARGEST = 1e300  # beyond it the difference of two values overflows, and no axis can be drawn
 
 
 @dataclass
 class Series:
-    """One figure over the steps, in rising order of step."""
+    """One quantity over the steps, in ascending order."""
 
     steps: array[float] = field(default_factory=lambda: array("d"))
     values: array[float] = field(default_factory=lambda: array("d"))
 
     def cut(self, step: float) -> None:
-        """Takes away the values from ``step`` on."""
+        """Removes the values from ``step`` on."""
         while self.steps and self.steps[-1] >= step:
             self.steps.pop()
             self.values.pop()
@@ -47,7 +47,7 @@ class Series:
 
 @dataclass
 class Summary:
-    """A run in one row; None where the run directory does not say."""
+    """The summary of a run; None for what the run directory does not contain."""
 
     label: str
     model: str | None
@@ -74,7 +74,7 @@ class RunRecords:
     label: str
     config: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
-    """What ``run.json`` holds; empty for a run without one."""
+    """The content of ``run.json``; empty for a run without one."""
     series: dict[tuple[str, ...], Series] = field(default_factory=dict)
     step: int = 0
     records: int = 0
@@ -83,7 +83,7 @@ class RunRecords:
     """Step, prompt and continuation of each sample, in the order in which they were written."""
 
     def curve(self, *path: str) -> tuple[Array, Array]:
-        """(steps, values) of a series; empty where nothing finite was recorded."""
+        """(steps, values) of a series; empty if nothing finite was recorded."""
         found = self.series.get(path, Series())
         return np.array(found.steps, dtype=np.float64), np.array(found.values, dtype=np.float64)
 
@@ -93,11 +93,11 @@ class RunRecords:
         return list(dict.fromkeys(path[n] for path in self.series if len(path) > n and path[:n] == prefix))
 
     def setting(self, dotted: str) -> Any:
-        """A configuration value, None where it is not there."""
+        """A configuration value; None if it is missing."""
         return within(self.config, dotted)
 
     def fact(self, dotted: str) -> Any:
-        """A value of ``run.json``, None where it is not there."""
+        """A value of ``run.json``; None if it is missing."""
         return within(self.facts, dotted)
 
     @property
@@ -111,14 +111,14 @@ class RunRecords:
         return sizes[0] * sizes[1] if all(type(size) is int for size in sizes) else None
 
     def skips(self) -> Array:
-        """Steps of the records whose count of skipped steps is higher than the record's before."""
+        """Steps of the records whose count of skipped steps is higher than that of the previous record."""
         steps, counts = self.curve("skipped")
         return steps[np.diff(counts, prepend=0.0) > 0]
 
     def add(self, record: dict[str, Any]) -> None:
-        """Takes in one record of ``metrics.jsonl``; what is null or no number in it is left out.
+        """Adds a record of ``metrics.jsonl``; nulls and values that are not numbers are left out.
 
-        A step below the last one is a resume: it takes the place of everything recorded from that step on.
+        A step below the last one is a resume: it replaces everything recorded from that step on.
         """
         step = record["step"]
         if step < self.step:
@@ -135,7 +135,7 @@ class RunRecords:
                 self.series.setdefault(path, Series()).add(step, value)
 
     def clock(self) -> tuple[Array, Array]:
-        """(steps, seconds of the run so far). Of older runs, which do not say, what the recorded rates imply; else empty."""
+        """(steps, elapsed seconds of the run). For older runs without them, derived from the recorded rates; else empty."""
         steps, seconds = self.curve("elapsed")
         if steps.size:
             return steps, seconds
@@ -146,7 +146,7 @@ class RunRecords:
         return steps, np.cumsum(np.diff(steps, prepend=0.0) * tokens / rates)
 
     def time_by_part(self) -> dict[str, float]:
-        """Seconds of the whole run in each part, the longest first; empty where no shares were recorded."""
+        """Seconds of the whole run in each phase, longest first; empty if no shares were recorded."""
         at, seconds = self.clock()
         found: dict[str, float] = {}
         for part in self.names("share"):
@@ -163,7 +163,7 @@ class RunRecords:
         return np.unique(np.concatenate([self.curve("share", part)[0] for part in self.names("share")]))
 
     def summary(self) -> Summary:
-        """The run in one row."""
+        """The summary of the run."""
         loss_steps, losses = self.curve("validation_loss")
         _, bits = self.curve("bits_per_byte")
         _, rates = self.curve("tokens_per_second")
@@ -199,7 +199,7 @@ def within(tree: Any, dotted: str) -> Any:
 
 
 def finite(value: Any) -> float | None:
-    """A number that an axis can hold, else None."""
+    """A number that fits on an axis, else None."""
     good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
     return float(value) if good else None
 
@@ -209,7 +209,7 @@ def last(values: Array) -> float | None:
 
 
 def describe_model(model: Any) -> str | None:
-    """Architecture with the sizes that were chosen, as in ``qwen2.5, 3 layers, width 128``."""
+    """Architecture with the configured sizes, such as ``qwen2.5, 3 layers, width 128``."""
     if not isinstance(model, dict) or not model.get("architecture"):
         return None
     layers, width = model.get("layers"), model.get("width")
@@ -220,7 +220,7 @@ def describe_model(model: Any) -> str | None:
 
 
 def numbers(tree: dict[str, Any], prefix: tuple[str, ...]) -> Iterable[tuple[tuple[str, ...], float]]:
-    """Every number of a nested record that an axis can hold, with its path."""
+    """Every number of a nested record that fits on an axis, with its path."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from numbers(value, (*prefix, key))
@@ -229,9 +229,9 @@ def numbers(tree: dict[str, Any], prefix: tuple[str, ...]) -> Iterable[tuple[tup
 
 
 def read_runs(folders: list[Path]) -> list[RunRecords]:
-    """Opens run directories, each once, under labels that tell them apart.
+    """Opens run directories, each once, with distinct labels.
 
-    Raises ``ConfigError`` for the first one that is no run directory.
+    Raises ``ConfigError`` for the first one that is not a run directory.
     """
     if not folders:
         raise ConfigError("a report needs at least one run directory, and none was given")
@@ -240,14 +240,14 @@ def read_runs(folders: list[Path]) -> list[RunRecords]:
 
 
 def read_run(folder: Path, label: str) -> RunRecords:
-    """Reads one run directory. A line that cannot be read, as the last one of a running run, is counted and passed over.
+    """Reads one run directory. Unreadable lines, such as the last one of a running run, are counted and skipped.
 
-    Raises ``ConfigError`` when the folder is no run directory.
+    Raises ``ConfigError`` if the folder is not a run directory.
     """
     rundir.expect(folder, "config.yaml", "metrics.jsonl")
     try:
         config = rundir.read(folder / "config.yaml")
-    except ValueError as error:  # bytes that are no text
+    except ValueError as error:  # bytes that are not text
         raise ConfigError(f"{folder / 'config.yaml'} cannot be read as a configuration ({error})") from error
     run = RunRecords(folder, label, json.loads(json.dumps(config, default=str)), read_facts(folder))
     try:
@@ -264,7 +264,7 @@ def read_run(folder: Path, label: str) -> RunRecords:
 
 
 def labels(folders: list[Path]) -> list[str]:
-    """For each of several different paths its shortest ending that no other one shares."""
+    """The shortest distinct suffix of each path."""
     depth = dict.fromkeys(folders, 1)
 
     def ending(folder: Path) -> str:
@@ -281,12 +281,12 @@ def labels(folders: list[Path]) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """A text that any font and any file can hold: what is not printable becomes U+FFFD."""
+    """Replaces characters that are not printable by U+FFFD."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def differences(runs: list[RunRecords]) -> dict[str, list[str]]:
-    """Dotted configuration keys whose values are not the same in all runs, with each run's value as JSON."""
+    """Dotted configuration keys whose values differ between runs, with each run's value as JSON."""
     flat = [rundir.leaves(run.config) for run in runs]
     keys = dict.fromkeys(key for one in flat for key in one)
     rows = {key: [json.dumps(one[key]) if key in one else UNSET for one in flat] for key in keys}

@@ -1,8 +1,8 @@
 """Checkpoints that survive a kill, a full disk and a flipped bit, and load at any world size and strategy.
 
-``manifest`` knows the format, ``storage`` the bytes under torch.distributed.checkpoint, ``folder`` what is kept,
-``ranks`` how ranks agree, and ``store`` brings them together.
-``python -m polargrad_dist.trainer.checkpoint verify|list|show PATH`` looks at them.
+``manifest`` is the format, ``storage`` the bytes under torch.distributed.checkpoint, ``folder`` the choice of what to keep,
+``ranks`` the agreement between ranks, and ``store`` combines them.
+``python -m polargrad_dist.trainer.checkpoint verify|list|show PATH`` inspects them.
 """
 
 from polargrad_dist.trainer.checkpoint.folder import CheckpointConfig

@@ -1,6 +1,6 @@
-"""``polargrad-checkpoint verify|list|show PATH``: looks at checkpoints, changes none.
+"""``polargrad-checkpoint verify|list|show PATH``: inspects checkpoints and changes nothing.
 
-The same as ``python -m polargrad_dist.trainer.checkpoint``; torch and numpy are all it needs.
+The same as ``python -m polargrad_dist.trainer.checkpoint``; it needs only torch and numpy.
 
 PATH is one checkpoint, a folder of them, or a run directory.
 """
@@ -25,15 +25,15 @@ from polargrad_dist.trainer.checkpoint.manifest import (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 0 if all is well, 1 if a checkpoint is damaged, 2 if PATH holds none.
+    """Returns 0 if all checkpoints are valid, 1 if one is damaged, 2 if PATH holds none.
 
-    Ends quietly, with 0, when nobody reads what it prints any more, as under ``| head``.
+    Ends quietly, with 0, when its output is closed, as by ``| head``.
     """
     try:
         code = _main(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Python's own flush at the end has to go somewhere.
+        # Python's own flush at exit would fail otherwise.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return code
@@ -47,7 +47,10 @@ def _main(arguments: list[str] | None) -> int:
     options = parser.parse_args(arguments)
     found = _checkpoints(options.path)
     if not found:
-        print(f"{options.path}: no checkpoint here", file=sys.stderr)
+        print(
+            f"{options.path} holds no checkpoint, expected a checkpoint, a folder of them, or a run directory",
+            file=sys.stderr,
+        )
         return 2
     if options.command == "list":
         print(

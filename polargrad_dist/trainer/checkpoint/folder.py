@@ -1,8 +1,8 @@
-"""The folder of one run's checkpoints: which are kept, what moves out of the way. Only rank 0 calls these.
+"""The folder of one run's checkpoints: which to keep, and which to move aside. Only rank 0 calls these functions.
 
 Names: ``step-00001000`` is a checkpoint; ``.saving-…`` one being written; ``.removing-…`` one being deleted;
-``aside-…`` one that no run resumes from any more (damaged, or of a branch given up), left for a person to
-look at or delete.
+``aside-…`` one that no run resumes from any more (damaged, or of an abandoned branch), left for the user to
+inspect or delete.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ SAVING, REMOVING, ASIDE = ".saving-", ".removing-", "aside-"
 
 @dataclass
 class CheckpointConfig:
-    """How often a run is saved, what is kept, and where it starts.
+    """When to save, what to keep, and where to resume.
 
     Args:
         every: steps between saves; 0 saves only at the end and on a signal.
-        keep_last: the newest ones to keep, at least 2.
-        keep_every: checkpoints whose step it divides are kept for good; 0 keeps none.
+        keep_last: number of newest checkpoints to keep, at least 2.
+        keep_every: also keep checkpoints whose step is a multiple of this; 0 for none.
         keep_best: also keep the one with the lowest validation loss.
         asynchronous: copy to host memory, then write in the background while training goes on.
         on_failure: whether a failed save ends the run; null: raise when synchronous, continue when asynchronous.
-        threads: per rank, for hashing, reading and writing.
-        resume: auto (newest valid one of this run, if any), never, or the path of one checkpoint.
-        allow_other_data: resume although tokens come from other data than the checkpoint's.
+        threads: threads per rank for hashing, reading and writing.
+        resume: auto (newest valid checkpoint of this run, if any), never, or the path of a checkpoint.
+        allow_other_data: resume even if the data differ from the checkpoint's.
     """
 
     every: int = 1000
@@ -59,7 +59,7 @@ class CheckpointConfig:
 
 
 def prune(folder: Path, config: CheckpointConfig, losses: dict[str, float | None]) -> None:
-    """Removes what is neither among the last, nor for good, nor the best; ``losses`` caches losses by name."""
+    """Removes checkpoints that no ``keep_`` option keeps; ``losses`` caches losses by name."""
     paths = checkpoints_in(folder)
     keep = set(paths[-config.keep_last :])
     if config.keep_every:
@@ -82,9 +82,9 @@ def prune(folder: Path, config: CheckpointConfig, losses: dict[str, float | None
 
 
 def remove(path: Path) -> bool:
-    """Deletes a folder, a file or a link (not what it points at); says whether it is gone.
+    """Deletes a folder, a file or a link (not its target); returns whether it is gone.
 
-    What cannot be deleted stays, with a line in the log: a file that is open elsewhere on NFS lives on as ``.nfs…``.
+    What cannot be deleted stays, with a line in the log: on NFS a file that is open elsewhere persists as ``.nfs…``.
     """
     try:
         if path.is_dir() and not path.is_symlink():
@@ -108,7 +108,7 @@ def _validation_loss(path: Path) -> float | None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Removes what killed saves and removals left."""
+    """Removes what interrupted saves and removals left behind."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name.startswith((SAVING, REMOVING)):
             log.info("removing %s, which a killed run left", path)

@@ -1,9 +1,8 @@
-"""What a checkpoint folder holds: one manifest.json, its checksum, and one file of raw tensor bytes per rank.
+"""The content of a checkpoint folder: one manifest.json, its checksum, and one file of raw tensor bytes per rank.
 
-The manifest is JSON and the rank files are nothing but bytes, so that reading a checkpoint, even a hostile
-one, can execute nothing. Every piece of a tensor has its own CRC-32, so that damage is named down to the tensor
-(it misses one random change in 4 billion and costs less than half of what SHA-256 does). Knows files and checksums;
-knows no process group.
+The manifest is JSON and the rank files are raw bytes, so that reading a checkpoint, even a hostile one, cannot execute
+code. Every piece of a tensor has its own CRC-32, so that damage is located down to the tensor (it misses one random
+change in 4 billion and costs less than half of SHA-256). Knows files and checksums, but no process group.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ CHECKSUM = "manifest.sha256"
 _NAME = re.compile(r"step-(\d{8,})")
 _RANK_FILE = re.compile(r"rank-\d{5,}\.bin")
 _DTYPES = {str(v).removeprefix("torch."): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
-# Small enough to be in a cache when it is hashed just before or after it is copied.
+# Small enough to stay in the cache between copying and hashing.
 BLOCK = 1 << 20
 
 T = TypeVar("T")
@@ -58,7 +57,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def misplaced(path: Path, manifest: Manifest, run: str | None) -> str | None:
-    """Why a checkpoint does not belong where it lies: copied, renamed, or of another run than ``run`` (None: any)."""
+    """Why a checkpoint does not belong in its folder: copied, renamed, or of another run than ``run`` (None: any)."""
     named = step_of(path)
     if named is not None and named != manifest.step:
         return f"its manifest is of step {manifest.step}: it was renamed or copied over another"
@@ -92,7 +91,7 @@ class SavedTensor:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything but the tensors' bytes. ``identity`` says of which model, tokenizer and data it is, ``run`` of which run."""
+    """Everything except the tensors' bytes. ``identity`` describes model, tokenizer and data; ``run`` is the run's id."""
 
     step: int
     world_size: int
@@ -120,7 +119,7 @@ class Manifest:
         return sum(self.files.values())
 
     def write(self, folder: Path) -> None:
-        """Writes manifest.json and its checksum, and returns when both and the folder are on the disk."""
+        """Writes manifest.json and its checksum, and returns once both and the folder are synced to disk."""
         body = dict(vars(self), format=FORMAT)
         body["tensors"] = {
             name: {
@@ -132,7 +131,7 @@ class Manifest:
         }
         text = json.dumps(body, separators=(",", ":")).encode()
         write_durably(folder / MANIFEST, text)
-        # In the format of coreutils: `sha256sum -c manifest.sha256`.
+        # In the format of coreutils, for `sha256sum -c manifest.sha256`.
         write_durably(folder / CHECKSUM, f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}\n".encode())
         sync_folder(folder)
 
@@ -167,7 +166,7 @@ def _tensor(name: str, body: dict[str, Any]) -> SavedTensor:
     for piece in pieces:
         # The name is joined to a path: nothing but a plain rank file inside the folder may pass.
         if not _RANK_FILE.fullmatch(piece.file):
-            raise ValueError(f"{name} lies in {piece.file!r}, which is no rank file")
+            raise ValueError(f"{name} is in {piece.file!r}, which is not a rank file")
         numbers = (piece.start, piece.bytes, piece.crc32, *piece.offset, *piece.shape, *shape)
         if not all(type(n) is int and n >= 0 for n in numbers):
             raise ValueError(f"{name} has an offset or size that is not a natural number")
@@ -185,7 +184,7 @@ def _tensor(name: str, body: dict[str, Any]) -> SavedTensor:
 def damage(
     folder: Path, manifest: Manifest, *, share: tuple[int, int] = (0, 1), threads: int = 4
 ) -> list[str]:
-    """What is wrong with the rank files: a line per missing or short file or damaged piece; else empty.
+    """Problems of the rank files: a line per missing or short file or damaged piece; empty if there are none.
 
     ``share=(i, n)`` reads only the i-th of n parts of the pieces, so that n ranks verify together.
     """
@@ -222,9 +221,9 @@ def verify(folder: Path, *, threads: int = 4) -> Manifest:
 
 
 def read_piece(folder: Path, piece: Piece, into: memoryview | None = None, check: bool = True) -> bool:
-    """Reads a piece block by block, into memory if given; says whether its bytes are those that were written.
+    """Reads a piece block by block, into memory if given; returns whether its bytes match the checksum.
 
-    Without ``check`` only their number is looked at.
+    Without ``check`` only their number is compared.
     """
     scratch = memoryview(bytearray(min(BLOCK, piece.bytes)))
     crc, done = 0, 0
@@ -239,7 +238,7 @@ def read_piece(folder: Path, piece: Piece, into: memoryview | None = None, check
 
 
 def differences(saved: Any, current: Any, name: str) -> Iterator[str]:
-    """Sentences that name where two JSON values differ, depth first."""
+    """Describes where two JSON values differ, depth first."""
     if isinstance(saved, dict) and isinstance(current, dict):
         for key in sorted(saved.keys() | current.keys()):
             if key not in saved or key not in current:

@@ -1,4 +1,4 @@
-"""How the ranks of a run agree about files: what one rank finds, all learn before any acts on it; who writes what."""
+"""Agreement between ranks about files: all ranks learn what one finds before any acts on it; and which rank writes what."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """This run's ranks on a gloo group of their own; a run of one process has no group and needs no messages.
+    """This run's ranks on a separate gloo group; a single process has no group and sends no messages.
 
-    Background saves on the training's group would mix their collectives with the training's, and hang.
+    On training's own group, background saves would interleave their collectives with training's, and hang.
     """
 
     def __init__(self, timeout: timedelta | None) -> None:
@@ -34,7 +34,7 @@ class Ranks:
         return values
 
     def together(self, doing: str, fn: Callable[[], T]) -> list[T]:
-        """Every rank's ``fn()``, in rank order; one rank's error is raised as CheckpointError on all of them."""
+        """Every rank's ``fn()``, in rank order; an error on one rank is raised as CheckpointError on all."""
         value, error = None, None
         try:
             value = fn()
@@ -61,7 +61,7 @@ class Ranks:
 def deal(held: tuple[dict[str, int], ...]) -> list[set[str]]:
     """Which rank writes which plain tensor, given each rank's names and their bytes; one set per rank.
 
-    What only one rank holds is settled first; then largest first, each to its holder with the least so far.
+    Tensors on a single rank come first; the others, largest first, go to the least loaded rank that holds them.
     """
     holders: dict[str, list[int]] = {}
     for rank, names in enumerate(held):
@@ -76,7 +76,7 @@ def deal(held: tuple[dict[str, int], ...]) -> list[set[str]]:
 
 
 def cause(error: BaseException) -> str:
-    """What went wrong on the first rank where something did, in one sentence."""
+    """The error of the first rank that failed, in one sentence."""
     if isinstance(error, dcp.CheckpointException) and error.failures:
         first = min(error.failures)
         ranks = f" (rank {', '.join(map(str, sorted(error.failures)))})" if dist.is_initialized() else ""

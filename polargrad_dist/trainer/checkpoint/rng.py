@@ -1,4 +1,4 @@
-"""The random generators of one rank as plain tensors, so that they travel in a checkpoint like all else."""
+"""The random generators of one rank as plain tensors, so that checkpoints store them like any tensor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def rng_state() -> dict[str, torch.Tensor]:
-    """The states of Python's, NumPy's global, torch's CPU and the current accelerator's generator."""
+    """The states of the generators of Python, NumPy (global), torch on the CPU and the current accelerator."""
     _, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state = {
@@ -25,7 +25,7 @@ def rng_state() -> dict[str, torch.Tensor]:
 
 
 def restore_rng_state(state: dict[str, torch.Tensor]) -> None:
-    """Sets what ``rng_state`` returned. A device state is ignored where there is no device."""
+    """Restores the result of ``rng_state``. A device's state is ignored if there is no device."""
     gauss = state["python_gauss"].tolist()
     random.setstate((3, tuple(state["python"].tolist()), gauss[0] if gauss else None))
     *keys, position, has_gauss = state["numpy"].tolist()

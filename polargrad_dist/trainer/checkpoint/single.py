@@ -1,4 +1,4 @@
-"""Checkpoints read without their run: one tensor at a time, on one process, whatever ranks and strategy saved them."""
+"""Reads checkpoints outside of training: one tensor at a time, in one process, whatever ranks and strategy saved them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from polargrad_dist.trainer.checkpoint.manifest import (
     checkpoints_in,
     misplaced,
     read_piece,
+    step_of,
     verify,
 )
 from polargrad_dist.trainer.checkpoint.storage import as_bytes
@@ -23,10 +24,9 @@ MODEL, AVERAGE = "model/", "average/"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint and the run directory that it lies in.
+    """One checkpoint and its run directory.
 
-    Where the run averages its last weights, what is read of the model is what the run validated, or with ``last`` the last
-    weights.
+    If the run averages its last weights, the model's tensors are those that it validated, or with ``last`` the last weights.
     """
 
     folder: Path
@@ -36,7 +36,7 @@ class Checkpoint:
 
     @property
     def averaged(self) -> float:
-        """The share of the average in the weights that are read, 0 where there is none."""
+        """The share of the average in the weights that are read, 0 without an average."""
         average = self.manifest.configuration.get("trainer", {}).get("average") or {}
         start = average.get("start")
         return 0.0 if self.last or start is None or self.step < start else float(average["weight"])
@@ -47,16 +47,16 @@ class Checkpoint:
 
     @property
     def progress(self) -> float:
-        """The part of its training that was done, in [0, 1]."""
+        """The fraction of training that was done, in [0, 1]."""
         steps = self.manifest.configuration.get("trainer", {}).get("steps") or self.step
         return min(1.0, self.step / max(1, steps))
 
     def names(self, prefix: str = MODEL) -> list[str]:
-        """The tensors below a prefix, without it, in the order of the manifest."""
+        """The names of tensors with a prefix, which is removed, in the order of the manifest."""
         return [name.removeprefix(prefix) for name in self.manifest.tensors if name.startswith(prefix)]
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor, whole, on the CPU, in the dtype that it was saved with. Raises CheckpointError where it is damaged."""
+        """A whole tensor on the CPU, in its saved dtype. Raises CheckpointError if it is damaged."""
         mean = AVERAGE + name.removeprefix(MODEL)
         if name.startswith(MODEL) and self.averaged and mean in self.manifest.tensors:
             last = self._read(name)
@@ -85,20 +85,20 @@ class Checkpoint:
 
 
 def find_checkpoint(path: Path | str, step: int | None = None) -> Checkpoint:
-    """A checkpoint by its own folder, or by its run directory: that of ``step``, else the newest that is whole and its own.
+    """Finds a checkpoint by its folder, or in a run directory: that of ``step``, or the newest valid one of this run.
 
-    Raises ``ConfigError`` for a folder that is neither, ``CheckpointError`` where there is no valid checkpoint.
+    Raises ``ConfigError`` for a folder that is neither, ``CheckpointError`` if there is no valid checkpoint.
     """
     path = Path(path).absolute()
     if (path / MANIFEST).is_file():
         if step is not None:
             raise ConfigError(
-                f"{path} is one checkpoint and --step is {step}, expected one of the two: name the run"
+                f"{path} is one checkpoint and --step is {step}, expected only one of the two: name the run directory"
             )
         return Checkpoint(path, path.parent.parent, Manifest.read(path))
     if not (path / "config.yaml").is_file() and (path / "config.json").is_file():
         raise ConfigError(
-            f"{path} is a model in Hugging Face's form (it holds config.json), expected the trainer.run_dir of a run: name "
+            f"{path} is a model in Hugging Face's format (it holds config.json), expected the trainer.run_dir of a run: name "
             "the run that it was exported from, or load it with transformers"
         )
     if not (path / "config.yaml").is_file():
@@ -108,7 +108,13 @@ def find_checkpoint(path: Path | str, step: int | None = None) -> Checkpoint:
         )
     found = checkpoints_in(path / "checkpoints")
     if step is not None:
-        found = [folder for folder in found if folder.name == f"step-{step:08}"]
+        steps = [step_of(folder) for folder in found]
+        found = [folder for folder in found if step_of(folder) == step]
+        if steps and not found:
+            raise CheckpointError(
+                f"{path} holds no checkpoint of step {step}, expected one of {', '.join(map(str, steps))}: name one of them "
+                "with --step, or leave it out for the newest valid one"
+            )
     problems: list[str] = []
     for folder in reversed(found):
         try:
@@ -126,7 +132,7 @@ def find_checkpoint(path: Path | str, step: int | None = None) -> Checkpoint:
 
 
 def _run_of(run_dir: Path) -> str | None:
-    """The id of a run; None in a directory that has lost it."""
+    """The id of a run; None if its directory has none."""
     try:
         return (run_dir / "run_id").read_text(encoding="utf-8").strip() or None
     except (OSError, UnicodeDecodeError):

@@ -1,6 +1,6 @@
-"""The bytes of a checkpoint under torch.distributed.checkpoint (DCP): its planners say which rank writes or
-wants which slice of which tensor, these classes write and read them. DCP's own file storage keeps its metadata as
-a pickle and has no checksums; here the metadata is the JSON manifest, and every piece is checked.
+"""Storage under torch.distributed.checkpoint (DCP): its planners decide which rank writes or reads which slice of
+which tensor, and these classes write and read the bytes. DCP's own file storage keeps its metadata in a pickle and has
+no checksums; here the metadata is the JSON manifest, and every piece is checked.
 """
 
 from __future__ import annotations
@@ -63,15 +63,15 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 class HostCopies:
-    """Copies in host memory whose buffers are used again at the next save, pinned when they come from a GPU."""
+    """Copies in host memory whose buffers are reused by the next save; pinned if the tensors are on a GPU."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
 
     def of(self, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | CheckpointError:
-        """A copy of what this rank holds of each tensor.
+        """A copy of this rank's part of each tensor.
 
-        An error is returned, for the ranks to learn of it in the transaction: the others are on their way there.
+        An error is returned, so that it reaches the other ranks in the transaction, which they are about to enter.
         """
         copies, on_device = {}, False
         try:
@@ -93,7 +93,7 @@ class HostCopies:
 
 
 class Copies(DefaultSavePlanner):
-    """Plans from the live tensors' shapes and shardings, but writes ``data``: their local parts, or copies."""
+    """Plans with the shapes and shardings of the live tensors, but writes ``data``: their local parts, or copies."""
 
     def __init__(self, data: dict[str, torch.Tensor] | CheckpointError) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -110,9 +110,9 @@ class Copies(DefaultSavePlanner):
 
 
 class Writer(StorageWriter):
-    """Writes one file per rank into a new folder; rank 0 calls ``commit`` when all bytes are on the disk.
+    """Writes one file per rank into a new folder; rank 0 calls ``commit`` once all bytes are on disk.
 
-    DCP gathers whatever a rank raises here, and raises it on all of them.
+    DCP gathers the errors that are raised here, and raises them on all ranks.
     """
 
     def __init__(self, folder: Path, threads: int, commit: Callable[[dict[str, SavedTensor]], None]) -> None:
@@ -181,7 +181,7 @@ class Writer(StorageWriter):
 
 
 class StrictLoad(DefaultLoadPlanner):
-    """Refuses names and shapes that the checkpoint does not have, naming them, before anything is read."""
+    """Before anything is read, raises an error that lists names and shapes that the checkpoint does not have."""
 
     def __init__(self, manifest: Manifest) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -202,9 +202,9 @@ class StrictLoad(DefaultLoadPlanner):
 
 
 class Reader(StorageReader):
-    """Reads whole pieces and copies what is asked of them; a piece that fills its target is read in place.
+    """Reads whole pieces and copies the requested slices; a piece that fills its target is read in place.
 
-    ``check`` compares each with its checksum.
+    ``check`` compares each piece with its checksum.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, threads: int, check: bool) -> None:

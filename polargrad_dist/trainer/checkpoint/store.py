@@ -1,7 +1,7 @@
-"""The checkpoints of one run: when a save counts, and from which one a run resumes.
+"""The checkpoints of one run: saving atomically, and choosing the one to resume from.
 
-A save goes to a hidden folder beside the older checkpoints, is hashed and flushed by every rank, and is
-renamed into place by rank 0 as its last act; nothing that exists is ever written to.
+A save is written to a hidden folder beside the older checkpoints, hashed and flushed by every rank, and at last renamed into
+place by rank 0; existing checkpoints are never written to.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a checkpoint holds besides tensors; ``per_rank`` is None if another number of ranks saved it."""
+    """The content of a checkpoint besides tensors; ``per_rank`` is None if another number of ranks saved it."""
 
     step: int
     objects: dict[str, Any]
@@ -67,13 +67,12 @@ class Loaded:
 class CheckpointStore:
     """The checkpoints in ``folder``. All ranks call every method, in the same order.
 
-    identity: JSON-able parts ("model", "tokenizer", "data") that must equal a checkpoint's for it to load.
-    configuration: JSON-able, kept in every manifest for people to read.
-    run: the run's id, kept in every manifest; checkpoints of another run that lie in ``folder`` are passed over. None: any.
-    timeout: how long a rank waits for the others while saving or loading; None is gloo's own, 30 minutes.
+    identity: JSON-able parts ("model", "tokenizer", "data") that must equal those of a checkpoint to load it.
+    configuration: JSON-able, stored in every manifest for reference.
+    run: the run's id, stored in every manifest; checkpoints of other runs in ``folder`` are skipped. None: any.
+    timeout: how long a rank waits for the others while saving or loading; None is gloo's default, 30 minutes.
 
-    ``last_saved`` is the step of the newest checkpoint that this store wrote or loaded, ``failed`` counts
-    failed saves.
+    ``last_saved`` is the step of the newest checkpoint that this store wrote or loaded; ``failed`` counts failed saves.
     """
 
     def __init__(
@@ -96,10 +95,8 @@ class CheckpointStore:
         self.failed = 0
         self._ranks = Ranks(timeout)
         self._origin: str | None = None
-        self._verified: Path | None = None  # what was hashed just now need not be hashed again to be loaded
-        self._superseded: tuple[Path, list[Path]] | None = (
-            None  # goes aside when the first of it has been loaded
-        )
+        self._verified: Path | None = None  # its hashes are already checked, so that loading can skip them
+        self._superseded: tuple[Path, list[Path]] | None = None  # renamed to aside-… after the load
         self._saving = False
         self._losses: dict[str, float | None] = {}
         self._copies = HostCopies()
@@ -117,12 +114,12 @@ class CheckpointStore:
         per_rank: dict[str, torch.Tensor] | None = None,
         validation_loss: float | None = None,
     ) -> bool:
-        """Saves the state after ``step`` steps; True if it is on the disk or, asynchronous, copied and on its way.
+        """Saves the state after ``step`` steps; True if it is on disk or, if asynchronous, copied and being written.
 
-        tensors: name to Tensor or DTensor, only those this rank holds; what several ranks hold is written once.
-        objects: JSON-able; rank 0's are kept. per_rank: small tensors of which every rank's own is kept.
-        A failure raises CheckpointError on all ranks or returns False on all, as ``on_failure`` says; older
-        checkpoints stay as they are. A background save still running is waited for first.
+        tensors: name to Tensor or DTensor, only those on this rank; tensors on several ranks are written once.
+        objects: JSON-able; rank 0's are stored. per_rank: small tensors, stored for each rank.
+        A failure raises CheckpointError on all ranks or returns False on all, depending on ``on_failure``; older
+        checkpoints stay as they are. Waits first for a background save that is still running.
         """
         self._finish()
         if step == self.last_saved:
@@ -172,12 +169,12 @@ class CheckpointStore:
 
     @property
     def writing(self) -> bool:
-        """Whether a checkpoint is on its way to the disk, here or in the background."""
+        """Whether a checkpoint is being written, here or in the background."""
         pending = self._pending
         return self._saving or (pending is not None and not pending.done())
 
     def wait(self) -> bool:
-        """Waits for all work in the background; True if every save since the last ``wait`` is on the disk."""
+        """Waits for all work in the background; True if every save since the last ``wait`` is on disk."""
         self._finish()
         if self._pruning is not None:
             self._pruning.result()
@@ -185,7 +182,7 @@ class CheckpointStore:
         return saved
 
     def close(self) -> bool:
-        """``wait``, then gives the process group and the buffers back."""
+        """``wait``, then releases the process group and the buffers."""
         try:
             return self.wait()
         finally:
@@ -194,12 +191,11 @@ class CheckpointStore:
             self._ranks.close()
 
     def resume_point(self) -> Path | None:
-        """The checkpoint to start from, as ``config.resume`` says; None to start afresh. Clears a killed run's leftovers.
+        """The checkpoint to start from, by ``config.resume``; None to start from scratch. Removes a killed run's leftovers.
 
-        Once it has been loaded, checkpoints of this folder newer than it (damaged, misplaced, or of a branch given up) are
-        renamed to ``aside-…``, so that no later start picks them. A run that began at a path goes on from its own
-        checkpoints when it is restarted with the same path. Raises CheckpointError if there are checkpoints
-        but no valid one.
+        After it is loaded, newer checkpoints in this folder (damaged, misplaced, or of an abandoned branch) are renamed to
+        ``aside-…``, so that no later start picks them. A run that began at a path resumes from its own checkpoints when it
+        is restarted with the same path. Raises CheckpointError if there are checkpoints but no valid one.
         """
         self._finish()
         self._ranks.on_rank_0("clearing the checkpoint folder", lambda: clear_leftovers(self.folder))
@@ -218,14 +214,14 @@ class CheckpointStore:
         return chosen
 
     def newest_valid(self) -> Path | None:
-        """The newest checkpoint of which every byte is right. Logs what it skips and why; changes nothing."""
+        """The newest checkpoint in which every byte is intact. Logs which ones it skips and why; changes nothing."""
         self._finish()
         return self._newest_valid(self._list())[0]
 
     def load(self, path: str | os.PathLike, tensors: dict[str, torch.Tensor]) -> Loaded:
-        """Fills ``tensors`` in place: each rank those it wants, whole or sharded, however they were saved.
+        """Fills ``tensors`` in place: each rank reads its own, whole or sharded, however they were saved.
 
-        Raises CheckpointError on all ranks: damage, missing names, other shapes, another model, tokenizer or data.
+        Raises CheckpointError on all ranks for damage, missing names, other shapes, another model, tokenizer or data.
         """
         self._finish()
         path, rank = Path(path).absolute(), self._ranks.rank
@@ -291,7 +287,7 @@ class CheckpointStore:
         data: dict[str, torch.Tensor] | CheckpointError,
         temporary_name: str,
     ) -> CheckpointError | None:
-        """The whole transaction, on this thread or in the background. Returns an error rather than raise it."""
+        """The whole transaction, on this thread or in the background. Returns an error instead of raising it."""
         final = self.folder / folder_name(manifest.step)
         temporary = final.with_name(temporary_name)
         started = time.monotonic()
@@ -341,9 +337,9 @@ class CheckpointStore:
         return False
 
     def _make_room(self, step: int) -> str:
-        """On rank 0: clears what a killed save of this step left, and renames a damaged checkpoint of it.
+        """On rank 0: removes what a killed save of this step left, and renames a damaged checkpoint of the same step.
 
-        Returns the name of the folder to write into: another than usual where the leftover cannot be deleted.
+        Returns the name of the folder to write into: a different one if the leftover cannot be deleted.
         """
         final = self.folder / folder_name(step)
         temporary, n = final.with_name(SAVING + final.name), 1
@@ -361,14 +357,14 @@ class CheckpointStore:
         return Path(self.config.resume).absolute()
 
     def _run_at(self, path: Path) -> str | None:
-        """Of which run a checkpoint must be; None where it was asked for by name or lies elsewhere."""
+        """The run that a checkpoint must belong to; None if it was requested by path or is in another folder."""
         return self.run if path.parent == self.folder and path != self._asked_for else None
 
     def _list(self) -> list[Path]:
         return self._ranks.on_rank_0(f"listing {self.folder}", lambda: checkpoints_in(self.folder))
 
     def _choose(self, own: list[Path]) -> Path:
-        """The checkpoint that ``config.resume``, auto or a path, means while the folder holds ``own``."""
+        """The checkpoint for ``config.resume``, auto or a path, if the folder holds ``own``."""
         newest, skipped = self._newest_valid(own)
         if self.config.resume == "auto":
             if newest is None:
@@ -397,7 +393,7 @@ class CheckpointStore:
         return self._ranks.on_rank_0(f"reading {path}", lambda: Manifest.read(path).origin)
 
     def _newest_valid(self, paths: list[Path]) -> tuple[Path | None, list[str]]:
-        """The last valid one of ``paths`` and why those after it are not; the ranks share the reading."""
+        """The last valid one of ``paths`` and why later ones are invalid; the ranks share the reading."""
         skipped: list[str] = []
         for path in reversed(paths):
             reasons = self._ranks.gather(self._damage(path, (self._ranks.rank, self._ranks.world)))
@@ -420,7 +416,7 @@ class CheckpointStore:
             return str(error)
 
     def _admit(self, path: Path) -> None:
-        """Refuses a checkpoint of another model, tokenizer or data, naming the differences."""
+        """Raises CheckpointError for another model, tokenizer or data, naming the differences."""
         manifest = Manifest.read(path)
         if reason := misplaced(path, manifest, self._run_at(path)):
             raise CheckpointError(reason)

@@ -4,8 +4,8 @@ import math
 import numpy as np
 import pytest
 
-from data import bigram_baseline, open_data
-from data.baseline import DISCOUNT, cross_entropy
+from data import measure_bigram, open_data
+from data.bigram import DISCOUNT, cross_entropy
 from tests.data.corpus import config, json_lines, quiet, texts
 
 
@@ -53,7 +53,7 @@ def test_bits_per_byte_divide_the_bits_by_the_bytes_of_the_text(tmp_path):
         micro_batch=1,
         report=quiet,
     )
-    found = bigram_baseline(data)
+    found = measure_bigram(data)
     assert found.bits_per_byte == pytest.approx(found.bits_per_token / data.validation.bytes_per_token)
     assert 0.1 < found.bits_per_byte < 8
     assert found.bits_per_token < math.log2(data.vocab_size)

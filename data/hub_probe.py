@@ -1,4 +1,4 @@
-"""One quick question to the Hugging Face hub before its clients start retrying for minutes."""
+"""One quick request to the Hugging Face hub, before its clients retry for minutes."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ TIMEOUT_S = 10.0
 
 
 def offline() -> bool:
-    """Whether the user has told the hub's clients to stay off the network."""
+    """Whether HF_HUB_OFFLINE forbids network access."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}
 
 
 def first_line(error: Exception) -> str:
-    """What an error of a foreign library says, short enough for a sentence of ours."""
+    """The message of another library's error, shortened to fit into a sentence."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def unreachable(path: str, timeout: float = TIMEOUT_S) -> str | None:
-    """None if the hub answers for ``path`` (`api/datasets/NAME`, `api/models/NAME`); else why not, in a few words.
+    """None if the hub answers for ``path`` (`api/datasets/NAME`, `api/models/NAME`); else the reason, in a few words.
 
     Honours HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and the proxy variables. Takes at most about ``timeout`` seconds, even
-    where the name server never answers.
+    if the name server never answers.
     """
     if offline():
         return "HF_HUB_OFFLINE is set"
@@ -44,7 +44,7 @@ def unreachable(path: str, timeout: float = TIMEOUT_S) -> str | None:
             elif error.code == 404:
                 answer.append(f"{endpoint} knows no such name")
             else:
-                # The hub is there; what it says to a bare question is for its own client to deal with.
+                # The hub is reachable; other answers are for its own client to handle.
                 answer.append(None if error.code < 500 else f"{endpoint} answers {error.code}")
         except (OSError, ValueError) as error:
             answer.append(f"{endpoint} cannot be reached ({getattr(error, 'reason', error)})")

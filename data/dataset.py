@@ -1,4 +1,4 @@
-"""From a configuration to the data of a run: prepared where need be, verified, and cut for one rank."""
+"""From a configuration to one rank's data: prepared if necessary, and verified."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Meanwhile = Callable[[str, Callable[[], Any]], Any]
 
 @dataclass(frozen=True)
 class Data:
-    """What a run reads: training and validation data, and what is known of their tokens."""
+    """A run's data: training and validation sets, and their tokenizer and vocabulary."""
 
     train: Loader
     validation: ValidationSet | None
@@ -37,14 +37,14 @@ class Data:
     folder: Path
     shards: tuple[Shard, ...]
     validations: Mapping[str, ValidationSet] = field(default_factory=dict)
-    """Further validation sets by name: of each source of a mixture, and those of ``data.validation_sets``."""
+    """Further validation sets by name: one per source of a mixture, and those of ``data.validation_sets``."""
 
     def fingerprint(self) -> dict[str, Any]:
         """JSON-able: tokenizer, shards, sequence length and seed."""
         return self.train.fingerprint()
 
     def describe(self) -> dict[str, Any]:
-        """JSON-able: ``train_tokens``, ``validation_tokens``, ``vocab_size``, ``tokenizer``; None for what is not known."""
+        """JSON-able: ``train_tokens``, ``validation_tokens``, ``vocab_size``, ``tokenizer``; None if unknown."""
         held_out = self.validation
         return {
             "train_tokens": len(self.train.tokens),
@@ -54,25 +54,27 @@ class Data:
         }
 
     def load_tokenizer(self) -> Any:
-        """The tokenizer, to encode and decode with. Raises DataError where there is none."""
+        """The tokenizer, for encoding and decoding. Raises DataError if there is none."""
         if self.tokenizer is None:
-            raise DataError("these shards come without a tokenizer; set data.tokenizer.name to theirs.")
+            raise DataError(
+                "the shards have no tokenizer, expected the one that made them: set data.tokenizer.name to it"
+            )
         return self.tokenizer.load(self.folder)
 
     def keep_tokenizer(self, run_dir: Path) -> None:
-        """Puts the tokenizer into a run's directory, for its tools to work where the data are not."""
+        """Copies the tokenizer into a run's directory, so that the tools work on machines without the data."""
         keep(run_dir, self.load_tokenizer() if self.tokenizer else None, self.end_of_text)
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises DataError when a shard holds a token id that a model of this vocabulary does not have."""
+        """Raises DataError if a shard holds a token id outside the model's vocabulary."""
         for shard in self.shards:
             largest = shard.max_token
             if largest is None:
                 largest = int(open_shard(Path(shard.name)).max())
             if largest >= vocab_size:
                 raise DataError(
-                    f"{shard.name} holds token {largest}, the model's vocabulary ends at {vocab_size - 1}; set "
-                    "model.vocab_size to the tokenizer's, or prepare the data with the model's tokenizer."
+                    f"{shard.name} holds token {largest}, expected at most {vocab_size - 1}, the model's last: set "
+                    "model.vocab_size to the tokenizer's, or prepare the data with the model's tokenizer"
                 )
 
 
@@ -91,8 +93,8 @@ def open_data(
 ) -> Data:
     """The data of one rank. Rank 0 prepares what is not prepared yet, while the others wait in ``meanwhile``.
 
-    ``all_gather(x)`` returns every rank's x in rank order. ``meanwhile(doing, fn)`` is ``fn()`` on rank 0, and on the others
-    a wait for it, however long it takes. An error of one rank (DataError, ConfigError) is raised on all.
+    ``all_gather(x)`` returns every rank's x in rank order. ``meanwhile(doing, fn)`` runs ``fn()`` on rank 0, while the others
+    wait, however long it takes. An error on one rank (DataError, ConfigError) is raised on all.
     """
     for name, value in (("validation_tokens", config.validation_tokens), ("prefetch", config.prefetch)):
         if value is not None and value < 0:
@@ -100,8 +102,8 @@ def open_data(
 
     if config.sources and config.order == "sequential":
         raise ConfigError(
-            "data.order is 'sequential' with data.sources, whose sequences are drawn by weight, expected 'shuffled': set "
-            "it so, or name one source"
+            "data.order is 'sequential' with data.sources, expected 'shuffled', since a mixture draws sequences by weight: "
+            "set it to that, or name one source"
         )
 
     def on_rank_0(doing: str, fn: Callable[[], Any]) -> Any:
@@ -122,7 +124,7 @@ def open_data(
     unknown = [] if config.verify == "sizes" else [shard for shard in everything if not shard.sha256]
     foreign = [Path(shard.name) for shard in unknown]
     background = Background(foreign[rank::world], Path(config.cache) / "checksums", report)
-    # Sets that are only measured are not part of it: a run may change them.
+    # Sets that are only evaluated are not part of the fingerprint: a run may change them.
     held_out = [_identity(shard) for corpus in mixed for shard in corpus.validation]
     if config.sources:
         counts = shares([corpus.weight for corpus in mixed])
@@ -174,11 +176,11 @@ class ValidationMaker:
     limit: int | None
 
     def of(self, shards: tuple[Shard, ...]) -> ValidationSet | None:
-        """The first targets of some shards, as many as the limit allows; None where there are none."""
+        """The first targets of shards, up to the limit; None if there are none."""
         return self._made(_open(shards), _text_bytes(shards), self.limit) if shards else None
 
     def together(self, sets: list[tuple[Shard, ...]], counts: list[int]) -> ValidationSet | None:
-        """The beginnings of several sources' shards: whole ones without a limit, else their shares of it."""
+        """One set from the beginnings of several sources' shards: each its share of the limit, or all without one."""
         parts: list[np.ndarray] = []
         size: float | None = 0.0
         for shards, count in zip(sets, counts, strict=True):
@@ -205,13 +207,13 @@ class ValidationMaker:
 
 
 def _text_bytes(shards: tuple[Shard, ...]) -> int | None:
-    """Bytes of the text of shards; None where one does not say."""
+    """Bytes of the shards' text; None if it is unknown for one."""
     known = [shard.text_bytes for shard in shards if shard.text_bytes is not None]
     return sum(known) if len(known) == len(shards) else None
 
 
 def _tokenizer(config: DataConfig, manifest: Manifest | None) -> tuple[TokenizerInfo | None, int | None]:
-    """The tokenizer of the shards and their end-of-text; of foreign shards what the configuration says."""
+    """The tokenizer of the shards and their end-of-text; for foreign shards, those of the configuration."""
     if manifest is not None:
         info = TokenizerInfo(**manifest.tokenizer)
         return info, info.end_of_text
@@ -223,7 +225,7 @@ def _tokenizer(config: DataConfig, manifest: Manifest | None) -> tuple[Tokenizer
 
 
 def _identity(shard: Shard) -> dict[str, Any]:
-    """What tells one shard from another, whatever folder it lies in."""
+    """Identifies a shard independently of its folder."""
     checksum = shard.sha256 or sampled_sha256(Path(shard.name))
     return {"name": Path(shard.name).name, "tokens": shard.tokens, "sha256": checksum}
 
@@ -231,12 +233,14 @@ def _identity(shard: Shard) -> dict[str, Any]:
 def _open(shards: tuple[Shard, ...]) -> Tokens:
     opened = [open_shard(Path(shard.name)) for shard in shards]
     if len({shard.dtype for shard in opened}) > 1:
-        raise ConfigError("some shards hold uint16 tokens and some uint32; prepare all with one tokenizer.")
+        raise ConfigError(
+            "some shards hold uint16 tokens and some uint32, expected one type: prepare all with one tokenizer"
+        )
     return Tokens(opened)
 
 
 def _together(fn: Callable[[], Any], all_gather: Gather) -> list[Any]:
-    """Every rank's result; the first error on any rank is raised on all of them."""
+    """Every rank's result; the first error on any rank is raised on all."""
     try:
         answer: tuple[Any, PolarGradError | None] = (fn(), None)
     except PolarGradError as error:

@@ -1,4 +1,4 @@
-"""What every source of text gives: pieces of documents, and the checks on them."""
+"""The interface of a text source: documents, long ones in parts, and the checks on them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, Protocol
 from data.remote import File, Remote
 from polargrad_dist.errors import DataError
 
-DOCUMENT_PIECE = 2**18
+PART_CHARACTERS = 2**18
 
 
-class Piece(NamedTuple):
+class Part(NamedTuple):
     """A document, or a part of a long one."""
 
     text: str
@@ -20,9 +20,9 @@ class Piece(NamedTuple):
     """Bytes of the text in UTF-8."""
     validation: bool = False
     begins: bool = True
-    """Whether the document begins with this piece."""
+    """Whether the document begins with this part."""
     ends: bool = True
-    """Whether reading may begin anew after this piece; in the middle of a document it may not."""
+    """Whether a reader can resume after this part; inside a document it cannot."""
 
 
 class Source(Protocol):
@@ -35,10 +35,11 @@ class Source(Protocol):
 
     def describe(self) -> str: ...
 
-    def pieces(self, start: int = 0, cursor: Any = None) -> Iterator[Piece]:
-        """The pieces from number ``start`` on. Raises DataError naming file and line of text it cannot use.
+    def documents(self, start: int = 0, cursor: Any = None) -> Iterator[Part]:
+        """The documents in order, long ones in several parts, from part number ``start`` on.
 
-        ``cursor``: what ``self.cursor()`` gave after piece ``start`` - 1, if anything.
+        ``cursor``: what ``self.cursor()`` returned after part ``start`` - 1, if anything. Raises DataError with file and line
+        for text that cannot be used.
         """
         ...
 
@@ -48,7 +49,7 @@ class Source(Protocol):
         ...
 
     def cursor(self) -> Any:
-        """Where the pieces given out so far end, for a source that can go there faster than by counting; else None."""
+        """The position after the last part that was read, for a source that can seek to it; else None."""
         ...
 
 
@@ -63,40 +64,40 @@ def stamp(path: File) -> list[Any]:
 def text_field(record: dict[str, Any], field: str, where: str) -> str:
     if field not in record:
         fields = ", ".join(map(str, record)) or "nothing"
-        raise DataError(f"{where} has no field {field!r} but {fields}; set data.text_field.")
+        raise DataError(f"{where} has the fields {fields}, expected {field!r}: set data.text_field")
     if not isinstance(record[field], str):
-        raise DataError(f"{where}: {field!r} holds a {type(record[field]).__name__}, expected text.")
+        raise DataError(f"{where}: {field!r} holds a {type(record[field]).__name__}, expected text")
     return record[field]
 
 
-def document_pieces(text: str, validation_fraction: float, where: str) -> Iterator[Piece]:
-    """A document in pieces of at most DOCUMENT_PIECE characters, cut before a space where there is one.
+def split_document(text: str, validation_fraction: float, where: str) -> Iterator[Part]:
+    """A document in parts of at most PART_CHARACTERS characters, cut before a space where there is one.
 
-    All are for validation if a hash of the whole text falls below the fraction. A tokenizer takes some hundred bytes of
-    memory for each token of what it is given at once.
+    All parts are for validation if a hash of the whole text falls below the fraction. Parts bound the memory of the
+    tokenizer, which takes some hundred bytes for each token of a call.
     """
     try:
         raw = text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{where} holds half a surrogate pair (\\u{ord(text[error.start]):04x}), which is no text."
+            f"{where} holds half a surrogate pair (\\u{ord(text[error.start]):04x}), expected Unicode text: remove it"
         ) from error
     validation = validation_fraction > 0 and document_hash(raw) < validation_fraction * 2**64
-    if len(text) <= DOCUMENT_PIECE:
-        yield Piece(text, len(raw), validation)
+    if len(text) <= PART_CHARACTERS:
+        yield Part(text, len(raw), validation)
         return
     del raw
     start = 0
     while start < len(text):
-        stop = start + DOCUMENT_PIECE
+        stop = start + PART_CHARACTERS
         if stop < len(text):
-            space = text.rfind(" ", start + DOCUMENT_PIECE // 2, stop)
+            space = text.rfind(" ", start + PART_CHARACTERS // 2, stop)
             stop = stop if space < 0 else space
-        part = text[start:stop]
-        yield Piece(part, len(part.encode()), validation, start == 0, stop >= len(text))
+        cut = text[start:stop]
+        yield Part(cut, len(cut.encode()), validation, start == 0, stop >= len(text))
         start = stop
 
 
 def document_hash(text: bytes) -> int:
-    """64 bits of a document's text, by which it falls into training or validation wherever it is read from."""
+    """A 64-bit hash of a document's text, which decides between training and validation, whatever file it is read from."""
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())

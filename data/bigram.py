@@ -1,4 +1,4 @@
-"""A smoothed bigram model of the same tokens: what a language model has to beat before it has learnt anything.
+"""A smoothed bigram model of the same tokens: the first loss that a language model has to beat.
 
 Interpolated Kneser-Ney (Kneser and Ney 1995; Chen and Goodman 1999, section 2.7) with one discount of 0.75, its unigram
 level interpolated with the uniform distribution likewise, so that every token has a probability.
@@ -19,18 +19,18 @@ DISCOUNT = 0.75
 
 @dataclass(frozen=True)
 class Bigram:
-    """The baseline's cross-entropy on the validation targets; bits per byte where the text's bytes are known."""
+    """The bigram model's cross-entropy on the validation targets; bits per byte where the text's bytes are known."""
 
     bits_per_token: float
     bits_per_byte: float | None
 
 
-def bigram_baseline(data: Any, *, max_train_tokens: int = 20_000_000) -> Bigram:
+def measure_bigram(data: Any, *, max_train_tokens: int = 20_000_000) -> Bigram:
     """Counts the first training tokens of ``data`` (see `data.Data`) and measures its validation targets."""
     tokens = data.train.tokens
     if data.validation is None:
         raise DataError(
-            "there is no validation set to measure a bigram model on; set data.validation_fraction."
+            "the data have no validation set, expected one to measure a bigram model on: set data.validation_fraction"
         )
     counted, targets = tokens.read(0, min(len(tokens), max_train_tokens)), data.validation.targets()
     vocab_size = data.vocab_size or int(max(counted.max(), targets.max())) + 1

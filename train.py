@@ -21,6 +21,7 @@ from polargrad_dist.trainer import Outcome, Trainer, TrainerConfig, join, seed_e
 from polargrad_dist.trainer.checkpoint.single import Checkpoint
 from polargrad_dist.trainer.cli import USER_ERROR, DryRun, parse, run
 from polargrad_dist.trainer.dry_run import dry_run
+from polargrad_dist.trainer.estimate import expected
 from polargrad_dist.trainer.initial import checkpoint_of, initialize
 from polargrad_dist.trainer.preflight import preflight
 
@@ -101,7 +102,7 @@ def pretrain(config: RunConfig, configuration: dict[str, Any]) -> Outcome:
     world = join(config.trainer.device, config.trainer.strategy.timeout_minutes)
     try:
         trainer = config.trainer.for_world(world.size)
-        adopted, origin, _ = world.together(lambda: checked(config, configuration, trainer, world.size))
+        adopted, origin, build = world.together(lambda: checked(config, configuration, trainer, world.size))
         data = open_data(
             config.data,
             sequence_length=trainer.sequence_length,
@@ -120,6 +121,7 @@ def pretrain(config: RunConfig, configuration: dict[str, Any]) -> Outcome:
             initialize(model, adopted.init_from, origin, data, world)
         made = Trainer(trainer, config.optimizer, model, data, world, configuration)
         made.report = report
+        made.expect = partial(expected, build, config.optimizer, trainer, world.size, world.device)
         return made.fit()
     finally:
         world.close()

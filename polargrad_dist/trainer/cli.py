@@ -56,13 +56,18 @@ def parse(
     parser.add_argument(
         "--dry_run",
         type=int,
+        nargs="?",
+        const=1,
         default=None,
         metavar="N",
-        help="build nothing: show parameters and rules by role, memory and traffic on N ranks",
+        help="build nothing: show parameters and rules by role, and on N ranks (1 if left out) memory, traffic, and which "
+        "known GPUs fit",
     )
     parser.add_argument(
         "--dry_run_full",
         type=int,
+        nargs="?",
+        const=1,
         default=None,
         metavar="N",
         help="the same, with every matrix and its owner",

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-import torch
 from torch import nn
 
 from polargrad_dist.distributed.plan import Plan
-from polargrad_dist.integrations.fragments import planned
-from polargrad_dist.optim import OptimizerConfig, plan_for, route
-from polargrad_dist.optim.member import CPU_BUCKET, GPU_BUCKET
+from polargrad_dist.optim import OptimizerConfig
 from polargrad_dist.trainer.config import TrainerConfig
-from polargrad_dist.trainer.estimate import DEVICES, SHARE, Work, activations
+from polargrad_dist.trainer.console import duration
+from polargrad_dist.trainer.devices import DEVICES
+from polargrad_dist.trainer.estimate import SHARE, Estimate, estimate
+
+GIB = 2**30
 
 
 def by_role(plan: Plan) -> str:
@@ -48,89 +49,103 @@ def dry_run(
     """
     trainer = trainer.for_world(ranks)
     trainer.check(ranks)
-    model = build(device="meta")
-    if trainer.precision == "bf16":
-        model.to(torch.bfloat16)
-    name = trainer.strategy.name if ranks > 1 else "ddp"
-    stage = trainer.strategy.zero_stage_or_default
-    replicas = {"ddp": ranks, "fsdp": 1, "hsdp": trainer.strategy.replicas, "deepspeed": ranks}[name]
-    comm = None if optimizer.comm_dtype is None else getattr(torch, optimizer.comm_dtype)
-    shards = ranks // replicas
-    groups = route(model, optimizer)
-    if name == "deepspeed" and stage > 0:
-        plan = planned(groups, stage, ranks, comm)
-    else:
-        plan = plan_for(
-            groups,
-            replicas=replicas,
-            shards=shards,
-            gradients=optimizer.gradients,
-            comm_dtype=comm,
-            device_type="cpu" if trainer.device == "cpu" else "cuda",
-        )
-    count = sum(p.numel() for p in model.parameters())
-    print(plan.table() if full else by_role(plan))
+    found = estimate(build, optimizer, trainer, ranks)
+    count = sum(math.prod(entry.shape) for entry in found.plan.entries)
+    print(found.plan.table() if full else by_role(found.plan))
     print(f"\nparameters: {count:,}")
     print(
-        f"{ranks} ranks, strategy {name}, {trainer.accumulation(ranks)} micro-batches of {trainer.micro_batch} sequences per "
-        f"rank and step, {trainer.tokens_per_step:,} tokens per step, {trainer.steps:,} steps"
+        f"{ranks} rank{'s' if ranks > 1 else ''}, strategy {found.strategy}, "
+        f"{trainer.accumulation(ranks)} micro-batches of {trainer.micro_batch} sequences per rank and step, "
+        f"{trainer.tokens_per_step:,} tokens per step, {trainer.steps:,} steps"
     )
-    memory = plan.memory()
-    for part in ("parameters", "gradients", "optimizer"):
-        sizes = [row[part] for row in memory]
-        print(f"bytes per rank, {part}: {min(sizes):,} to {max(sizes):,} ({max(sizes) / 2**30:.2f} GiB)")
-    lasting = max(sum(row.values()) for row in memory)
-    peak = lasting + _for_a_moment(build, model, optimizer, trainer)
-    print(f"bytes per rank, at the peak: {peak:,} ({peak / 2**30:.2f} GiB), estimated, not measured")
-    traffic = plan.traffic()
-    own = sum(row["parameters"] for row in memory[:1])
-    if ranks > 1 and optimizer.gradients == "all_reduced":
-        what = {
-            "ddp": "2P by DDP's all-reduce",
-            "deepspeed": f"{3 if stage == 3 else 2}P in the gathers and reductions of ZeRO stage {stage}",
-        }.get(name, "3P in FSDP2's gathers and reductions")
-        whole = own if name == "ddp" else count * 4 if name == "deepspeed" else own * (ranks // replicas)
-        print(f"communication per step, gradients: {what}, P = {whole:,} bytes")
-    for kind, size in traffic.items():
-        print(f"communication per step and rank, optimizer's {kind}: {size:,} bytes")
-    if hasattr(model, "flops_per_token"):
-        tokens = trainer.tokens_per_step / ranks
-        gradients = (2 if name == "ddp" else 3) * own * (1 if name == "ddp" else shards) if ranks > 1 else 0
-        work = Work(
-            model=model.flops_per_token(trainer.sequence_length) * tokens,  # type: ignore[operator]
-            oracle=max(plan.loads.values(), default=0.0),
-            moved=3.0 * lasting,
-            travelling=gradients + sum(traffic.values()),
-        )
-        for device in DEVICES if trainer.device != "cpu" else ():
-            seconds = work.seconds(device, trainer.precision)
-            fits = "" if peak < device.memory else "; does not fit into its memory"
-            print(
-                f"time per step, {ranks} x {device.name}: about {1e3 * seconds:,.0f} ms, "
-                f"{trainer.tokens_per_step / seconds:,.0f} tokens/s (model at {SHARE:.0%} of the peak, not measured{fits})"
-            )
+    print("\n" + memory_table(found, trainer))
+    if ranks > 1:
+        print("\n" + traffic_table(found, optimizer, trainer))
+    print("\n" + verdicts(found, trainer))
     return 0
 
 
-def _for_a_moment(
-    build: Callable[..., nn.Module], model: nn.Module, optimizer: OptimizerConfig, trainer: TrainerConfig
-) -> int:
-    """Bytes that a step needs beside what lasts: activations and a piece of the logits, or the optimizer's buffers."""
-    try:
-        kept = activations(build, trainer)
-        print(f"bytes per rank, activations of a micro-batch: {kept:,} ({kept / 2**30:.2f} GiB), uncompiled")
-    except Exception as error:  # whatever a model of one's own does with tensors that hold nothing
-        reason = " ".join(str(error).split())[:200]
-        print(
-            f"bytes per rank, activations: not known, since the model does not run without memory ({reason})"
-        )
-        kept = 0
-    piece = 0
-    if hasattr(model, "loss_bytes"):
-        itemsize = 4 if trainer.precision == "fp32" else 2
-        piece = model.loss_bytes(trainer.micro_batch * trainer.sequence_length, itemsize)  # type: ignore[operator]
-        print(f"bytes per rank, a piece of the logits: {piece:,}")
-    default = CPU_BUCKET if trainer.device == "cpu" else GPU_BUCKET
-    buffers = 3 * (default if optimizer.bucket_mb is None else int(optimizer.bucket_mb * 2**20))
-    print(f"bytes per rank, the optimizer's buffers: {buffers:,}")
-    return max(kept + piece, buffers)
+def memory_table(found: Estimate, trainer: TrainerConfig) -> str:
+    """Bytes of the fullest rank, part by part, and in all."""
+    memory, host = found.memory, "in the host's memory" if found.memory.offloaded else ""
+    kind = "+".join(sorted({str(e.dtype).removeprefix("torch.") for e in found.plan.entries}))
+    passing = memory.passing >= memory.buffers
+    aside = "not in the total: at another moment of the step"
+    why = f"not known: the model does not run without memory ({memory.why})"
+    rows = [
+        (f"parameters ({kind})", memory.lasting["parameters"], host),
+        (f"gradients ({kind})", memory.lasting["gradients"], host),
+        ("optimizer state", memory.lasting["optimizer"], host),
+        (
+            f"activations of {trainer.micro_batch} x {trainer.sequence_length} tokens",
+            memory.activations,
+            why if memory.activations is None else "uncompiled" if passing else aside,
+        ),
+        (
+            "largest piece of the logits",
+            memory.loss,
+            "not known" if memory.loss is None else "" if passing else aside,
+        ),
+        ("optimizer's buffers", memory.buffers, aside if passing else ""),
+        (
+            "total",
+            memory.total,
+            "estimated, not measured" if memory.whole else "at least: without what is not known",
+        ),
+    ]
+    sums = [sum(row.values()) for row in found.plan.memory()]
+    lines = [("memory" if found.ranks == 1 else "memory of a rank", "GiB", "bytes", "")]
+    lines += [
+        (name, "?" if size is None else f"{size / GIB:,.2f}", "?" if size is None else f"{size:,}", note)
+        for name, size, note in rows
+    ]
+    text = table(lines, "<>><")
+    if min(sums) < max(sums):
+        text += f"\nof the fullest rank; the emptiest holds {(max(sums) - min(sums)) / GIB:,.2f} GiB less"
+    return text
+
+
+def traffic_table(found: Estimate, optimizer: OptimizerConfig, trainer: TrainerConfig) -> str:
+    """Bytes that the busiest rank sends in a step."""
+    rows = []
+    if optimizer.gradients == "all_reduced":
+        what = {
+            "ddp": "gradients: DDP's all-reduce",
+            "deepspeed": f"gradients: gathers and reductions of ZeRO stage {trainer.strategy.zero_stage_or_default}",
+        }.get(found.strategy, "gradients: FSDP2's gathers and reductions")
+        rows.append((what, found.gradients))
+    rows += [(f"optimizer: {kind.replace('_', '-')}", size) for kind, size in found.plan.traffic().items()]
+    lines = [("traffic of a rank per step", "GiB", "bytes")]
+    return table([*lines, *((name, f"{size / GIB:,.2f}", f"{size:,}") for name, size in rows)], "<>>")
+
+
+def verdicts(found: Estimate, trainer: TrainerConfig) -> str:
+    """Whether a rank fits into each known GPU, how much is left, and how long steps and run would take there."""
+    if trainer.device == "cpu":
+        return "GPUs: no verdict, since trainer.device is cpu; set it to auto or cuda for one"
+    lines = [("GPU", "GiB", "verdict", "GiB left", "ms/step", "tokens/s", "whole run")]
+    for device in DEVICES:
+        left = device.memory - found.memory.total
+        verdict = "does not fit" if left < 0 else "fits" if found.memory.whole else "not known"
+        seconds = found.seconds(device, trainer.precision)
+        times = ("?", "?", "?")
+        if seconds is not None:
+            rate = trainer.tokens_per_step / seconds
+            times = (f"{1e3 * seconds:,.0f}", f"{rate:,.0f}", duration(seconds * trainer.steps))
+        name = device.name if found.ranks == 1 else f"{found.ranks} x {device.name}"
+        lines.append((name, f"{device.memory / GIB:,.1f}", verdict, f"{left / GIB:,.1f}", *times))
+    return (
+        f"{table(lines, '<><>>>>')}\n"
+        f"memory as the data sheets say, of which CUDA itself takes some; the model at {SHARE:.0%} of the peak in bf16,\n"
+        "nothing overlapped, all GPUs linked as in one host: estimated, not measured"
+    )
+
+
+def table(rows: Sequence[tuple[str, ...]], aligned: str) -> str:
+    """Rows as columns two spaces apart; the first row is the head."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(aligned))]
+    cells = [
+        [f"{cell:{side}{width}}" for cell, side, width in zip(row, aligned, widths, strict=True)]
+        for row in rows
+    ]
+    return "\n".join("  ".join(row).rstrip() for row in cells)

@@ -26,7 +26,7 @@ from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.rules import ROLES, OptimizerConfig
 from polargrad_dist.trainer import rundir
 from polargrad_dist.trainer.config import TrainerConfig
-from polargrad_dist.trainer.console import COLUMNS, wrapped
+from polargrad_dist.trainer.console import COLUMNS, duration, wrapped
 from polargrad_dist.trainer.world import World
 
 PACKAGES = ("polargrad-dist", "torch", "transformers", "numpy")
@@ -42,11 +42,12 @@ def facts_of(
     configuration: dict[str, Any],
     run_id: str,
     first: int,
+    expected: dict[str, Any],
 ) -> dict[str, Any]:
     """The facts of a start, JSON-able, for rank 0; a fact that is not known is left out.
 
     optimizer: a `PolarGrad`, whose groups have a ``role``. data: may have ``describe()``. first: the step that the run goes
-    on from. All ranks call it together.
+    on from. expected: as `estimate.expected` returns it. All ranks call it together.
     """
     hosts = world.gather((socket.gethostname(), device_name(world.device)))
     training = {
@@ -79,6 +80,7 @@ def facts_of(
             "devices": _counted([device for _, device in hosts]),
         },
         "data": described | _source(configuration.get("data")),
+        "expected": expected,
         "machine": machine(),
         "versions": versions(),
         "commit": commit() if world.is_main else None,
@@ -107,6 +109,8 @@ def header(facts: dict[str, Any]) -> str:
         rows.append(("data", describe_data(data)))
     compiled = ", compiled" if training["compile"] else ""
     rows.append(("ranks", f"{ranks['strategy']}, {training['precision']}{compiled}, on {_devices(ranks)}"))
+    if facts.get("expected"):
+        rows.append(("expected", describe_expected(facts["expected"])))
     rows.append(("code", describe_code(facts)))
     width = max(len(name) for name, _ in rows)
     lines: list[str] = []
@@ -168,6 +172,22 @@ def describe_data(data: dict[str, Any]) -> str:
     if data.get("vocab_size"):
         parts.append(f"vocabulary {data['vocab_size']:,}")
     return ", ".join(parts)
+
+
+def describe_expected(expected: dict[str, Any]) -> str:
+    """Memory and time that a known GPU is expected to need, in a few words."""
+    total, available = expected["memory"].get("total"), expected["available"]
+    parts = ["memory not known"]
+    if total is not None:
+        left = available - total
+        verdict = f"{left / 2**30:.1f} GiB left" if left >= 0 else f"{-left / 2**30:.1f} GiB too much"
+        parts = [f"{total / 2**30:.1f} of {available / 2**30:.1f} GiB per rank ({verdict})"]
+    if "seconds_per_step" in expected:
+        parts += [
+            f"{1e3 * expected['seconds_per_step']:,.0f} ms per step",
+            f"{duration(expected['seconds'])} for the whole run",
+        ]
+    return f"{', '.join(parts)} on {expected['device']}, estimated"
 
 
 def describe_code(facts: dict[str, Any]) -> str:

@@ -178,7 +178,8 @@ class Trainer:
     def _introduce(self) -> None:
         """Says what this run is: to the log, and in ``run.json``."""
         given = (self.config, self.world, self.bare, self.optimizer, self.data, self.configuration)
-        facts = facts_of(*given, self.run_id, self.progress.step)
+        expected = self._on_main(self.expect) if self.expect else {}
+        facts = facts_of(*given, self.run_id, self.progress.step, expected)
         self._on_main(lambda: write_facts(self.run_dir, facts))
         if self.world.is_main:
             log.info("this run:\n%s", header(facts))
@@ -223,6 +224,8 @@ class Trainer:
     _made = False
     # Writes the run's HTML report, for the sinks that take one when it ends.
     report: Callable[[Path], Path] | None = None
+    # What the run is expected to need on this device, as `estimate.expected` says; asked on rank 0.
+    expect: Callable[[], dict[str, Any]] | None = None
     _unproved = ""
 
     def _spectra_due(self, step: int) -> bool:

@@ -12,28 +12,14 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
+from polargrad_dist.trainer.devices import known
 from polargrad_dist.trainer.profiling import PREFIX
-
-# Dense bf16 peak in FLOP/s, from the vendors' data sheets.
-PEAKS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}
 
 
 def peak_flops(device: torch.device) -> float | None:
     """The device's dense bf16 peak in FLOP/s; None where it is not known, as for any CPU."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAKS.items() if known in name), None)
+    found = known(device)
+    return None if found is None else found.bf16
 
 
 def memory_gib(device: torch.device) -> float:

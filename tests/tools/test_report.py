@@ -248,6 +248,13 @@ def test_hardware_versions_commit_and_command_are_those_of_run_json(tmp_path):
         "starts": [{"step": 0, "time": 0}, {"step": 40, "time": None}, "odd"],
         "training": {"epochs": "many"},
         "machine": [1],
+        "expected": {
+            "device": "H100 SXM",
+            "available": 80 * 2**30,
+            "memory": {"total": 60 * 2**30},
+            "seconds_per_step": 0.5,
+            "seconds": 3600.0,
+        },
     }
     run = run_of(tmp_path / "run")
     (run / "run.json").write_text(json.dumps(facts))
@@ -259,6 +266,11 @@ def test_hardware_versions_commit_and_command_are_those_of_run_json(tmp_path):
     assert rows["rules"] == "hidden: polar, lr 0.02"
     assert rows["starts"] == "step 0 (1970-01-01 00:00 UTC), step 40 ()"
     assert "machine" not in rows
+    assert rows["expected"] == (
+        "60.0 of 80.0 GiB per rank (20.0 GiB left), 500 ms per step, 1:00:00 for the whole run on H100 SXM, estimated"
+    )
+    (run / "run.json").write_text(json.dumps({"expected": {"device": "H100", "memory": 3}}))
+    assert "expected" not in dict(Page(write_report([run], tmp_path / "page.html")).rows)
 
 
 def test_several_runs_lie_beside_each_other_with_only_their_differences(tmp_path):

@@ -176,6 +176,13 @@ def test_a_dry_run_has_a_line_per_role_and_the_full_one_a_line_per_matrix():
     assert train(*command, "--dry_run_full", "0").returncode == 2
 
 
+def test_a_dry_run_without_a_number_is_one_of_one_rank():
+    found = train("--config", "configs/quickstart.yaml", "--dry_run")
+    assert found.returncode == 0, found.stderr
+    assert "\n1 rank, " in found.stdout
+    assert "traffic" not in found.stdout
+
+
 @pytest.mark.parametrize("config", sorted(p.stem for p in (ROOT / "configs").glob("*.yaml")))
 def test_every_configuration_in_the_project_is_valid(config):
     from train import parse_run

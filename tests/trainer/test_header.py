@@ -2,7 +2,7 @@
 
 import json
 
-from polargrad_dist.trainer.header import header, note, read_facts, write_facts
+from polargrad_dist.trainer.header import describe_expected, header, note, read_facts, write_facts
 from tests.trainer.toy import settings, trainer
 
 
@@ -78,3 +78,36 @@ def test_a_header_of_many_ranks_fits_on_a_screen(tmp_path):
     shown = " ".join(" ".join(lines).split())
     for text in ("64 x NVIDIA H100 80GB HBM3", "8 hosts", "10,000,000,000 training tokens", "0.12 epochs"):
         assert text in shown
+
+
+EXPECTED = {
+    "device": "H100 SXM",
+    "available": 80 * 2**30,
+    "memory": {"parameters": 2**30, "total": 63 * 2**30},
+    "seconds_per_step": 0.2926,
+    "seconds": 1463.0,
+}
+
+
+def test_what_a_run_is_expected_to_need_is_in_its_header_and_in_run_json(tmp_path):
+    made = trainer(settings(tmp_path, steps=1))
+    made.expect = lambda: EXPECTED
+    made.fit()
+    assert facts(tmp_path)["expected"] == EXPECTED
+    shown = " ".join((tmp_path / "log.txt").read_text().split())
+    text = "63.0 of 80.0 GiB per rank (17.0 GiB left), 293 ms per step, 0:24:23 for the whole run on H100 SXM, estimated"
+    assert f"expected {text}" in shown
+
+
+def test_a_run_on_a_device_that_is_not_known_expects_nothing(tmp_path):
+    trainer(settings(tmp_path, steps=1)).fit()
+    assert facts(tmp_path)["expected"] == {}
+    assert "expected" not in header(facts(tmp_path))
+
+
+def test_a_run_that_will_not_fit_says_how_much_is_missing():
+    total = EXPECTED["memory"] | {"total": 90 * 2**30}
+    assert "90.0 of 80.0 GiB per rank (10.0 GiB too much)" in describe_expected(EXPECTED | {"memory": total})
+    assert describe_expected({"device": "H200", "available": 1, "memory": {}}) == (
+        "memory not known on H200, estimated"
+    )

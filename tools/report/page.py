@@ -18,6 +18,7 @@ from typing import Any
 
 from polargrad_dist.trainer import rundir
 from polargrad_dist.trainer.console import duration
+from polargrad_dist.trainer.header import describe_expected
 from tools.report.runs import UNSET, RunRecords, Summary, differences, printable
 
 NONE = "–"
@@ -333,6 +334,7 @@ def setup(runs: Sequence[RunRecords]) -> str:
         "ranks": lambda r: _ranks(r),
         "machine": lambda r: _pairs(r.fact("machine")),
         "precision": lambda r: r.fact("training.precision"),
+        "expected": lambda r: _expected(r),
         "data": lambda r: _data(r),
         "rules": lambda r: _rules(r.fact("roles")),
         "versions": lambda r: _pairs(r.fact("versions")),
@@ -375,6 +377,14 @@ def _ranks(run: RunRecords) -> str:
     if not isinstance(devices, list):
         return ""
     return f"{run.fact('ranks.world')} ({run.fact('ranks.strategy')}) on {', '.join(map(str, devices))}"
+
+
+def _expected(run: RunRecords) -> str:
+    found = run.fact("expected")
+    try:
+        return describe_expected(found) if found else ""
+    except (AttributeError, KeyError, TypeError, ValueError):  # of a file that another program wrote
+        return ""
 
 
 def _data(run: RunRecords) -> str:

@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 EXTRAS := train,wandb,tensorboard,accelerate,lightning,deepspeed,plots,lm-eval,docs,dev
 
-.PHONY: train test test-slow test-all test-transformers4 lint format docs bench bench-gpu chaos soak paper paper-lm race setup clean
+.PHONY: train test test-slow test-all test-transformers4 lint format docs bench bench-gpu chaos soak paper paper-lm race defaults setup clean
 
 setup: $(VENV)/.ready
 
@@ -80,6 +80,10 @@ paper-lm: setup
 # Eight optimizers on equal terms at two widths and two lengths: hours; the same command goes on where it was interrupted.
 race: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.language race
+
+# Every role's default rate against a sweep around it, both model families, three widths: hours; goes on as the race does.
+defaults: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.language defaults
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache

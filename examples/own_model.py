@@ -6,7 +6,7 @@ from torch import nn
 
 from data import DataConfig, open_data
 from data.config import TokenizerConfig
-from polargrad_dist.optim import OptimizerConfig, polarsgdm_rule
+from polargrad_dist.optim import OptimizerConfig
 from polargrad_dist.trainer import Trainer, TrainerConfig, join, seed_everything
 
 
@@ -45,7 +45,5 @@ data = open_data(
 )
 seed_everything(config.seed)
 model = Recurrent(vocabulary=512)
-# Steps of nuclear length: in a run of 40 steps the table and the head want a larger rate than in one of thousands.
-optimizer = OptimizerConfig(embed=polarsgdm_rule(lr=1.0))
-outcome = Trainer(config, optimizer, model, data, world, {"model": {"kind": "GRU"}}).fit()
+outcome = Trainer(config, OptimizerConfig(), model, data, world, {"model": {"kind": "GRU"}}).fit()
 print(f"validation loss {outcome.validation['validation_loss']:.3f} after {outcome.step} steps")

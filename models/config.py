@@ -136,6 +136,8 @@ class ModelConfig:
             whole = self.architecture in ("gpt2-small", "gpt")
             values["vocab_size"] = -(-vocab_size // 128) * 128 if whole else vocab_size
             values["end_of_text"] = -1  # another tokenizer than the full size's
+        elif values["end_of_text"] >= values["vocab_size"]:
+            values["end_of_text"] = -1  # likewise: a smaller vocabulary is not the full size's
         if end_of_text is not None:
             values["end_of_text"] = end_of_text
         if self.end_of_text is not None:

@@ -5,6 +5,7 @@ A fork server that has torch loaded already makes one run cost a fraction of a s
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing as mp
 import os
 import pickle
@@ -37,6 +38,7 @@ def _rank_main(
     import torch
     import torch.distributed as dist
 
+    faulthandler.enable()  # a rank that is ended by a signal says where it was
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world)

@@ -1,4 +1,4 @@
-"""`python -m experiments.language paper` (sections 5.4, 5.5, E.1 in small) and `… race` (optimizers on equal terms)."""
+"""`python -m experiments.language paper` (sections 5.4, 5.5, E.1 in small), `race` (on equal terms), `defaults` (rates)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from experiments.language import paper, race
+from experiments.language import defaults, paper, race
 from experiments.language.runner import spread, workers_here
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.trainer.cli import run
@@ -14,38 +14,51 @@ from polargrad_dist.trainer.cli import run
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.language", description=__doc__)
-    parser.add_argument("what", choices=["paper", "race"])
+    parser.add_argument("what", choices=["paper", "race", "defaults"])
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=None, help="0 1 2; of the race 2 3 4, after sweeps on 0 and 1"
     )
     parser.add_argument(
-        "--steps", type=int, default=None, help="of the paper's runs or the race's sweeps; 160 by default"
+        "--steps",
+        type=int,
+        default=None,
+        help="of the paper's runs or the race's sweeps, 160; of the defaults, 300",
     )
-    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128], help="of the race")
+    parser.add_argument(
+        "--widths", type=int, nargs="+", default=None, help="of the race, 64 128; of the defaults, 64 128 256"
+    )
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=None, help="of the race; default: steps and 4 x steps"
     )
     parser.add_argument(
-        "--only", nargs="+", default=None, help="of the paper's experiments, or of the racers, these"
+        "--only",
+        nargs="+",
+        default=None,
+        help="of the paper's experiments, the racers or the families, these",
     )
     parser.add_argument(
         "--workers", type=int, default=workers_here(), help="runs at a time, each on one thread"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/paper-lm"))
     args = parser.parse_args()
-    steps = 160 if args.steps is None else args.steps
-    known = list(paper.EXPERIMENTS) if args.what == "paper" else [r.name for r in race.RACERS]
+    steps = (300 if args.what == "defaults" else 160) if args.steps is None else args.steps
+    widths = args.widths or ([64, 128, 256] if args.what == "defaults" else [64, 128])
+    known = {
+        "paper": list(paper.EXPERIMENTS),
+        "race": [r.name for r in race.RACERS],
+        "defaults": list(defaults.FAMILIES),
+    }[args.what]
     if strange := set(args.only or ()) - set(known):
         raise ConfigError(f"--only names {min(strange)!r}, expected some of: {', '.join(known)}")
     if steps < 40 or args.workers < 1:
         raise ConfigError(
             f"--steps is {steps} and --workers {args.workers}, expected at least 40 and at least 1"
         )
-    if bad := [width for width in args.widths if width < 16 or width % 16]:
+    if bad := [width for width in widths if width < 16 or width % 16]:
         raise ConfigError(f"--widths has {bad[0]}, expected multiples of 16: heads are 16 wide")
     if args.lengths and min(args.lengths) < 40:
         raise ConfigError(f"--lengths has {min(args.lengths)}, expected at least 40 steps")
-    seeds = args.seeds or ([0, 1, 2] if args.what == "paper" else [2, 3, 4])
+    seeds = args.seeds or ([2, 3, 4] if args.what == "race" else [0, 1, 2])
     out = args.out.resolve()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -59,9 +72,12 @@ def main() -> int:
             print(f"\n{paper.EXPERIMENTS[name].title}, {steps} steps, seeds {seeds}: final validation loss")
             for entry, found in entries.items():
                 print(f"  {entry:<40}{spread(found['final_validation_loss'])}")
+    elif args.what == "defaults":
+        report = defaults.run(out, args.only or known, widths, steps, seeds, args.workers)
+        print("\n" + defaults.table(report))
     else:
         lengths = tuple(args.lengths) if args.lengths else None
-        report = race.run(out, seeds, steps, args.workers, args.only, tuple(args.widths), lengths)
+        report = race.run(out, seeds, steps, args.workers, args.only, tuple(widths), lengths)
         print("\n" + race.table(report))
     path = out / f"{args.what}.json"
     path.write_text(json.dumps(report, indent=1))

@@ -69,7 +69,8 @@ def fragments_of(
     if rule.owner_states(group):
         raise ConfigError(
             f"{name} is stepped by the rule {group['algorithm']!r}, which keeps state with whole matrices, and ZeRO's "
-            "checkpoints hold flat vectors only: use another rule, or ZeRO stage 0"
+            "checkpoints hold flat vectors only: use another rule (scale 'nuclear' instead of 'nuclear_relative', say), or "
+            "ZeRO stage 0"
         )
     split = split_of(group, name, shape)
     several = len(split.matrices) > 1

@@ -16,7 +16,7 @@ from polargrad_dist.distributed.layout import Split
 from polargrad_dist.distributed.plan import TALL_ROLES
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim import soap
-from polargrad_dist.optim.parts import MOMENTA, SCALES, centred, rows_normalized
+from polargrad_dist.optim.parts import MOMENTA, SCALES, centred, relative, rows_normalized
 from polargrad_dist.polar import InverseSqrt, cost, gram_qdwh, homogenize, inverse_sqrt, polar
 
 POLYNOMIAL = ("newton_schulz", "polar_express")
@@ -68,6 +68,8 @@ class Polar:
     def owner_states(self, group: Group) -> dict[str, Callable[[int, int], tuple[int, ...]]]:
         """Names of the states kept with whole matrices, and their shape for an m x n matrix as stored; zeros at first."""
         states: dict[str, Callable[[int, int], tuple[int, ...]]] = {}
+        if group["scale"] == "nuclear_relative":
+            states["nuclear_mean"] = lambda m, n: (2,)
         if group["normalize"] == "rows":
             across = group["transposed"]
             states["row_energy"] = lambda m, n: (n if across else m,)
@@ -94,7 +96,7 @@ class Polar:
         """Whether `root` serves: the direction is the matrix times a root of its Gram matrix, which shards can apply."""
         if type(self) is not Polar or len(split.matrices) != 1 or split.rows < split.cols:
             return False
-        if (group["center_rows"] and split.transposed) or self.owner_states(group):
+        if (group["center_rows"] and split.transposed) or self.owner_states(group).keys() - {"nuclear_mean"}:
             return False
         truncated = self.bounded(group) and dtype != torch.float64
         if not (group["oracle"] in ("auto", "gram") or truncated) or split.stacked:
@@ -135,18 +137,32 @@ class Polar:
         if group["normalize"] == "rows":
             D, energy = rows_normalized(D, state["row_energy"], group["betas"][1], group["transposed"])
             state = {**state, "row_energy": energy}
-        return Direction(D, self.scale(A.shape[-2:], nuclear, group), state, nuclear, *known)
+        scale, state = self.scaled(A.shape[-2:], nuclear, state, group)
+        return Direction(D, scale, state, nuclear, *known)
 
-    def root(self, S: Tensor, m: int, group: Group, bound: Tensor | None) -> tuple[InverseSqrt, Tensor]:
-        """Of a tall m x n matrix, from its Gram matrix S (n, n): X (n, n) so that A X is its direction, and its scale.
+    def root(
+        self, S: Tensor, m: int, group: Group, bound: Tensor | None, state: dict[str, Tensor]
+    ) -> tuple[InverseSqrt, Tensor, dict[str, Tensor]]:
+        """Of a tall m x n matrix, from its Gram matrix S (n, n): X (n, n) so that A X is its direction; scale; next state.
 
-        ``bound`` (0-d fp64) bounds its spectral norm, where `bounded`.
+        ``bound`` (0-d fp64) bounds its spectral norm, where `bounded`; the scale is (1,), the state of one matrix.
         """
         if bound is not None:
             root = gram_qdwh(S, bound, group["steps"])
-            return root, self.scale((m, S.shape[-1]), root.nuclear_norm, group)
-        root = inverse_sqrt(S, lower=group["lower"], homogenized=group["spectrum"] == "homogenized")
-        return root, self.scale((m, S.shape[-1]), root.nuclear_norm, group)
+        else:
+            root = inverse_sqrt(S, lower=group["lower"], homogenized=group["spectrum"] == "homogenized")
+        scale, state = self.scaled((m, S.shape[-1]), root.nuclear_norm.view(1), state, group)
+        return root, scale, state
+
+    def scaled(
+        self, shape: Sequence[int], nuclear: Tensor, state: dict[str, Tensor], group: Group
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`scale`, over its mean of the first steps where the group says so, and the next state."""
+        scale = self.scale(shape, nuclear, group)
+        if group["scale"] != "nuclear_relative":
+            return scale, state
+        scale, seen = relative(scale, state["nuclear_mean"])
+        return scale, {**state, "nuclear_mean": seen}
 
     def scale(self, shape: Sequence[int], nuclear: Tensor, group: Group) -> Tensor:
         """The factor of each direction, in fp64; ``shape`` is (rows, columns) as stored."""

@@ -47,12 +47,31 @@ def muon_factor(m: int, n: int) -> float:
 # the largest of |W_l| / s_l, whose dual norm is that sum (Bernstein and Newhouse 2024, "Modular duality").
 SCALES: dict[str, Scale] = {
     "nuclear": lambda m, n, nuclear, alpha: nuclear if alpha == 1 else nuclear**alpha,
+    "nuclear_relative": lambda m, n, nuclear, alpha: nuclear if alpha == 1 else nuclear**alpha,
     "nuclear_shared": lambda m, n, nuclear, alpha: muon_factor(m, n),
     "muon": lambda m, n, nuclear, alpha: muon_factor(m, n),
     "moonlight": lambda m, n, nuclear, alpha: 0.2 * math.sqrt(max(m, n)),
     "spectral": lambda m, n, nuclear, alpha: math.sqrt(m / n),
     "none": lambda m, n, nuclear, alpha: 1.0,
 }
+
+
+REFERENCE_STEPS = 100
+
+
+def relative(scale: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """PolarGrad's scale over its own mean of the matrix's first `REFERENCE_STEPS` steps, and what has been seen.
+
+    ``scale`` is (k,), ``seen`` (k, 2) the mean and the number of steps in it. Step t has weight t in the mean, because the
+    first gradients say least; until the mean is complete the quotient is at most 1. The learning rate is then the length of a
+    typical early step, on any model, batch and vocabulary, and steps shrink with the gradient as PolarGrad's do.
+    """
+    mean, steps = seen.to(scale).unbind(-1)
+    learning = steps < REFERENCE_STEPS
+    mean = torch.where(learning, mean + (scale - mean) * (2 / (steps + 2)), mean)
+    quotient = torch.where(mean > 0, scale / mean, 0.0)
+    quotient = torch.where(learning, quotient.clamp_max(1.0), quotient)
+    return quotient, torch.stack([mean, steps + learning.to(steps)], -1).to(seen)
 
 
 def centred(A: Tensor, transposed: bool) -> Tensor:

@@ -36,30 +36,26 @@ def entry(
         return Entry(*common, "elementwise", p.dtype, states, laid_out(shape, *where, among), found.ranks)
     split = split_of(group, name, shape)
     sizes = [split.stored_shape(i) for i in range(len(split.matrices))]
+    owner_states = rule.owner_states(group)
+    kept = {
+        size: sum(math.prod(shape_of(*size)) for shape_of in owner_states.values()) for size in set(sizes)
+    }
+    more: dict[str, Any] = {
+        "in_order": bool(owner_states),
+        "pauses": rule.pauses(group),
+        "kept": tuple(kept[size] for size in sizes) if owner_states else (),
+    }
     if rule.tall(group, split, p.dtype) and all(cut in (0, None) for cut in found.cuts):
         layout, costs = (
             laid_out(shape, *where, (0,)),
             (root_cost(split.cols, group["oracle"], group["steps"], device_type=device),),
         )
-        flags = {
-            "bounded": rule.bounded(group),
-            "centred": group["center_rows"],
-            "pauses": rule.pauses(group),
-        }
-        return Entry(*common, "tall", p.dtype, states, layout, found.ranks, split, costs, **flags)
+        more |= {"bounded": rule.bounded(group), "centred": group["center_rows"]}
+        return Entry(*common, "tall", p.dtype, states, layout, found.ranks, split, costs, **more)
     layout = laid_out(shape, *where, cuttable(shape, group["flatten"]))
     by_size = {size: rule.cost_on(device, size, group) for size in set(sizes)}
-    owner_states = rule.owner_states(group)
-    kept = {
-        size: sum(math.prod(shape_of(*size)) for shape_of in owner_states.values()) for size in set(sizes)
-    }
     costs = tuple(by_size[size] for size in sizes)
-    more: dict[str, Any] = {
-        "in_order": bool(owner_states),
-        "pauses": rule.pauses(group),
-        "wide": group["oracle"] not in POLYNOMIAL,
-        "kept": tuple(kept[size] for size in sizes) if owner_states else (),
-    }
+    more["wide"] = group["oracle"] not in POLYNOMIAL
     return Entry(*common, "owner", p.dtype, states, layout, found.ranks, split, costs, **more)
 
 

@@ -18,7 +18,7 @@ from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.matrix import RULES
 
 Momentum = Literal["none", "momentum_first", "polar_first", "heavy_ball"]
-Scale = Literal["nuclear", "nuclear_shared", "muon", "moonlight", "spectral", "none"]
+Scale = Literal["nuclear", "nuclear_relative", "nuclear_shared", "muon", "moonlight", "spectral", "none"]
 Precondition = Literal["none", "soap"]
 Normalize = Literal["none", "rows"]
 Control = Literal["decay", "cautious", "hyperball"]
@@ -32,14 +32,15 @@ class Rule:
     """How the parameters of one role are stepped.
 
     Args:
-        lr: base learning rate; with scale "nuclear" it multiplies the nuclear norm nu of the momentum, and lr * nu of about
-            0.5 is a first guess (docs/choosing-rules.md): far above 1e-3 in small models.
+        lr: base learning rate. With scale "nuclear" it multiplies the nuclear norm of the momentum, which differs by orders
+            of magnitude between models; with "nuclear_relative" one rate serves them all (docs/choosing-rules.md).
         algorithm: "polar" for matrices, "adamw" for anything, or the name of a registered rule.
         momentum: "none" (C.1), "momentum_first" (C.2, Muon's order), "polar_first" (C.3) or "heavy_ball" (C.4).
         beta: momentum coefficient of the polar algorithm, in [0, 1).
         nesterov: take the polar factor of (1 - beta) G + beta M instead of M, as Muon does.
-        scale: factor of the polar factor: "nuclear" (PolarGrad), "nuclear_shared" (one sum of nuclear norms for all matrices
-            of a role), "muon", "moonlight", "spectral" or "none".
+        scale: factor of the polar factor: "nuclear" (PolarGrad), "nuclear_relative" (the nuclear norm over its mean in the
+            first 100 steps), "nuclear_shared" (one sum of nuclear norms for all matrices of a role), "muon", "moonlight",
+            "spectral" or "none".
         alpha: power to which the nuclear norm is taken: 1 is PolarGrad, 0 the direction alone.
         precondition: "soap": whiten the momentum in the eigenbasis of the gradient's covariance, before the polar factor.
         center_rows: take the mean row out before the polar factor and after it, for embeddings and heads.
@@ -174,9 +175,9 @@ class Rule:
             "momentum_first or heavy_ball, whose momentum is whitened",
         )
         yield (
-            self.alpha != 1 and self.scale not in ("nuclear", "nuclear_shared"),
+            self.alpha != 1 and not self.scale.startswith("nuclear"),
             f"alpha is {self.alpha} with scale {self.scale!r}, which has no nuclear norm",
-            "alpha 1, or scale 'nuclear' or 'nuclear_shared'",
+            "alpha 1, or scale 'nuclear', 'nuclear_relative' or 'nuclear_shared'",
         )
         yield (
             self.weight_decay != 0 and hyperball,
@@ -211,7 +212,12 @@ def polarsgdm_rule(lr: float = 1e-3, **changes: Any) -> Rule:
     return replace(Rule(lr, beta=0.5, scale="nuclear"), **changes)
 
 
-def adamw_rule(lr: float = 1e-3, **changes: Any) -> Rule:
+def relative_rule(lr: float = 1.0, **changes: Any) -> Rule:
+    """PolarSGDM with the nuclear norm over its mean in the first steps, so that one rate serves models of any size."""
+    return replace(polarsgdm_rule(lr, scale="nuclear_relative"), **changes)
+
+
+def adamw_rule(lr: float = 3e-3, **changes: Any) -> Rule:
     """AdamW with betas (0.9, 0.95)."""
     return replace(Rule(lr, algorithm="adamw"), **changes)
 
@@ -234,7 +240,7 @@ class OptimizerConfig:
     """
 
     hidden: Rule = field(default_factory=muon_rule)
-    embed: Rule = field(default_factory=polarsgdm_rule)
+    embed: Rule = field(default_factory=relative_rule)
     scalar: Rule = field(default_factory=adamw_rule)
     head: Rule | None = None
     value_embed: Rule | None = None

@@ -89,11 +89,17 @@ class Tall(Batch):
         try:
             with facts.clock(self.entry.role, S.device):
                 bound = norm_bound(columns, largest) if self.entry.bounded else None
-                root, scale = self.rule.root(S, self.entry.shape[0], self.group, bound)
+                assert self.entry.split is not None
+                rows = [self.first.owner_rows[0]] if self.entry.in_order else []
+                held = self.first.owner_state(self.entry.split.stored_shape(0)) if rows else {}
+                before = {key: value[rows] for key, value in held.items()}
+                root, scales, after = self.rule.root(S, self.entry.shape[0], self.group, bound, before)
         except Exception as error:  # as in `Owned.directed`
             facts.failed(self.first, error)
             return torch.zeros_like(S), S.new_zeros(ROOT_NUMBERS)
-        ok = is_finite(root.nuclear_norm)
+        ok, scale = is_finite(root.nuclear_norm), scales[0]
+        for key, value in held.items():
+            value[rows] = torch.where(self.travel.sure(ok), after[key].to(value), before[key])
         facts.learnt_root(self.first, root, ok, given)
         if self.group["scale"] == "nuclear_shared":
             share_nuclear(self, root.nuclear_norm, scale, ok, facts)

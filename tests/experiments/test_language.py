@@ -4,13 +4,15 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from experiments.language import paper, race
+from experiments.language import defaults, paper, race
 from experiments.language.runner import SMALL, Curves, Job, run_all
 from polargrad_dist.errors import ConfigError
+from polargrad_dist.optim import OptimizerConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -69,6 +71,44 @@ def test_every_racer_has_the_same_budget_goes_beyond_edges_and_can_be_run(tmp_pa
     steps = racers["Muon + PolarSGDM"]["steps_to_target"]
     assert all(96 <= s < 160 for s in steps)
     assert "Muon + PolarSGDM" in race.table(report)
+
+
+@pytest.mark.parametrize("family", defaults.FAMILIES)
+def test_a_swept_role_differs_from_the_default_rules_in_its_rate_alone(family, tmp_path):
+    from train import parse_run
+
+    config, _, _ = parse_run(defaults.Place(family, 64, 300).job("embed", 4.0, 0, tmp_path).arguments)
+    config.trainer.check(1)
+    assert config.model.architecture == family
+    for role in defaults.FAMILIES[family]:
+        rule = OptimizerConfig().rule(role)
+        expected = replace(rule, lr=4 * rule.lr) if role == "embed" else rule
+        assert config.optimizer.rule(role) == expected
+
+
+def test_a_sweep_around_the_defaults_goes_beyond_its_edges_and_says_what_is_not_good_enough(
+    tmp_path, monkeypatch
+):
+    def fake(jobs, workers, description):
+        ended = {}
+        for job in jobs:
+            values = dict(job.overrides)
+            embed = math.log2(float(values["optimizer.embed.lr"]) / OptimizerConfig().embed.lr)
+            head = math.log2(float(values["optimizer.head.lr"]) / OptimizerConfig().embed.lr)
+            final = 3 + (embed - 4) ** 2 / 100 + head**2 / 100 + int(values["trainer.seed"]) / 1e4
+            ended[job] = Curves(validation=[(300, final)])
+        return ended
+
+    monkeypatch.setattr(defaults, "run_all", fake)
+    report = defaults.run(tmp_path, ["qwen2.5"], [64], 300, [0, 1], 1)
+    roles = report["places"][0]["roles"]
+    assert list(roles["embed"]) == ["0.25", "0.5", "1", "2", "4", "8", "16", "32"]
+    assert list(roles["head"]) == ["0.25", "0.5", "1", "2", "4"]
+    assert roles["head"]["1"] == pytest.approx(3.16 + 0.5e-4)
+    lines = {line.split()[2]: line for line in defaults.table(report).splitlines()[1:]}
+    assert lines["embed"].endswith("more than allowed")
+    assert "0.1600" in lines["embed"]
+    assert lines["head"].endswith("0.0000")
 
 
 def test_points_move_by_ratios_of_rates_and_of_a_momentum_s_distance_from_one():

@@ -132,6 +132,7 @@ def test_a_tokenizer_says_what_the_configuration_leaves_open():
     assert ModelConfig("gpt2-medium").resolved(50_257, 50_256).vocab_size == 50_257
     assert ModelConfig("qwen2.5", vocab_size=300).resolved(200, 5).vocab_size == 300
     assert ModelConfig("gpt2-medium").resolved(500).end_of_text == -1
+    assert ModelConfig("gpt2-medium", vocab_size=500).resolved().end_of_text == -1
     assert ModelConfig("gpt2-medium", end_of_text=7).resolved(500, 9).end_of_text == 7
 
 

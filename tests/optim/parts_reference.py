@@ -28,6 +28,7 @@ class PartsReference:
         self.x = [w.clone() for w in weights]
         self.m = [torch.zeros_like(w) for w in weights]
         self.energy = [torch.zeros(len(w), dtype=w.dtype) for w in weights]
+        self.seen: list[list[float]] = [[] for _ in weights]
         self.soap: list[dict[str, Tensor] | None] = [None for _ in weights]
 
     def step(self, grads: list[Tensor], lr: float) -> None:
@@ -48,7 +49,10 @@ class PartsReference:
                 u = self._normalized(i, u)
             m, n = g.shape
             shape = math.sqrt(max(1, m / n))
-            scale = {"nuclear": nuclear ** rule["alpha"], "none": 1.0}.get(rule["scale"], shape)
+            power = nuclear ** rule["alpha"]
+            scale = {"nuclear": power, "none": 1.0}.get(rule["scale"], shape)
+            if rule["scale"] == "nuclear_relative":
+                scale = self._relative(i, float(power))
             steps.append(scale * u)
             norms.append(shape * nuclear)
         for i, update in enumerate(steps):
@@ -63,6 +67,16 @@ class PartsReference:
                 continue
             mask = (update * x > 0) if rule["control"] == "cautious" else 1.0
             self.x[i] = x - lr * rule["weight_decay"] * x * mask - lr * update
+
+    def _relative(self, i: int, power: float) -> float:
+        """Over the mean of the first hundred, the t-th of which counts t times; at most 1 while there are not a hundred."""
+        seen = self.seen[i]
+        learning = len(seen) < 100
+        if learning:
+            seen.append(power)
+        weights = range(1, len(seen) + 1)
+        quotient = power * sum(weights) / sum(t * x for t, x in zip(weights, seen, strict=True))
+        return min(1.0, quotient) if learning else quotient
 
     def _normalized(self, i: int, u: Tensor) -> Tensor:
         beta = self.rule["betas"][1]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from polargrad_dist import ConfigError, PolarGrad
+from polargrad_dist.optim.parts import relative
 from tests.gloo import run_ranks
 from tests.optim.bag import Bag
 from tests.optim.parts_reference import PartsReference
@@ -28,6 +29,7 @@ PARTS = {
     "cautious": {"control": "cautious", "weight_decay": 0.5},
     "hyperball": {"control": "hyperball", "scale": "none", "nesterov": True},
     "floor": {"floor": 0.35, "scale": "muon", "normalize": "rows"},
+    "nuclear_relative": {"scale": "nuclear_relative", "lr": 0.5, "beta": 0.5},
     "nuclear_shared": {"scale": "nuclear_shared", "weight_decay": 0.1},
     "nuclear_shared alpha": {"scale": "nuclear_shared", "alpha": 0.5, "floor": 0.1},
     "soap": {"precondition": "soap", "scale": "muon", "nesterov": True, "betas": (0.9, 0.9)},
@@ -40,6 +42,7 @@ PARTS = {
 TALL = {
     "hyperball, tall": {"control": "hyperball", "scale": "none", "oracle": "auto"},
     "center_rows, tall": {"center_rows": True, "oracle": "auto", "beta": 0.5},
+    "nuclear_relative, tall": {"scale": "nuclear_relative", "lr": 0.5, "oracle": "auto", "alpha": 0.5},
     "nuclear_shared, tall": {"scale": "nuclear_shared", "oracle": "auto", "floor": 0.05},
 }
 EVERY = PARTS | TALL
@@ -187,3 +190,17 @@ def test_a_refused_matrix_of_zeros_leaves_an_optimizer_that_goes_on(lr):
     optimizer.add_param_group({"params": [q]})
     optimizer.step()
     assert torch.linalg.matrix_norm(q.detach()) == pytest.approx(24**0.5)
+
+
+def test_a_relative_scale_is_learnt_in_a_hundred_steps_and_then_stays():
+    norms = [0.0, *[2.0] * 20, *[6.0] * 79, *[3.0] * 50]
+    seen, reference = torch.zeros(1, 2), PartsReference([torch.zeros(1, 1)], {})
+    for step, norm in enumerate(norms):
+        quotient, seen = relative(torch.tensor([norm], dtype=torch.float64), seen)
+        expected = reference._relative(0, norm) if norm else 0.0
+        if not norm:
+            reference.seen[0].append(norm)
+        assert float(quotient) == pytest.approx(expected, rel=1e-5), step
+    mean = sum(t * x for t, x in enumerate(norms[:100], 1)) / 5050
+    assert float(quotient) == pytest.approx(3.0 / mean, rel=1e-5)
+    assert seen[0].tolist() == pytest.approx([mean, 100], rel=1e-5)

@@ -1,12 +1,15 @@
 """What the README shows works as it stands there."""
 
+import json
 import re
+import tomllib
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+CHOOSING = (ROOT / "docs" / "choosing-rules.md").read_text()
 
 
 def test_the_first_example_trains():
@@ -17,10 +20,30 @@ def test_the_first_example_trains():
     assert float(names["loss"].detach()) < 6.92
 
 
+def test_the_first_example_has_ten_lines():
+    assert re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0].count("\n") == 10
+
+
+def test_the_badges_say_what_the_project_says():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    badges = dict(re.findall(r"\[!\[(\w+): ([^\]]+)\]", README))
+    assert badges["licence"] == project["license"]
+    versions = [one.rsplit(" ", 1)[1] for one in project["classifiers"] if "Python :: 3." in one]
+    assert badges["Python"] == f"{versions[0]} to {versions[-1]}"
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert badges["docs"] == "built in CI"
+    assert "make docs" in workflow
+    tested = re.search(r"python-version: (\[.*\])", workflow)
+    assert tested is not None
+    assert json.loads(tested[1]) == versions
+
+
 def test_the_example_of_groups_builds_its_optimizers():
-    first, _, third = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[:3]
+    (code,) = [
+        block for block in re.findall(r"```python\n(.*?)```", CHOOSING, re.DOTALL) if "split_sizes" in block
+    ]
     names: dict = {}
-    exec(first.split("for _ in")[0] + third, names)
+    exec(code, names)
     assert [group["algorithm"] for group in names["optimizer"].param_groups] == ["polar", "polar", "adamw"]
     assert names["optimizer"].works[1].entry.split.runs == ((0, 1, 512), (512, 2, 128))
 

@@ -137,7 +137,12 @@ def verdicts(found: Estimate, trainer: TrainerConfig) -> str:
         times = ("?", "?", "?")
         if seconds is not None:
             rate = trainer.tokens_per_step / seconds
-            times = (f"{1e3 * seconds:,.0f}", f"{rate:,.0f}", duration(seconds * trainer.steps))
+            ms = 1e3 * seconds
+            times = (
+                f"{ms:,.0f}" if ms >= 100 else f"{ms:.2g}",
+                f"{rate:,.0f}",
+                duration(seconds * trainer.steps),
+            )
         name = device.name if found.ranks == 1 else f"{found.ranks} x {device.name}"
         lines.append((name, f"{device.memory / GIB:,.1f}", verdict, f"{left / GIB:,.1f}", *times))
     return (

@@ -21,6 +21,7 @@ from polargrad_dist.diagnostics import Diagnostics
 from polargrad_dist.errors import CheckpointError
 from polargrad_dist.optim import OptimizerConfig
 from polargrad_dist.trainer import rundir
+from polargrad_dist.trainer.advice import slow_roles
 from polargrad_dist.trainer.checkpoint import CheckpointStore, restore_rng_state, rng_state
 from polargrad_dist.trainer.config import TrainerConfig
 from polargrad_dist.trainer.evaluation import evaluate
@@ -62,7 +63,7 @@ class Trainer:
     ):
         config.check(world.size)
         check_lengths(config, model)
-        self.config, self.data, self.world = config, data, world
+        self.config, self.rules, self.data, self.world = config, optimizer, data, world
         self.run_dir, self.configuration = Path(config.run_dir), configuration
         self.hold = rundir.Hold(self.run_dir, min(PATIENCE, 30 * config.strategy.timeout_minutes))
         try:
@@ -216,10 +217,20 @@ class Trainer:
         self.metrics.console.tick(told.record)
         if self._spectra_due(told.record["step"]):
             told.record["polar"] = self.optimizer.stats()
+            self._advise(told.record)
         if (row := self.interval.add(told.record, told.period)) is not None:
             self.metrics.write(row)
 
+    def _advise(self, record: dict[str, Any]) -> None:
+        """Warns, once a start, of rates that are far too low."""
+        sentences = slow_roles(self.rules, record["polar"], record["step"])
+        if sentences and self.world.is_main and not self._advised:
+            self._advised = True
+            for sentence in sentences:
+                log.warning("%s", sentence)
+
     _stop = False
+    _advised = False
     _due = False
     _made = False
     # Writes the run's HTML report, for the sinks that take one when it ends.

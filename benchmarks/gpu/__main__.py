@@ -22,8 +22,8 @@ from typing import Any
 # Seconds that a section may take.
 SECTIONS = {
     "methods": 70,
-    "steps": 180,
-    "ranks": 90,
+    "steps": 170,
+    "ranks": 100,
     "roots": 80,
     "training": 80,
     "collectives": 40,

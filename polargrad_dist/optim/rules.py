@@ -157,6 +157,11 @@ class Rule:
             f"spectrum is 'homogenized' with algorithm {self.algorithm!r} and oracle {self.oracle!r}",
             "algorithm 'polar' and oracle 'auto' or 'gram', which know the singular values",
         )
+        yield (
+            adamw and float(self.lr) >= 1,
+            f"lr is {float(self.lr)} with algorithm 'adamw'",
+            "a rate below 1: set lr beside algorithm, since a role's default rate is that of its default rule",
+        )
         for name, nothing in PARTS.items():
             value = getattr(self, name)
             yield (
@@ -217,8 +222,8 @@ def relative_rule(lr: float = 1.0, **changes: Any) -> Rule:
     return replace(polarsgdm_rule(lr, scale="nuclear_relative"), **changes)
 
 
-def adamw_rule(lr: float = 3e-3, **changes: Any) -> Rule:
-    """AdamW with betas (0.9, 0.95)."""
+def adamw_rule(lr: float = 0.03, **changes: Any) -> Rule:
+    """AdamW with betas (0.9, 0.95), at a rate for vectors and scalars: hidden matrices want a tenth of it and less."""
     return replace(Rule(lr, algorithm="adamw"), **changes)
 
 

@@ -66,8 +66,7 @@ class Launches(TorchDispatchMode):
 def launches(model_config: ModelConfig, config: OptimizerConfig, rank: int) -> Counter[str]:
     """Operations of one step of this rank, by name."""
     model = build_model(model_config, device="meta")
-    for table in getattr(model, "tables", []):  # as on a GPU
-        table.bfloat16()
+    model.as_on_a_gpu()
     for p in model.parameters():
         p.grad = torch.empty_like(p)
     with fake_group(rank), as_a_gpu():

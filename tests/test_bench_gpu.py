@@ -43,7 +43,7 @@ def test_without_a_gpu_the_full_form_says_so(capsys):
 def test_the_benchmark_needs_nothing_but_torch_transformers_and_numpy():
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['jsonargparse', 'datasets', 'wandb', 'yaml', 'matplotlib'])); "
-        "from benchmarks.gpu import __main__, methods, steps, ranks, roots, training, collectives"
+        "from benchmarks.gpu import __main__, methods, steps, ranks, roots, training, collectives, rounds"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Any
 
 # Seconds that a section may take.
-SECTIONS = {"methods": 80, "steps": 190, "ranks": 100, "roots": 100, "training": 80, "collectives": 50}
+SECTIONS = {
+    "methods": 70,
+    "steps": 170,
+    "ranks": 100,
+    "roots": 80,
+    "training": 80,
+    "collectives": 40,
+    "rounds": 60,
+}
 
 
 def work(section: str, reduced: bool, out: Path) -> None:

@@ -79,7 +79,10 @@ def machine(setting: Setting) -> dict[str, str]:
 
 
 def seconds(run: Callable[[], Any], setting: Setting, rounds: int = 5, warm: int = 2) -> float:
-    """Median seconds of a call, after ``warm`` calls that do not count; on a GPU by events, the queue being empty."""
+    """Median seconds of a call, after ``warm`` calls that do not count; on a GPU by events, the queue being empty.
+
+    On a CPU, which other programs may share, they are the process's own.
+    """
     rounds, warm = (1, 1) if setting.reduced else (rounds, warm)
     for _ in range(warm):
         run()
@@ -94,9 +97,9 @@ def seconds(run: Callable[[], Any], setting: Setting, rounds: int = 5, warm: int
             torch.cuda.synchronize()
             times.append(start.elapsed_time(end) / 1e3)
         else:
-            began = time.perf_counter()
+            began = time.process_time()
             run()
-            times.append(time.perf_counter() - began)
+            times.append(time.process_time() - began)
     return statistics.median(times)
 
 

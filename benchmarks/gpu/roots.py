@@ -11,20 +11,30 @@ from benchmarks.gpu.measure import Line, Setting, fp64_peak, seconds
 from polargrad_dist.polar import gram_matrix, gram_qdwh, inverse_sqrt, norm_bound, norm_parts
 
 SECTION = "roots"
-GOAL_SIZES = (768, 1024)
+GOAL_SIZES, SMALL_SIZES = (768, 1024), (32, 48)
 SPEEDUP = 8.0
 LARGE = 1536  # from here one round of each, and no batch of nine
 
 
 def run(setting: Setting) -> list[Line]:
     """Seconds of each root at each size and batch, and how much faster products are than eigh."""
-    sizes = (32, 48) if setting.reduced else (768, 1024, 1536, 4096)
     lines = []
-    for n in sizes:
+    for n in sizes(setting):
         lines.append(dgemm(n, setting))
-        for batch in (1, 5) if setting.reduced else (1, 5, 9) if n < LARGE else (1, 5) if n < 4096 else (1,):
+        for batch in batches(n, setting):
             lines += at_size(n, batch, setting)
     return lines
+
+
+def sizes(setting: Setting) -> tuple[int, ...]:
+    return SMALL_SIZES if setting.reduced else (*GOAL_SIZES, LARGE, 4096)
+
+
+def batches(n: int, setting: Setting) -> tuple[int, ...]:
+    """How many matrices of a size at a time."""
+    if setting.reduced:
+        return 1, 5
+    return (1, 5, 9) if n < LARGE else (1, 5) if n < 4096 else (1,)
 
 
 def dgemm(n: int, setting: Setting) -> Line:

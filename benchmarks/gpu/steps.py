@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.gpu.measure import Line, Setting, launches_and_idle, seconds
+from benchmarks.gpu.predicted import predictions
 from models import LanguageModel, ModelConfig, build_model
 from models.loss import loss_sum
 from polargrad_dist import OptimizerConfig, PolarGrad
+from polargrad_dist.trainer import TrainerConfig
 from polargrad_dist.trainer.phases import peak_flops
 
 SECTION = "steps"
@@ -55,12 +57,16 @@ def run(setting: Setting) -> list[Line]:
     return lines
 
 
-def built(case: Run, setting: Setting) -> LanguageModel:
-    torch.manual_seed(0)
+def configured(case: Run, setting: Setting) -> ModelConfig:
     sizes: dict[str, Any] = dict(TINY) if setting.reduced else {}
     if case.architecture == "qwen2.5" and not setting.reduced:
         sizes["max_sequence_length"] = case.length
-    model = build_model(ModelConfig(case.architecture, **sizes), device=setting.device)
+    return ModelConfig(case.architecture, **sizes)
+
+
+def built(case: Run, setting: Setting) -> LanguageModel:
+    torch.manual_seed(0)
+    model = build_model(configured(case, setting), device=setting.device)
     if setting.device.type == "cuda":
         model.compile_blocks()
     return model
@@ -78,31 +84,52 @@ def measure(case: Run, setting: Setting) -> list[Line]:
             loss = model(tokens, tokens.roll(-1, 1), progress=0.5)
         loss.backward()
 
+    work = seconds(forward_backward, setting)
+    optimizer = PolarGrad.from_config(model, OptimizerConfig())
+    ours = seconds(optimizer.step, setting)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        forward_backward()
+        optimizer.step()
+
     if gpu:
         torch.cuda.reset_peak_memory_stats()
-    work = seconds(forward_backward, setting, case.steps)
-    optimizer = PolarGrad.from_config(model, OptimizerConfig())
-    ours = seconds(optimizer.step, setting, case.steps)
-    whole = work + ours
+    whole = seconds(step, setting, case.steps)
+    memory = float(torch.cuda.max_memory_allocated()) if gpu else 0.0
     lines += [
+        Line(SECTION, name, "whole step", 1e3 * whole, "ms"),
         Line(SECTION, name, "forward and backward", 1e3 * work, "ms"),
         Line(SECTION, name, "optimizer step, default recipe, one GPU for all matrices", 1e3 * ours, "ms"),
-        Line(SECTION, name, "optimizer step, fused AdamW", 1e3 * adamw(model, case, setting), "ms"),
+        Line(SECTION, name, "optimizer step, fused AdamW", 1e3 * adamw(model, setting), "ms"),
     ]
     started, idle = launches_and_idle(optimizer.step, setting)
     lines.append(Line(SECTION, name, "optimizer step: kernels started", started, ""))
     if gpu:
-        lines += on_a_gpu(name, case, model, work, whole, idle, setting)
-    return lines
+        lines += on_a_gpu(name, case, model, work, whole, memory, idle, setting)
+    config = TrainerConfig(
+        global_batch=case.sequences, micro_batch=case.sequences, sequence_length=case.length, precision="bf16-mixed",
+        clip_norm=None, compile=gpu,
+    )  # fmt: skip
+    compared = predictions(
+        SECTION, name, configured(case, setting), OptimizerConfig(), config, setting, memory, whole
+    )
+    return lines + compared
 
 
 def on_a_gpu(
-    name: str, case: Run, model: LanguageModel, work: float, whole: float, idle: float, setting: Setting
+    name: str,
+    case: Run,
+    model: LanguageModel,
+    work: float,
+    whole: float,
+    memory: float,
+    idle: float,
+    setting: Setting,
 ) -> list[Line]:
     """Memory, idle share, utilization and the record's time."""
-    memory = torch.cuda.max_memory_allocated() / 2**30
     lines = [
-        Line(SECTION, name, "peak memory", memory, "GiB"),
+        Line(SECTION, name, "peak memory", memory / 2**30, "GiB"),
         Line(SECTION, name, "GPU idle during the optimizer step", idle, ""),
     ]
     best = peak_flops(setting.device)
@@ -153,9 +180,9 @@ def losses(name: str, case: Run, model: LanguageModel, tokens: torch.Tensor, set
     ]
 
 
-def adamw(model: LanguageModel, case: Run, setting: Setting) -> float:
+def adamw(model: LanguageModel, setting: Setting) -> float:
     """Seconds of a step of torch's AdamW on the same parameters, fused on a GPU."""
     baseline = torch.optim.AdamW(
         (p for p in model.parameters() if p.grad is not None), lr=0.0, fused=setting.device.type == "cuda"
     )
-    return seconds(baseline.step, setting, case.steps)
+    return seconds(baseline.step, setting)

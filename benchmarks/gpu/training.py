@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -16,11 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.measure import Line, Setting
+from benchmarks.gpu.predicted import predictions
 from benchmarks.gpu.steps import TINY
+from models import ModelConfig, build_model
+from polargrad_dist import OptimizerConfig
+from polargrad_dist.trainer import TrainerConfig
 
 SECTION = "training"
 STEPS, SAVED, SPOILT = 20, 10, 7
-SEQUENCES = 8
+SEQUENCES, FILLING = 8, 32
 
 
 def run(setting: Setting) -> list[Line]:
@@ -38,16 +43,27 @@ def run(setting: Setting) -> list[Line]:
 
 def twenty_steps(folder: Path, world: Any, setting: Setting) -> list[Line]:
     """A run, and the same once more from the checkpoint in its middle: every weight has to have the same bits."""
+    sequences = SEQUENCES if setting.reduced else FILLING
+    if setting.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    first = fit(folder, "run", world, setting)
+    first = fit(folder, "run", world, setting, sequences, sequences)
     took = time.perf_counter() - began
-    losses = [record["loss"] for record in records(folder / "run") if "loss" in record]
+    rows = [record for record in records(folder / "run") if "loss" in record]
+    losses = [row["loss"] for row in rows]
+    model, config = configured(folder / "run", setting, sequences, sequences)
+    step = statistics.median(config.tokens_per_step / row["tokens_per_second"] for row in rows[STEPS // 4 :])
+    memory = max(row["memory_gib"] for row in rows) * 2**30
+    case = f"{sequences} x {config.sequence_length}, the trainer's steps"
     shutil.rmtree(max((folder / "run" / "checkpoints").iterdir(), key=lambda path: path.name))
-    again = fit(folder, "run", world, setting)
+    again = fit(folder, "run", world, setting, sequences, sequences)
     same = all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     fell = losses[-1] / losses[0]
     return [
         Line(SECTION, f"{STEPS} steps", "time with start and checkpoints", took, "s"),
+        Line(SECTION, case, "step", 1e3 * step, "ms"),
+        Line(SECTION, case, "peak memory", memory / 2**30, "GiB"),
+        *predictions(SECTION, case, model, OptimizerConfig(), config, setting, memory, step),
         Line(SECTION, f"{STEPS} steps", "last loss over first", fell, "", "< 1", fell < 1),
         Line(
             SECTION, f"resumed at step {SAVED}", "all weights have the same bits", float(same), "", "1", same
@@ -119,9 +135,10 @@ def fit(
     name: str,
     world: Any,
     setting: Setting,
+    sequences: int = SEQUENCES,
+    micro_batch: int = SEQUENCES,
     spoilt: int | None = None,
     crowded: bool = False,
-    micro_batch: int = SEQUENCES,
 ) -> list[Tensor]:
     """Trains, or resumes, in ``folder/name``; the weights at the end, on the CPU.
 
@@ -129,39 +146,20 @@ def fit(
     """
     from data import DataConfig, open_data
     from data.shards import write_shard
-    from models import ModelConfig, build_model
-    from polargrad_dist import OptimizerConfig
-    from polargrad_dist.trainer import Trainer, TrainerConfig, seed_everything
-    from polargrad_dist.trainer.checkpoint import CheckpointConfig
-    from polargrad_dist.trainer.config import EvaluationConfig, LoggingConfig
+    from polargrad_dist.trainer import Trainer, seed_everything
 
-    length = 64 if setting.reduced else 1024
-    sizes: dict[str, Any] = TINY if setting.reduced else {}
-    model_config = ModelConfig("gpt2-small", **sizes)
+    model_config, config = configured(folder / name, setting, sequences, micro_batch)
     seed_everything(0)
     model = build_model(model_config)
     shard = folder / "tokens.bin"
     if not shard.exists():
-        count = 4 * STEPS * SEQUENCES * length
+        count = 4 * STEPS * FILLING * config.sequence_length
         # Few different tokens, so that twenty steps learn something.
         write_shard(shard, np.random.default_rng(0).integers(0, 16, count, dtype=np.uint16))
-    config = TrainerConfig(
-        run_dir=str(folder / name),
-        steps=STEPS,
-        global_batch=SEQUENCES,
-        micro_batch=micro_batch,
-        sequence_length=length,
-        precision="fp32" if setting.reduced else "bf16-mixed",
-        compile=setting.device.type == "cuda",
-        device="cuda" if setting.device.type == "cuda" else "cpu",
-        logging=LoggingConfig(every=1, stats_every=0, progress="off"),
-        evaluation=EvaluationConfig(every=0, at_end=False),
-        checkpoint=CheckpointConfig(every=SAVED),
-    )
     data = open_data(
         DataConfig(source="shards", paths=[str(shard)], validation_fraction=0),
-        sequence_length=length,
-        global_batch=SEQUENCES,
+        sequence_length=config.sequence_length,
+        global_batch=sequences,
         micro_batch=micro_batch,
         rank=world.rank,
         world=world.size,
@@ -173,6 +171,30 @@ def fit(
         model.register_forward_pre_hook(no_memory)
     Trainer(config, OptimizerConfig(), model, data, world, {}).fit()
     return [p.detach().cpu().clone() for p in model.parameters()]
+
+
+def configured(
+    run_dir: Path, setting: Setting, sequences: int, micro_batch: int
+) -> tuple[ModelConfig, TrainerConfig]:
+    """GPT-2 small, and a run of it."""
+    from polargrad_dist.trainer.checkpoint import CheckpointConfig
+    from polargrad_dist.trainer.config import EvaluationConfig, LoggingConfig
+
+    sizes: dict[str, Any] = TINY if setting.reduced else {}
+    gpu = setting.device.type == "cuda"
+    return ModelConfig("gpt2-small", **sizes), TrainerConfig(
+        run_dir=str(run_dir),
+        steps=STEPS,
+        global_batch=sequences,
+        micro_batch=micro_batch,
+        sequence_length=64 if setting.reduced else 1024,
+        precision="fp32" if setting.reduced else "bf16-mixed",
+        compile=gpu,
+        device="cuda" if gpu else "cpu",
+        logging=LoggingConfig(every=1, stats_every=0, progress="off"),
+        evaluation=EvaluationConfig(every=0, at_end=False),
+        checkpoint=CheckpointConfig(every=SAVED),
+    )
 
 
 def spoil(model: nn.Module, step: int) -> None:

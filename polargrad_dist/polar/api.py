@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import PolarError
 from .cost import choose_method
 from .newton import newton
-from .oracle import Options, Oracle, largest_entry, without_tf32
+from .oracle import Options, Oracle, is_finite, largest_entry, without_tf32
 from .polynomial import newton_schulz, polar_express
 from .qdwh import qdwh
 from .root import choose_root
@@ -115,9 +115,8 @@ def polar(
     if tall.numel() == 0:
         return _empty(a, method, hermitian, out_dtype, info)
     peak = largest_entry(tall)
-    finite = peak.isfinite()
     if check:
-        _require_finite(finite[:, 0, 0], a.shape[:-2])
+        _require_finite(is_finite(peak)[:, 0, 0], a.shape[:-2])
     # H wants U in full, even if the caller wants it in half precision.
     dtype = torch.promote_types(out_dtype, torch.float32) if hermitian else out_dtype
     options = Options(steps, lower, dtype, info, coefficients, check or a.device.type == "cpu", root, peak)
@@ -125,15 +124,16 @@ def polar(
     if method == "auto":
         method = choose_method(tall.shape if sparse is None else sparse.rows.shape, a.device, lower=lower)
     if sparse is not None and not check:
-        sparse = sparse._replace(rows=torch.where(finite[0], sparse.rows, 0.0))
+        sparse = sparse._replace(rows=torch.where(is_finite(peak)[0], sparse.rows, 0.0))
     # In matrix products NaN stays within its matrix, and fills it; a factorization may choke on it.
     spreads = method in (*POLYNOMIALS, "gram")
-    whole = tall if check or spreads else torch.where(finite, tall, 0.0)
+    whole = tall if check or spreads else torch.where(is_finite(peak), tall, 0.0)
     with nullcontext() if method in POLYNOMIALS else without_tf32(a.device):
         found = (
             ORACLES[method](whole, options) if sparse is None else _on_nonzero_rows(sparse, method, options)
         )
     if not check and method not in POLYNOMIALS:
+        finite = is_finite(peak)
         found.U.masked_fill_(~finite, torch.nan)
         found.nuclear_norm.masked_fill_(~finite[:, 0, 0], torch.nan)
     U = (found.U if m >= n else found.U.mT).reshape(a.shape).to(out_dtype)

@@ -74,7 +74,7 @@ def root_cost(n: int, method: str = "gram", steps: int | None = None, *, device_
     if device_type == "cpu":
         return 12 * square
     products = 4 * len(root_schedule(STRICT)) - 2
-    return products * square + (3 * products + 4 * PROBES) * LAUNCH
+    return products * square + (3 * products + 2 * PROBES) * LAUNCH
 
 
 def _cpu_cost(m: int, n: int, method: str, steps: int | None) -> float:

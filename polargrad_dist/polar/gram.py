@@ -27,7 +27,9 @@ def gram_matrix(rows: Tensor, *, scale: Tensor | None = None) -> Tensor:
     *batch, _, n = rows.shape
     S = rows.new_zeros(*batch, n, n, dtype=torch.float64)
     # Blocks pay on a CPU, where they halve the work; a GPU prefers one large product.
-    width = BLOCK_COLUMNS if rows.device.type == "cpu" else max(n, 1)
+    cpu = rows.device.type == "cpu"
+    # There half of S is summed up, exactly, and its transpose added at the end.
+    width, share = (BLOCK_COLUMNS, 1.0) if cpu else (max(n, 1), 0.5)
     for chunk in row_chunks(rows):
         C = rows[..., chunk, :].to(torch.float64)
         if scale is not None:
@@ -36,11 +38,11 @@ def gram_matrix(rows: Tensor, *, scale: Tensor | None = None) -> Tensor:
             block = S[..., j : j + width, j:]
             left, right = C[..., j : j + width].mT, C[..., j:]
             if S.dim() == 2:
-                block.addmm_(left, right)
+                block.addmm_(left, right, alpha=share)
             else:
-                block.add_(left @ right)
-    if rows.device.type != "cpu":
-        return (S + S.mT) / 2
+                block.add_(left @ right, alpha=share)
+    if not cpu:
+        return S + S.mT
     for j in range(0, n, width):
         square = S[..., j : j + width, j : j + width]
         square.copy_(square.triu() + square.triu(1).mT)
@@ -82,14 +84,16 @@ class RowFactor:
         fp64 = precise or multiplies_in_fp64(dtype, X.device)
         self.work = torch.float64 if fp64 else torch.float32
         self.up: Tensor | None = None
+        self.diagonal: Tensor | None = None
         if not fp64:
             down, self.up = _range_of_fp32(X)
             X = X * down
-        # Most of a well-conditioned X is its diagonal. Added last, it rounds once; inside the product, every later
-        # term of the sum would round at its size, which costs a digit.
-        self.diagonal = X.diagonal(dim1=-2, dim2=-1)[..., None, :].to(self.work)
-        self.rest = X.to(self.work, copy=True)
-        self.rest.diagonal(dim1=-2, dim2=-1).zero_()
+        self.rest = X.to(self.work, copy=not fp64)
+        if not fp64:
+            # Most of a well-conditioned X is its diagonal. Added last, it rounds once; inside the product, every later
+            # term of the sum would round at its size, which costs a digit.
+            self.diagonal = X.diagonal(dim1=-2, dim2=-1)[..., None, :].to(self.work)
+            self.rest.diagonal(dim1=-2, dim2=-1).zero_()
 
     def apply(self, rows: Tensor, *, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """rows·X (…, m, n) in ``dtype``, by default that of the rows; with `out`, added to it."""
@@ -99,7 +103,9 @@ class RowFactor:
             if self.up is not None:
                 A = A * self.up
             with without_tf32(rows.device):
-                product = (A @ self.rest).addcmul_(A, self.diagonal)
+                product = A @ self.rest
+            if self.diagonal is not None:
+                product.addcmul_(A, self.diagonal)
             if out is None:
                 target[..., chunk, :] = product
             else:

@@ -185,13 +185,15 @@ def extreme_singular_values(S: Tensor, X: Tensor, power: Tensor | None = None) -
 
     Rayleigh quotients with S, so inside the spectrum but for rounding; 0 where σ_min² is rounding beside σ_max².
     """
-    largest = rayleigh_quotient(S, dominant_direction(S if power is None else power))
-    smallest = torch.minimum(rayleigh_quotient(S, dominant_direction(X)), largest)
+    # Side by side: half as many kernels.
+    v = dominant_directions(torch.stack([S if power is None else power, X])).squeeze(-1).movedim(0, -1)
+    largest, smallest = (v * (S @ v)).sum(-2).clamp_min(0.0).unbind(-1)
+    smallest = torch.minimum(smallest, largest)
     smallest = torch.where(smallest <= noise(largest), 0.0, smallest)  # NaN stays
     return largest.sqrt(), smallest.sqrt()
 
 
-def dominant_direction(M: Tensor) -> Tensor:
+def dominant_directions(M: Tensor) -> Tensor:
     """About M's eigenvector of the largest eigenvalue, (…, n, 1) of norm 1, of a positive semidefinite M (…, n, n).
 
     That eigenvalue is between 1e-8 and 1e8, so that `PROBES` products need no scaling in between.
@@ -202,11 +204,6 @@ def dominant_direction(M: Tensor) -> Tensor:
     for _ in range(PROBES):
         v = M @ v
     return v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_min(tiny)
-
-
-def rayleigh_quotient(M: Tensor, v: Tensor) -> Tensor:
-    """vᵀMv (…) of a direction v (…, n, 1), not below zero."""
-    return (v * (M @ v)).sum((-2, -1)).clamp_min(0.0)
 
 
 @torch.compiler.assume_constant_result

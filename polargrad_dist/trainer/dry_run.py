@@ -71,6 +71,7 @@ def memory_table(found: Estimate, trainer: TrainerConfig) -> str:
     kind = "+".join(sorted({str(e.dtype).removeprefix("torch.") for e in found.plan.entries}))
     passing = memory.passing >= memory.buffers
     aside = "not in the total: at another moment of the step"
+    kind_of_blocks = "compiled" if memory.compiled else "uncompiled"
     why = f"not known: the model does not run without memory ({memory.why})"
     rows = [
         (f"parameters ({kind})", memory.lasting["parameters"], host),
@@ -79,12 +80,17 @@ def memory_table(found: Estimate, trainer: TrainerConfig) -> str:
         (
             f"activations of {trainer.micro_batch} x {trainer.sequence_length} tokens",
             memory.activations,
-            why if memory.activations is None else "uncompiled" if passing else aside,
+            why if memory.activations is None else kind_of_blocks if passing else aside,
         ),
         (
             "largest piece of the logits",
             memory.loss,
             "not known" if memory.loss is None else "" if passing else aside,
+        ),
+        *(
+            [("gathered by FSDP2 for a moment", memory.gathered, "" if passing else aside)]
+            if memory.gathered
+            else []
         ),
         ("optimizer's buffers", memory.buffers, aside if passing else ""),
         (

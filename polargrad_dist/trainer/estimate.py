@@ -5,8 +5,8 @@ Nothing here has been measured on a GPU; `python -m benchmarks.gpu` compares it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,24 +19,40 @@ from polargrad_dist.optim import OptimizerConfig, plan_for, route
 from polargrad_dist.optim.bucket import CPU_BUCKET, GPU_BUCKET
 from polargrad_dist.trainer.config import TrainerConfig
 from polargrad_dist.trainer.devices import Device, known
+from polargrad_dist.trainer.strategies import sharded_units
 
 SHARE = 0.4  # assumed fraction of a device's bf16 peak that a model reaches
 LINK = 0.7  # assumed fraction of a link's rate that collectives reach
+# Inductor's decompositions and its partition into forward and backward, run eagerly.
+TRACER = "aot_eager_decomp_partition"
+
+
+def built(build: Callable[..., nn.Module], config: TrainerConfig) -> nn.Module:
+    """The model on the meta device, its parameters of the types that they have in the run."""
+    model = build(device="meta")
+    if config.precision == "bf16":
+        model.to(torch.bfloat16)
+    if config.device != "cpu" and hasattr(model, "as_on_a_gpu"):
+        model.as_on_a_gpu()  # type: ignore[operator]
+    return model
 
 
 def activations(build: Callable[..., nn.Module], config: TrainerConfig) -> int:
     """Bytes that autograd keeps between forward and backward of one micro-batch, parameters left out.
 
-    A forward pass of ``build(device="cpu")`` on tensors without memory. Uncompiled: torch.compile keeps less.
+    A forward pass on a CPU's tensors without memory. Compiled blocks are traced as torch.compile traces them, with its choice
+    of what is kept and what is computed again; nothing is generated.
     """
     kept: dict[int, torch.UntypedStorage] = {}
     # First weights are drawn, though into nothing: the run's own generator stays where it is.
-    with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True):
-        model = build(device="cpu")
-        if config.precision == "bf16":
-            model.to(torch.bfloat16)
-        if config.activation_checkpointing:
-            model.checkpoint_blocks()  # type: ignore[operator]
+    with torch.random.fork_rng(devices=[]):
+        model = built(build, config)
+    if config.activation_checkpointing:
+        model.checkpoint_blocks()  # type: ignore[operator]
+    if config.compile:
+        model.compile_blocks(backend=TRACER)  # type: ignore[operator]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
         own = {p.untyped_storage()._cdata for p in model.parameters()}
 
         def pack(x: torch.Tensor) -> torch.Tensor:
@@ -50,6 +66,34 @@ def activations(build: Callable[..., nn.Module], config: TrainerConfig) -> int:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), mixed:
             model(tokens, tokens, progress=1.0)
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def gathered(model: nn.Module, config: TrainerConfig, ranks: int) -> int:
+    """Bytes that FSDP2 adds to a rank's shards at the fullest moment, in backward: whole parameters, and whole gradients on
+    their way to be reduced. 0 under other strategies.
+
+    The root stays gathered; of the other units (`sharded_units`) one is at work and the next is fetched, or all stay.
+    Gradients are whole until their unit's backward is through, the root's until the end, and are copied once, in the type of
+    the reduction, to be sent. Under accumulation all of them stay whole. An upper bound: activations are partly gone by then.
+    """
+    if config.strategy.name not in ("fsdp", "hsdp") or ranks == 1:
+        return 0
+    mixed = config.precision == "bf16-mixed"
+    units = [list(unit.parameters()) for unit in sharded_units(model)]
+    inner = {p for unit in units for p in unit}
+    root = [p for p in model.parameters() if p not in inner]
+
+    def computed(params: Iterable[nn.Parameter]) -> int:
+        return sum(p.numel() * (2 if mixed else p.itemsize) for p in params)
+
+    def reduced(params: Iterable[nn.Parameter]) -> int:
+        return sum(p.numel() * (4 if mixed else p.itemsize) for p in params)
+
+    sizes = sorted(map(computed, units), reverse=True)
+    held = computed(root) + sum(sizes[:2] if config.strategy.reshard_after_forward else sizes)
+    waiting = reduced(model.parameters()) if config.accumulation(ranks) > 1 else computed(root)
+    sent = max((computed(unit) + reduced(unit) for unit in units), default=0)
+    return held + waiting + sent
 
 
 @dataclass(frozen=True)
@@ -75,15 +119,19 @@ class Work:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the fullest rank. ``lasting`` ones are there all the time; activations and loss make room for ``buffers``.
+    """Bytes of the fullest rank. ``lasting`` ones are there all the time; activations, loss and what is ``gathered`` make
+    room for ``buffers``.
 
-    Parts that are not known are None, and ``why`` says the reason. What is ``offloaded`` lies in the host's memory.
+    Parts that are not known are None, and ``why`` says the reason. ``compiled`` says whether activations are those of
+    compiled blocks. What is ``offloaded`` lies in the host's memory.
     """
 
     lasting: dict[str, int]
     activations: int | None
     loss: int | None
     buffers: int
+    gathered: int = 0
+    compiled: bool = False
     offloaded: bool = False
     why: str = ""
 
@@ -96,7 +144,7 @@ class Memory:
     @property
     def passing(self) -> int:
         """What a forward and backward pass holds for a moment."""
-        return (self.activations or 0) + (self.loss or 0)
+        return (self.activations or 0) + (self.loss or 0) + self.gathered
 
     @property
     def whole(self) -> bool:
@@ -126,9 +174,7 @@ def estimate(
     build: Callable[..., nn.Module], optimizer: OptimizerConfig, trainer: TrainerConfig, ranks: int
 ) -> Estimate:
     """What a run on ``ranks`` ranks would need; ``build(device="meta")`` gives the model's shapes."""
-    model = build(device="meta")
-    if trainer.precision == "bf16":
-        model.to(torch.bfloat16)
+    model = built(build, trainer)
     name = trainer.strategy.name if ranks > 1 else "ddp"
     stage = trainer.strategy.zero_stage_or_default
     replicas = {"ddp": ranks, "fsdp": 1, "hsdp": trainer.strategy.replicas, "deepspeed": ranks}[name]
@@ -146,7 +192,7 @@ def estimate(
             comm_dtype=comm,
             device_type="cpu" if trainer.device == "cpu" else "cuda",
         )
-    memory = _memory(build, model, plan, optimizer, trainer)
+    memory = _memory(build, model, plan, optimizer, trainer, ranks)
     whole = sum(entry.bytes for entry in plan.entries)
     passes = 2 if name == "ddp" or (name == "deepspeed" and stage < 3) else 3
     gradients = passes * whole if ranks > 1 else 0
@@ -168,12 +214,16 @@ def _memory(
     plan: Plan,
     optimizer: OptimizerConfig,
     trainer: TrainerConfig,
+    ranks: int,
 ) -> Memory:
-    kept, why = None, ""
-    try:
-        kept = activations(build, trainer)
-    except Exception as error:  # whatever a model of one's own does with tensors that hold nothing
-        why = " ".join(str(error).split())[:200]
+    kept, why, compiled = None, "", False
+    # Compiled, then as it is: a model of one's own may do with tensors that hold nothing what cannot be traced, or run.
+    for compiled in dict.fromkeys((trainer.compile, False)):
+        try:
+            kept = activations(build, replace(trainer, compile=compiled))
+            break
+        except Exception as error:
+            why = " ".join(str(error).split())[:200]
     loss = None
     if hasattr(model, "loss_bytes"):
         itemsize = 4 if trainer.precision == "fp32" else 2
@@ -181,7 +231,8 @@ def _memory(
     default = CPU_BUCKET if trainer.device == "cpu" else GPU_BUCKET
     bucket = default if optimizer.bucket_mb is None else int(optimizer.bucket_mb * 2**20)
     fullest = max(plan.memory(), key=lambda row: sum(row.values()))
-    return Memory(fullest, kept, loss, 3 * bucket, trainer.strategy.cpu_offload, why)
+    whole = gathered(model, trainer, ranks)
+    return Memory(fullest, kept, loss, 3 * bucket, whole, compiled, trainer.strategy.cpu_offload, why)
 
 
 def expected(
@@ -210,6 +261,7 @@ def facts_on(gpu: Device, available: float, found: Estimate, trainer: TrainerCon
     parts = memory.lasting | {
         "activations": memory.activations,
         "loss": memory.loss,
+        "gathered": memory.gathered,
         "buffers": memory.buffers,
         "total": memory.total if memory.whole else None,
     }

@@ -89,13 +89,12 @@ def place(model: nn.Module, config: TrainerConfig, world: World, reduces: bool) 
         )
     if config.precision == "bf16":
         model.to(torch.bfloat16)
-    blocks = list(getattr(model, "blocks", []))
     if config.activation_checkpointing:
         _call(model, "checkpoint_blocks", "trainer.activation_checkpointing")
     if config.compile:
         _call(model, "compile_blocks", "trainer.compile")
     if sharded:
-        _shard(model, blocks, config, world)
+        _shard(model, config, world)
         return Placed(model, nullcontext, nullcontext)
     model.to(world.device)
 
@@ -123,8 +122,14 @@ def place(model: nn.Module, config: TrainerConfig, world: World, reduces: bool) 
     return Placed(wrapped, wrapped.no_sync, autocast)
 
 
-def _shard(model: nn.Module, blocks: list[nn.Module], config: TrainerConfig, world: World) -> None:
-    """FSDP2: each block as a unit, then the rest of the model; reductions in fp32 whatever the compute type."""
+def sharded_units(model: nn.Module) -> list[nn.Module]:
+    """What FSDP2 shards, gathers and reduces on its own, before what is left: blocks, and tables, which may be of another
+    type than the rest, as one unit's parameters cannot."""
+    return [*getattr(model, "blocks", []), *getattr(model, "tables", [])]
+
+
+def _shard(model: nn.Module, config: TrainerConfig, world: World) -> None:
+    """FSDP2: each block on its own, then what is left; reductions in fp32 whatever the compute type."""
     strategy = config.strategy
     kind = world.device.type
     if strategy.name == "hsdp":
@@ -139,8 +144,7 @@ def _shard(model: nn.Module, blocks: list[nn.Module], config: TrainerConfig, wor
         options["offload_policy"] = CPUOffloadPolicy()
     else:
         model.to(world.device)
-    # Embedding tables may have another dtype than the rest, and an FSDP unit must have one dtype.
-    for unit in [*blocks, *getattr(model, "tables", [])]:
+    for unit in sharded_units(model):
         fully_shard(unit, **options)
     # Backward starts where forward ends: freed in between, the root's parameters would be gathered twice.
     fully_shard(model, **options | {"reshard_after_forward": False})

@@ -4,20 +4,20 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.launches import CONFIGS, launches
+from benchmarks.launches import CONFIGS, TARGETS, launches
 from polargrad_dist.optim import OptimizerConfig, plan_for, polarsgdm_rule, route
 from train import parse_run
 
-# docs/gpu.md; the second is above its target of 400.
-MOST = {"gpt2-small-fineweb-adam": 400, "gpt2-small-fineweb": 445, "gpt2-medium-fineweb": 600,
-        "qwen2.5-muon-polarsgdm": 600}  # fmt: skip
+# docs/gpu.md. Rank 0 of GPT-2 small owns a table's root, rank 7 hidden matrices of several shapes.
+CASES = [("gpt2-small-fineweb-adam", 0), ("gpt2-small-fineweb", 0), ("gpt2-small-fineweb", 7), ("gpt2-medium-fineweb", 0),
+         ("qwen2.5-muon-polarsgdm", 0)]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MOST)
-def test_a_step_starts_few_calls(name):
+@pytest.mark.parametrize(("name", "rank"), CASES)
+def test_a_step_starts_few_calls(name, rank):
     run, _, _ = parse_run(["--config", str(CONFIGS / f"{name}.yaml")])
-    seen = launches(run.model, run.optimizer, 0)
-    assert 200 < seen.total() <= MOST[name], seen.most_common(12)
+    seen = launches(run.model, run.optimizer, rank)
+    assert 200 < seen.total() <= TARGETS[name], seen.most_common(12)
     assert seen["_allgather_base_"] > 5
     assert not {"_local_scalar_dense", "nonzero", "_linalg_eigh", "_linalg_svd"} & seen.keys()
 

@@ -162,6 +162,7 @@ class Batch:
         self.states: dict[str, Tensor] = {}
         self.loose: list[tuple[list[Tensor], Tensor]] = []
         self._kept: dict[str, Tensor] = {}
+        self._indices: dict[tuple[int, ...], Tensor] = {}
         # What compiles elementwise steps; nothing does where the weights are offloaded.
         self.backend = travel.backend if first.device == travel.device else None
         self.shares = bucket.shares
@@ -292,7 +293,14 @@ class Batch:
         else:
             torch._foreach_add_(ours, [x.to(ours[0].device, self.entry.dtype) for x in theirs])
 
-    def _keep(self, held: dict[str, Tensor], rows: list[int], after: dict[str, Tensor], ok: Tensor) -> None:
+    def _rows(self, rows: list[int]) -> Tensor:
+        """Rows of owner state as an index on the device, made once: a GPU would wait for one that comes from the host."""
+        key = tuple(rows)
+        if key not in self._indices:
+            self._indices[key] = torch.tensor(rows, dtype=torch.int64, device=self.travel.device)
+        return self._indices[key]
+
+    def _keep(self, held: dict[str, Tensor], rows: Tensor, after: dict[str, Tensor], ok: Tensor) -> None:
         """Puts the next states of matrices owned here into these rows, where the step happens and ``ok`` (matrices,)."""
         ok = ok if self.travel.ok is None else ok & self.travel.ok.to(ok.device)
         for key, value in held.items():
@@ -401,10 +409,9 @@ class Owned(Batch):
 
     def _ruled(self, A: Tensor, owners: list[Member], at: int, facts: Facts) -> tuple[Tensor, Tensor]:
         """The rule on alike matrices A (k, m, n) of these parameters, the first of them number ``at`` of this rank's."""
-        rows: list[int] = []
         held: dict[str, Tensor] = {}
         if self.entry.in_order:
-            rows = [self.members[i].owner_rows[j] for i, j in self.mine[at : at + len(A)]]
+            rows = self._rows([self.members[i].owner_rows[j] for i, j in self.mine[at : at + len(A)]])
             held = self.first.owner_state((A.shape[1], A.shape[2]))
         state = {key: value[rows] for key, value in held.items()}
         answer = facts.timed(self.entry.role, A.device, self.rule.direction, A, state, self.group)
@@ -498,8 +505,10 @@ class Tall(Batch):
         assert e.split is not None
         try:
             bound = norm_bound(columns, largest) if e.bounded else None
-            rows = [self.first.owner_rows[0]] if e.in_order else []
-            held = self.first.owner_state((e.split.rows, e.split.cols)) if e.in_order else {}
+            held: dict[str, Tensor] = {}
+            if e.in_order:
+                rows = self._rows([self.first.owner_rows[0]])
+                held = self.first.owner_state((e.split.rows, e.split.cols))
             state = {key: value[rows] for key, value in held.items()}
             asked = S, e.shape[0], self.group, bound, state
             root, scales, after = facts.timed(e.role, S.device, self.rule.root, *asked)

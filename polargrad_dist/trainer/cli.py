@@ -193,8 +193,7 @@ def sentence(message: str, known: list[str]) -> str:
             return f"unexpected argument {word!r}: use --key value; --help lists the keys"
         return unknown(word[2:].split("=")[0], known)
     if bare := re.search(r"argument (--[\w.]+): expected one argument", text):
-        number = "the number of ranks to plan for" if bare.group(1).startswith("--dry_run") else "a value"
-        return f"{bare.group(1)} has no value, expected {number} after it"
+        return f"{bare.group(1)} has no value, expected one after it"
     key = re.search(r"(?:[Kk]ey|[Oo]ption|group)\s+['\"]?(?:--)?([\w.]+)['\"]?", text)
     if key is None:
         return text

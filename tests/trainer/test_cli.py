@@ -130,13 +130,6 @@ def test_every_answer_to_a_first_guess_is_a_key_of_the_configuration_and_no_gues
         assert guess not in known or any(key.startswith(f"{guess}.") for key in known)
 
 
-@pytest.mark.parametrize("words", [["--dry_run"], ["--config", "configs/quickstart.yaml", "--dry_run_full"]])
-def test_a_dry_run_without_a_number_says_that_it_takes_the_ranks(words):
-    found = train(*words)
-    assert found.returncode == 2
-    assert f"{words[-1]} has no value, expected the number of ranks to plan for after it" in found.stderr
-
-
 @pytest.mark.parametrize(
     ("text", "found"),
     [

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from polargrad_dist import PolarGrad
 from polargrad_dist.diagnostics import DiagnosticsConfig
 from polargrad_dist.errors import TrainingError
-from polargrad_dist.optim import OptimizerConfig, muon_rule, polarsgdm_rule
+from polargrad_dist.optim import OptimizerConfig, muon_rule, polarsgdm_rule, relative_rule
 from polargrad_dist.optim.matrix import RULES
 from polargrad_dist.polar import root
 from polargrad_dist.trainer import World
@@ -243,7 +243,9 @@ class NoReading(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
         makes = name in ("tensor", "as_tensor") and (kwargs or {}).get("device") is not None
-        if name in READS or makes:
+        where = args[1] if name in ("__getitem__", "__setitem__") else ()
+        listed = any(isinstance(x, list) for x in (where if isinstance(where, tuple) else (where,)))
+        if name in READS or makes or listed:
             where = caller()
             assert where in self.allowed, f"{name} in {where} reads from the device, or writes to it"
             self.seen.add(where)
@@ -267,6 +269,7 @@ ORACLES = {
     "Muon and PolarSGDM": rules,
     "exact": lambda: replace(rules(), hidden=muon_rule(0.02, oracle="gram"), embed=polarsgdm_rule(0.02, oracle="gram")),
     "truncated": lambda: replace(rules(), embed=polarsgdm_rule(0.02, oracle="qdwh", steps=2)),
+    "state at owners": lambda: replace(rules(), hidden=muon_rule(0.02, normalize="rows"), embed=relative_rule(0.5)),
     "Polar Express": lambda: replace(rules(), hidden=muon_rule(0.02, oracle="polar_express"),
                                      embed=polarsgdm_rule(0.02, momentum="polar_first")),
 }  # fmt: skip

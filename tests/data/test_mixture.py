@@ -198,8 +198,8 @@ def test_who_waits_for_a_mixture_says_for_what(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"paths": ["x.jsonl"]}, r"data\.paths is set beside data\.sources"),
-        ({"validation_paths": ["x.jsonl"]}, r"use data\.validation_sets"),
+        ({"paths": ["x.jsonl"]}, r"data\.paths is set with data\.sources"),
+        ({"validation_paths": ["x.jsonl"]}, r"expected data\.validation_sets"),
         ({"validation_sets": {"a": ["x.txt"]}}, "names 'a', expected a name of its own"),
     ],
 )

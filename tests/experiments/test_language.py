@@ -34,7 +34,8 @@ def fake_losses(jobs, stage):
         values = dict(job.overrides)
         hidden, ends = (math.log(float(values[f"optimizer.{role}.lr"])) for role in ("hidden", "embed"))
         adam = values.get("optimizer.hidden.algorithm") == "adamw"
-        centre = (math.log(0.05), math.log(0.1)) if adam else (math.log(0.02), math.log(6.0))
+        adam_ends = values.get("optimizer.embed.algorithm") == "adamw"
+        centre = (math.log(0.05 if adam else 0.02), math.log(0.1 if adam_ends else 6.0))
         bowl = (hidden - centre[0]) ** 2 + (ends - centre[1]) ** 2
         out[key] = (
             3

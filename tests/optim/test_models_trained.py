@@ -8,6 +8,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from polargrad_dist import OptimizerConfig, PolarGrad, Rule
+from polargrad_dist.optim import adamw_rule
 from tests.gloo import run_ranks
 from tests.models.tiny import ALL, awake, tiny
 from tests.optim import test_routing_models as hub
@@ -81,7 +82,7 @@ def trained(rank, world, names, strategy):
         call = placed(whole, strategy, world)
         # An exact oracle: a polynomial one would lift what is left of the rounding of sums.
         rule = Rule(lr=0.01, momentum="momentum_first", oracle="svd", scale="muon")
-        optimizer = PolarGrad.from_config(model, OptimizerConfig(hidden=rule))
+        optimizer = PolarGrad.from_config(model, OptimizerConfig(hidden=rule, scalar=adamw_rule(1e-3)))
         for _ in range(STEPS):
             optimizer.zero_grad()
             call().backward()

@@ -200,6 +200,9 @@ class Batch:
     def momentum(self) -> Tensor:
         """What the rule's direction is given: the momentum of this rank's shards, stacked."""
         group, travel = self.group, self.travel
+        # The copies may be of an earlier step: state has been loaded, or stepped in another bucket, since.
+        for views, stack in self.loose:
+            torch._foreach_copy_(list(stack.unbind(0)), views)
         grads = [travel.gradient(m)[self.slab] for m in self.members]
         if self.backend is not None and travel.ok is not None and self.rule.has_plain_momentum(group):
             self._kept = {}

@@ -20,7 +20,7 @@ from polargrad_dist.distributed.plan import Entry, Plan
 from polargrad_dist.distributed.teams import Placing
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.bucket import Member, Travel
-from polargrad_dist.optim.matrix import rule_of
+from polargrad_dist.optim.matrix import kept_states, rule_of
 from polargrad_dist.optim.optimizer import PolarGrad
 from polargrad_dist.optim.planning import entry, split_of
 from polargrad_dist.optim.world import World
@@ -66,7 +66,7 @@ def fragments_of(
     if not rule.matrices:
         yield whole
         return
-    if rule.owner_states(group):
+    if kept_states(group):
         raise ConfigError(
             f"{name} is stepped by the rule {group['algorithm']!r}, which keeps state with whole matrices, and ZeRO's "
             "checkpoints hold flat vectors only: use another rule (scale 'nuclear' instead of 'nuclear_relative', say), or "

@@ -44,7 +44,7 @@ config = {
     "zero_allow_untested_optimizer": True,
     "zero_optimization": {"stage": args.stage},
 }
-optimizer = ZeroPolarGrad(model, hidden={"lr": 0.02}, embed={"lr": 0.02})
+optimizer = ZeroPolarGrad(model, hidden={"lr": 0.02}, embed={"lr": 0.02, "scale": "nuclear"})
 engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
 engine.load_checkpoint(args.checkpoints)
 for step in range(engine.global_steps, args.steps):

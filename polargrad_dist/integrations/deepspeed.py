@@ -30,7 +30,7 @@ from polargrad_dist.optim.rules import OptimizerConfig, Rule
 
 
 class ZeroPolarGrad(torch.optim.Optimizer):
-    """`PolarGrad` for ``deepspeed.initialize(model=model, optimizer=ZeroPolarGrad(model, hidden={"lr": 0.02}), config=…)``.
+    """`PolarGrad` for ``deepspeed.initialize(model=model, optimizer=ZeroPolarGrad(model, embed={…}), config=…)``.
 
     Args:
         params: the model, also one that was built under ``deepspeed.zero.Init``; or parameter groups as `route` gives them.
@@ -41,7 +41,8 @@ class ZeroPolarGrad(torch.optim.Optimizer):
     Construct it before ``deepspeed.initialize``, with ``"zero_allow_untested_optimizer": true`` in DeepSpeed's
     configuration; ``gradient_clipping`` there comes before the oracle, and defaults to 1.0. State lies in vectors like
     ZeRO's own (``momentum``, ``exp_avg``, ``exp_avg_sq``), so that ``save_checkpoint`` and ``load_checkpoint`` keep it.
-    Under stages 1 to 3 a parameter without a gradient counts as one with a gradient of zeros.
+    Under stages 1 to 3 a parameter without a gradient counts as one with a gradient of zeros, and no rule may keep state with
+    whole matrices: give ``embed`` (and ``head``) a scale other than their default "nuclear_relative".
 
     Raises ``ConfigError`` for a version of DeepSpeed that was not tested and, at its first step on all ranks, for what of
     DeepSpeed does not fit: NVMe offload, mixtures of experts, pipelines, tensor parallelism, hpZ, MiCS, ZenFlow.

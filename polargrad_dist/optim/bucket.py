@@ -28,7 +28,7 @@ from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.control import controlled, share_nuclear
 from polargrad_dist.optim.elements import averaged, join_bf16, split_bf16, stepped
 from polargrad_dist.optim.facts import Facts
-from polargrad_dist.optim.matrix import Direction, decay_and_step, rule_of
+from polargrad_dist.optim.matrix import Direction, decay_and_step, relative, rule_of
 from polargrad_dist.polar import RowFactor, gram_matrix, norm_bound, norm_parts
 from polargrad_dist.polar.oracle import is_finite, rows_at_once
 
@@ -200,6 +200,9 @@ class Batch:
     def momentum(self) -> Tensor:
         """What the rule's direction is given: the momentum of this rank's shards, stacked."""
         group, travel = self.group, self.travel
+        # The copies may be of an earlier step: state has been loaded, or stepped in another bucket, since.
+        for views, stack in self.loose:
+            torch._foreach_copy_(list(stack.unbind(0)), views)
         grads = [travel.gradient(m)[self.slab] for m in self.members]
         if self.backend is not None and travel.ok is not None and self.rule.has_plain_momentum(group):
             self._kept = {}
@@ -306,6 +309,15 @@ class Batch:
         for key, value in held.items():
             may = ok.view(-1, *[1] * (value.ndim - 1))
             value[rows] = torch.where(may, after[key].to(value.dtype), value[rows])
+
+    def _related(self, scale: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scales (matrices,) of any rule as the group's ``scale`` has them, and what has been seen of them."""
+        if "nuclear_mean" not in state:
+            return scale, {}
+        seen = state["nuclear_mean"]
+        if self.group["scale"] == "nuclear_relative":  # which a group may leave again
+            scale, seen = relative(scale.double(), seen)
+        return scale, {"nuclear_mean": seen}
 
     def settle(self) -> None:
         """Undoes the states where the step was not to happen, and writes back those that do not lie together."""
@@ -425,14 +437,15 @@ class Owned(Batch):
                 f"the rule {self.group['algorithm']!r} gives directions {tuple(answer.D.shape)} and scales "
                 f"{tuple(answer.scale.shape)} for matrices {tuple(A.shape)}, expected {tuple(A.shape)} and {(len(A),)}"
             )
+        scale, seen = self._related(answer.scale, state)
         ok = answer.D.sum((-2, -1)) if answer.nuclear_norm is None else answer.nuclear_norm
-        ok = is_finite(ok) & is_finite(answer.scale)
+        ok = is_finite(ok) & is_finite(scale)
         if held:
-            self._keep(held, rows, answer.state, ok)
+            self._keep(held, rows, {**answer.state, **seen}, ok)
         facts.learnt(owners, answer, ok, A)
         if self.group["scale"] == "nuclear_shared":
             share_nuclear(self, answer.nuclear_norm, answer.scale, ok, facts)
-        return answer.D, torch.stack([answer.scale.double(), ok.double()], 1)
+        return answer.D, torch.stack([scale.double(), ok.double()], 1)
 
 
 class Tall(Batch):
@@ -510,12 +523,14 @@ class Tall(Batch):
                 rows = self._rows([self.first.owner_rows[0]])
                 held = self.first.owner_state((e.split.rows, e.split.cols))
             state = {key: value[rows] for key, value in held.items()}
-            asked = S, e.shape[0], self.group, bound, state
-            root, scales, after = facts.timed(e.role, S.device, self.rule.root, *asked)
+            asked = S, e.shape[0], self.group, bound
+            root, scales = facts.timed(e.role, S.device, self.rule.root, *asked)
+            scales, after = self._related(scales, state)
         except Exception as error:  # as in `Owned.directed`
             facts.failed(self.first, error)
             return torch.zeros_like(S), S.new_zeros(ROOT_NUMBERS)
-        ok, scale = is_finite(root.nuclear_norm), scales[0]
+        scale = scales[0]
+        ok = is_finite(root.nuclear_norm) & is_finite(scale)
         if held:
             self._keep(held, rows, after, ok.view(1))
         facts.learnt_root(self.first, root, ok, given)

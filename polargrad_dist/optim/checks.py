@@ -11,7 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from polargrad_dist.errors import ConfigError
-from polargrad_dist.optim.matrix import RULES, rule_of
+from polargrad_dist.optim.matrix import RULES, kept_states, rule_of
 from polargrad_dist.optim.rules import ROLES, Rule
 
 RULE_KEYS = tuple(key for key in Rule.__dataclass_fields__ if key != "options")
@@ -135,7 +135,7 @@ class Watch:
 
     def __init__(self, number: int, group: Mapping[str, Any]):
         self.number, self.fixed, self.numbers = number, fixed_part(group), numbers(group)
-        self.pauses = rule_of(group).pauses(group)
+        self.pauses, self.kept = rule_of(group).pauses(group), kept_states(group).keys()
 
     def complaint(self, group: Mapping[str, Any]) -> ConfigError | None:
         """Of the group as it is now a value that makes no sense, or one that may not change."""
@@ -152,6 +152,11 @@ class Watch:
                     f"{where} has scale {group['scale']!r} and floor {group['floor']}, which need other sums over ranks than "
                     "before, expected scale 'nuclear_shared', or a floor above 0, at construction or never: build a new "
                     "optimizer"
+                )
+            if kept_states(group).keys() - self.kept:
+                return ConfigError(
+                    f"{where} has scale {group['scale']!r}, which keeps state with whole matrices, expected it at "
+                    "construction or never: build a new optimizer"
                 )
             self.numbers = now
         if (fixed := fixed_part(group)) != self.fixed:

@@ -71,13 +71,14 @@ def relative(scale: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     """PolarGrad's scale over its own mean of the matrix's first `REFERENCE_STEPS` steps, and what has been seen.
 
     ``scale`` is (k,), ``seen`` (k, 2) the mean and the number of steps in it. Step t has weight t in the mean, because the
-    first gradients say least; until the mean is complete the quotient is at most 1. The learning rate is then the length of a
-    typical early step, on any model, batch and vocabulary, and steps shrink with the gradient as PolarGrad's do.
+    first gradients say least; until the mean is complete the quotient is at most 1. A scale of zero is no step: a matrix that
+    has no gradient yet would never move, or by far too much. The learning rate is then the length of a typical early step, on
+    any model, batch and vocabulary, and steps shrink with the gradient as PolarGrad's do.
     """
     mean, steps = seen.to(scale).unbind(-1)
-    learning = steps < REFERENCE_STEPS
+    learning = (steps < REFERENCE_STEPS) & (scale > 0)
     mean = torch.where(learning, mean + (scale - mean) * (2 / (steps + 2)), mean)
-    quotient = torch.where(mean > 0, scale / mean, 0.0)
+    quotient = torch.where(mean == 0, 0.0, scale / mean)
     quotient = torch.where(learning, quotient.clamp_max(1.0), quotient)
     return quotient, torch.stack([mean, steps + learning.to(steps)], -1).to(seen)
 
@@ -160,8 +161,6 @@ class Polar:
     def owner_states(self, group: Group) -> dict[str, Callable[[int, int], tuple[int, ...]]]:
         """Names of the states kept with whole matrices, and their shape for an m x n matrix as stored; zeros at first."""
         states: dict[str, Callable[[int, int], tuple[int, ...]]] = {}
-        if group["scale"] == "nuclear_relative":
-            states["nuclear_mean"] = lambda m, n: (2,)
         if group["normalize"] == "rows":
             across = group["transposed"]
             states["row_energy"] = lambda m, n: (n if across else m,)
@@ -188,7 +187,7 @@ class Polar:
         """Whether `root` serves: the direction is the matrix times a root of its Gram matrix, which shards can apply."""
         if type(self) is not Polar or len(split.matrices) != 1 or split.rows < split.cols:
             return False
-        if (group["center_rows"] and split.transposed) or self.owner_states(group).keys() - {"nuclear_mean"}:
+        if (group["center_rows"] and split.transposed) or self.owner_states(group):
             return False
         truncated = self.bounded(group) and dtype != torch.float64
         if not (group["oracle"] in ("auto", "gram") or truncated) or split.stacked:
@@ -239,28 +238,18 @@ class Polar:
         if group["normalize"] == "rows":
             D, energy = rows_normalized(D, state["row_energy"], group["betas"][1], group["transposed"])
             state = {**state, "row_energy": energy}
-        scale = self.scale(A.shape[-2:], nuclear, group)
-        if group["scale"] == "nuclear_relative":
-            scale, seen = relative(scale, state["nuclear_mean"])
-            state = {**state, "nuclear_mean": seen}
-        return Direction(D, scale, state, nuclear, *known)
+        return Direction(D, self.scale(A.shape[-2:], nuclear, group), state, nuclear, *known)
 
-    def root(
-        self, S: Tensor, m: int, group: Group, bound: Tensor | None, state: dict[str, Tensor]
-    ) -> tuple[InverseSqrt, Tensor, dict[str, Tensor]]:
-        """Of a tall m x n matrix, from its Gram matrix S (n, n): X (n, n) so that A X is its direction; scale; next state.
+    def root(self, S: Tensor, m: int, group: Group, bound: Tensor | None) -> tuple[InverseSqrt, Tensor]:
+        """Of a tall m x n matrix, from its Gram matrix S (n, n): X (n, n) so that A X is its direction; and the scale (1,).
 
-        ``bound`` (0-d fp64) bounds its spectral norm, where `bounded`; the scale is (1,), the state of one matrix.
+        ``bound`` (0-d fp64) bounds its spectral norm, where `bounded`.
         """
         if bound is not None:
             root = gram_qdwh(S, bound, group["steps"])
         else:
             root = inverse_sqrt(S, lower=group["lower"], homogenized=group["spectrum"] == "homogenized")
-        scale = self.scale((m, S.shape[-1]), root.nuclear_norm.view(1), group)
-        if group["scale"] == "nuclear_relative":
-            scale, seen = relative(scale, state["nuclear_mean"])
-            state = {**state, "nuclear_mean": seen}
-        return root, scale, state
+        return root, self.scale((m, S.shape[-1]), root.nuclear_norm.view(1), group)
 
     def scale(self, shape: Sequence[int], nuclear: Tensor, group: Group) -> Tensor:
         """The factor of each direction, in fp64; ``shape`` is (rows, columns) as stored."""
@@ -353,3 +342,12 @@ def register_rule(name: str) -> Callable[[type[Polar]], type[Polar]]:
 def rule_of(group: Group) -> Any:
     """What steps a parameter group."""
     return RULES[group["algorithm"]]
+
+
+def kept_states(group: Group) -> dict[str, Callable[[int, int], tuple[int, ...]]]:
+    """All that is kept with whole matrices, as `Polar.owner_states`: the rule's own, and what `relative` has seen."""
+    rule = rule_of(group)
+    if not rule.matrices:
+        return {}
+    seen = {"nuclear_mean": lambda m, n: (2,)} if group["scale"] == "nuclear_relative" else {}
+    return seen | rule.owner_states(group)

@@ -11,7 +11,7 @@ import torch
 from polargrad_dist.distributed.layout import Split, cuttable, laid_out
 from polargrad_dist.distributed.plan import SMALL, Entry, Plan
 from polargrad_dist.distributed.teams import Placing
-from polargrad_dist.optim.matrix import POLYNOMIAL, rule_of
+from polargrad_dist.optim.matrix import POLYNOMIAL, kept_states, rule_of
 from polargrad_dist.polar import root_cost
 
 
@@ -36,7 +36,7 @@ def entry(
         return Entry(*common, "elementwise", p.dtype, states, laid_out(shape, *where, among), found.ranks)
     split = split_of(group, name, shape)
     sizes = [split.stored_shape(i) for i in range(len(split.matrices))]
-    owner_states = rule.owner_states(group)
+    owner_states = kept_states(group)
     kept = {
         size: sum(math.prod(shape_of(*size)) for shape_of in owner_states.values()) for size in set(sizes)
     }

@@ -23,6 +23,7 @@ from polargrad_dist.distributed.transport import Traffic
 from polargrad_dist.errors import CheckpointError, ConfigError
 from polargrad_dist.optim.bucket import Member
 from polargrad_dist.optim.checks import FIXED, check_values, fixed_part
+from polargrad_dist.optim.matrix import kept_states
 from polargrad_dist.optim.world import World
 
 TORCH_CHECKPOINT = "torch.distributed.checkpoint."
@@ -221,6 +222,14 @@ class NamedState:
                 "this optimizer state holds one rank's part, and another rank's or another placement's: save with "
                 "full_state_dict() or named_state(), which do not depend on the rank"
             )
+        groups = {tuple(g["param_names"]): LAYOUT | _renamed(g) for g in state_dict["param_groups"]}
+        if len(groups) > len(self.param_groups):
+            raise CheckpointError(
+                f"the saved optimizer has {len(groups)} parameter groups, expected {len(self.param_groups)}: build this one "
+                "with the same groups"
+            )
+        for group in self.param_groups:
+            self._compare(group, groups)
         parts = []
         for m, key, value in self._states():
             name = m.entry.name
@@ -233,14 +242,6 @@ class NamedState:
             if old == "residual":  # as it was called, as int16, until version 0.1
                 theirs = theirs.view(torch.uint8).view(*theirs.shape, 2)
             parts.append((local(value), _part(m, key, theirs, value)))
-        groups = {tuple(g["param_names"]): LAYOUT | _renamed(g) for g in state_dict["param_groups"]}
-        if len(groups) > len(self.param_groups):
-            raise CheckpointError(
-                f"the saved optimizer has {len(groups)} parameter groups, expected {len(self.param_groups)}: build this one "
-                "with the same groups"
-            )
-        for group in self.param_groups:
-            self._compare(group, groups)
         return parts, groups
 
     @staticmethod
@@ -256,7 +257,11 @@ class NamedState:
             check_values(group | theirs, f"the saved group of {first!r}")
         except ConfigError as error:
             raise CheckpointError(str(error)) from error
-        for key, here, there in zip(FIXED, fixed_part(group), fixed_part(group | theirs), strict=True):
+        scales = group["scale"], theirs.get("scale", group["scale"])
+        rules = list(zip(FIXED, fixed_part(group), fixed_part(group | theirs), strict=True))
+        if kept_states(group).keys() != kept_states(group | theirs).keys():
+            rules.append(("scale", *scales))
+        for key, here, there in rules:
             if here != there:
                 raise CheckpointError(
                     f"the saved optimizer has {key} {there!r} for the group of {first!r}, expected "

@@ -19,6 +19,7 @@ from polargrad_dist.distributed.transport import Agreement
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.bucket import KINDS, Batch, Member, Schedule, Travel
 from polargrad_dist.optim.control import refuse_zero
+from polargrad_dist.optim.matrix import kept_states
 from polargrad_dist.optim.planning import entry
 
 Given = tuple[int, dict[str, Any], str, torch.nn.Parameter]  # number of the group, the group, name, parameter
@@ -200,7 +201,7 @@ class World:
             assert split is not None
             several = len({split.stored_shape(i) for i in range(len(split.matrices))}) > 1
             names = {}
-            for key, shape_of in home.rule.owner_states(home.group).items():
+            for key, shape_of in kept_states(home.group).items():
                 zeros = torch.zeros(here, *shape_of(m, n), dtype=home.state_dtype, device=self.travel.device)
                 names[key] = f"{key}_{m}x{n}" if several else key
                 home.state[names[key]] = home.team.stacked(zeros, len(matrices))

@@ -258,6 +258,20 @@ def test_other_versions_and_other_modules_are_refused(monkeypatch):
         ZeroPolarGrad(model)
 
 
+def test_the_default_scale_of_embeddings_is_refused_by_its_name_and_role():
+    from polargrad_dist.integrations.fragments import Fragment, fragments_of
+    from polargrad_dist.optim.groups import DEFAULTS
+
+    group = DEFAULTS | {"scale": "nuclear_relative", "role": "embed"}
+    whole = Fragment("wte", (6, 4), ((0, 24),), 0, None, 0)
+    with pytest.raises(
+        ConfigError,
+        match=r"wte is stepped by the scale 'nuclear_relative', .* give embed the scale 'nuclear'",
+    ):
+        list(fragments_of(group, "wte", (6, 4), whole))
+    assert len(list(fragments_of(group | {"scale": "nuclear"}, "wte", (6, 4), whole))) == 1
+
+
 def test_matrices_side_by_side_and_state_of_whole_matrices_are_refused():
     from polargrad_dist.integrations.fragments import Fragment, fragments_of
     from polargrad_dist.optim.groups import DEFAULTS

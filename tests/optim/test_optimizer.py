@@ -434,3 +434,38 @@ def test_a_step_that_is_not_to_happen_changes_no_bit_and_one_that_is_changes_as_
 def test_a_first_guess_is_answered_with_what_was_meant(make, said):
     with pytest.raises(ConfigError, match=said):
         make(torch.nn.Sequential(torch.nn.Embedding(10, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 10)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_momentum_is_the_same_whichever_neighbours_have_gradients_and_after_a_load(dtype):
+    generator = torch.Generator().manual_seed(0)
+    grads = torch.randn(6, 4, 5, 4, generator=generator, dtype=torch.float64).to(dtype)
+    start = torch.randn(4, 5, 4, generator=generator, dtype=torch.float64).to(dtype)
+    # The neighbours between which the first and last lie come and go: theirs are other buckets each time.
+    present = [(1, 0, 0, 1), (1, 1, 0, 1), (1, 0, 0, 1), (1, 0, 1, 1), (1, 0, 0, 1), (1, 1, 0, 1)]
+    together = [torch.nn.Parameter(x.clone()) for x in start]
+    alone = [torch.nn.Parameter(x.clone()) for x in start]
+    rule = {"lr": 0.1, "momentum": "momentum_first", "scale": "none", "oracle": "svd"}
+    one = PolarGrad(together, **rule)
+    several = [PolarGrad([p], **rule) for p in alone]
+    for step, here in enumerate(present):
+        for i, (p, q) in enumerate(zip(together, alone, strict=True)):
+            p.grad, q.grad = (grads[step, i].clone(), grads[step, i].clone()) if here[i] else (None, None)
+        one.step()
+        for optimizer in several:
+            optimizer.step()
+        for p, q in zip(together, alone, strict=True):
+            assert torch.equal(p, q), step
+    saved = one.full_state_dict()
+    for p in together:
+        p.grad = grads[0, 0].clone()
+    together[1].grad = together[2].grad = None
+    weights = [p.detach().clone() for p in together]
+    outcomes = []
+    for _ in range(2):
+        one.load_state_dict(saved)
+        for p, w in zip(together, weights, strict=True):
+            p.data.copy_(w)
+        one.step()
+        outcomes.append([p.detach().clone() for p in together])
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))

@@ -3,8 +3,16 @@
 import pytest
 import torch
 
-from polargrad_dist import ConfigError, PolarGrad
-from polargrad_dist.optim.matrix import relative
+from polargrad_dist import (
+    CheckpointError,
+    ConfigError,
+    Direction,
+    Polar,
+    PolarError,
+    PolarGrad,
+    register_rule,
+)
+from polargrad_dist.optim.matrix import RULES, relative
 from tests.gloo import run_ranks
 from tests.optim.bag import Bag
 from tests.optim.parts_reference import PartsReference
@@ -194,14 +202,90 @@ def test_a_refused_matrix_of_zeros_leaves_an_optimizer_that_goes_on(lr):
 
 
 def test_a_relative_scale_is_learnt_in_a_hundred_steps_and_then_stays():
-    norms = [0.0, *[2.0] * 20, *[6.0] * 79, *[3.0] * 50]
+    norms = [*[0.0] * 150, *[2.0] * 20, *[0.0] * 30, *[6.0] * 80, 0.0, *[3.0] * 50]
     seen, reference = torch.zeros(1, 2), PartsReference([torch.zeros(1, 1)], {})
     for step, norm in enumerate(norms):
         quotient, seen = relative(torch.tensor([norm], dtype=torch.float64), seen)
         expected = reference._relative(0, norm) if norm else 0.0
-        if not norm:
-            reference.seen[0].append(norm)
         assert float(quotient) == pytest.approx(expected, rel=1e-5), step
-    mean = sum(t * x for t, x in enumerate(norms[:100], 1)) / 5050
+    mean = sum(t * x for t, x in enumerate([*[2.0] * 20, *[6.0] * 80], 1)) / 5050
     assert float(quotient) == pytest.approx(3.0 / mean, rel=1e-5)
     assert seen[0].tolist() == pytest.approx([mean, 100], rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (40, 4)])
+def test_a_matrix_without_a_gradient_for_a_hundred_steps_then_trains_at_its_rate(shape):
+    p = torch.nn.Parameter(torch.zeros(shape))
+    optimizer = PolarGrad([p], lr=0.5, scale="nuclear_relative", momentum="momentum_first", beta=0.5)
+    for _ in range(120):
+        p.grad = torch.zeros(shape)
+        optimizer.step()
+    assert not p.any()
+    p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    assert float(torch.linalg.matrix_norm(p.detach(), 2)) == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("more", [{}, {"owner_states": lambda self, group: {"calls": lambda m, n: (1,)}}])
+def test_a_rule_of_one_s_own_takes_the_relative_scale_too(more):
+    def direction(self, A, state, group):
+        u, s, vh = torch.linalg.svd(A, full_matrices=False)
+        after = {key: value + 1 for key, value in state.items() if key == "calls"}
+        return Direction(u @ vh, self.scale(A.shape[-2:], s.sum(-1), group), after, s.sum(-1))
+
+    name = "svd of the tests" + " that counts" * bool(more)
+    register_rule(name)(type(f"Own{len(more)}", (Polar,), {"direction": direction, **more}))
+    rule = {"lr": 0.5, "scale": "nuclear_relative"}
+    weights = []
+    try:
+        for algorithm in ("polar", name):
+            p = torch.nn.Parameter(torch.zeros(6, 4, dtype=torch.float64))
+            optimizer = PolarGrad([p], algorithm=algorithm, **rule)
+            for step in range(3):
+                p.grad = 1e3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(step)).double()
+                optimizer.step()
+            weights.append(p.detach())
+            assert optimizer.named_state()["param.0.nuclear_mean"][0, 1] == 3
+    finally:
+        del RULES[name]
+    assert float((weights[0] - weights[1]).abs().max()) < 1e-9
+    if more:
+        assert float(optimizer.named_state()["param.0.calls"]) == 3
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (40, 4)])
+def test_a_relative_scale_is_left_at_any_step_and_taken_up_at_construction_only(shape):
+    def stepped(scale: str) -> PolarGrad:
+        p = torch.nn.Parameter(torch.zeros(shape))
+        optimizer = PolarGrad([p], lr=0.1, scale=scale)
+        p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        optimizer.step()
+        return optimizer
+
+    relative, nuclear = stepped("nuclear_relative"), stepped("nuclear")
+    nuclear.param_groups[0]["scale"] = "nuclear_relative"
+    before = nuclear.param_groups[0]["params"][0].detach().clone()
+    with pytest.raises(ConfigError, match="expected it at construction or never: build a new optimizer"):
+        nuclear.step()
+    assert torch.equal(before, nuclear.param_groups[0]["params"][0])
+    for scale, count in (("muon", 1), ("nuclear_relative", 2)):
+        relative.param_groups[0]["scale"] = scale
+        relative.step()
+        assert relative.named_state()["param.0.nuclear_mean"][0, 1] == count
+    for saved, mine in (("nuclear", "nuclear_relative"), ("nuclear_relative", "nuclear")):
+        with pytest.raises(
+            CheckpointError, match=f"has scale '{saved}' for the group of 'param.0', expected '{mine}'"
+        ):
+            stepped(mine).load_state_dict(stepped(saved).full_state_dict())
+
+
+@pytest.mark.parametrize("scale", ["nuclear", "nuclear_relative"])
+@pytest.mark.parametrize("shape", [(6, 4), (40, 4)])
+def test_a_scale_that_is_not_finite_is_not_stepped(scale, shape):
+    p = torch.nn.Parameter(torch.ones(shape))
+    optimizer = PolarGrad([p], scale=scale, alpha=20.0)
+    p.grad = 1e30 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(PolarError, match=r"gradient or momentum of param\.0 is not finite"):
+        optimizer.step()
+    assert torch.equal(p, torch.ones(shape))
+    assert all(not value.any() for value in optimizer.named_state().values())

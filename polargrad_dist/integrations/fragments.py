@@ -19,6 +19,7 @@ from polargrad_dist.distributed.layout import Stretches, volume
 from polargrad_dist.distributed.plan import Entry, Plan
 from polargrad_dist.distributed.teams import Placing
 from polargrad_dist.errors import ConfigError
+from polargrad_dist.integrations.deepspeed_checks import refuse_owner_state
 from polargrad_dist.optim.bucket import Member, Travel
 from polargrad_dist.optim.matrix import rule_of
 from polargrad_dist.optim.optimizer import PolarGrad
@@ -66,12 +67,7 @@ def fragments_of(
     if not rule.matrices:
         yield whole
         return
-    if rule.owner_states(group):
-        raise ConfigError(
-            f"{name} is stepped by the rule {group['algorithm']!r}, which keeps state with whole matrices, and ZeRO's "
-            "checkpoints hold flat vectors only: use another rule (scale 'nuclear' instead of 'nuclear_relative', say), or "
-            "ZeRO stage 0"
-        )
+    refuse_owner_state(name, group)
     split = split_of(group, name, shape)
     several = len(split.matrices) > 1
     if several and split.transposed and len(split.matrices) > split.stack:

@@ -270,5 +270,8 @@ def test_matrices_side_by_side_and_state_of_whole_matrices_are_refused():
     kept = DEFAULTS | {"role": "hidden", "algorithm": "normuon of the tests"}
     with pytest.raises(ConfigError, match="keeps state with whole matrices"):
         list(fragments_of(kept, "qkv", (4, 12), whole))
+    relative = DEFAULTS | {"role": "embed", "scale": "nuclear_relative"}
+    with pytest.raises(ConfigError, match=r"tokens has scale 'nuclear_relative'.*set scale to 'nuclear'"):
+        list(fragments_of(relative, "tokens", (4, 12), whole))
     below = [f.bounds for f in fragments_of(DEFAULTS | {"num_heads": 2}, "qkv", (4, 12), whole)]
     assert below == [((0, 24), (24, 24)), ((0, 6), (6, 24))]

@@ -119,10 +119,11 @@ def mentioned(section: str, args: list[str]) -> set[str]:
         if not option.startswith("--"):
             continue
         at = [] if option == "--config" else option[2:].split(".")
-        wanted, content = section.split("."), _content(_plain(value))
+        wanted = section.split(".")
         if at[: len(wanted)] == wanted and len(at) > len(wanted):
             found.add(at[len(wanted)])
         elif wanted[: len(at)] == at:
+            content = _content(_plain(value))
             for name in wanted[len(at) :]:
                 content = _content(content.get(name)) if isinstance(content, dict) else None
             found |= set(content) if isinstance(content, dict) else set()

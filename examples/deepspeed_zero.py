@@ -1,6 +1,6 @@
 """PolarGrad under DeepSpeed's ZeRO: `deepspeed examples/deepspeed_zero.py --stage 2`, or with torchrun; stages 0 to 3.
 
-Without GPUs: `deepspeed --num_accelerators 2 examples/…`. Starting it again goes on from its checkpoint.
+Without GPUs: `deepspeed --num_accelerators 2 examples/…`. Starting it again resumes from its checkpoint.
 """
 
 import argparse
@@ -44,7 +44,7 @@ config = {
     "zero_allow_untested_optimizer": True,
     "zero_optimization": {"stage": args.stage},
 }
-optimizer = ZeroPolarGrad(model, hidden={"lr": 0.02}, embed={"lr": 0.02, "scale": "nuclear"})
+optimizer = ZeroPolarGrad(model, hidden={"lr": 0.02}, embed={"scale": "nuclear", "lr": 0.02})
 engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
 engine.load_checkpoint(args.checkpoints)
 for step in range(engine.global_steps, args.steps):

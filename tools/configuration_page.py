@@ -24,7 +24,8 @@ Each can be set in a YAML file, in its section, or on the command line: `--train
 code by `python -m tools.configuration_page`; `python train.py --help` says the same.
 """
 RULES = """Roles are `hidden`, `embed`, `value_embed`, `head` and `scalar`; `head` and `value_embed` take the rule of `embed`
-where they are null. Defaults are those of `hidden` / `embed` / `scalar` where they differ.
+where they are null, and what their section leaves out is `embed`'s.
+Defaults are those of `hidden` / `embed` / `scalar` where they differ.
 """
 
 

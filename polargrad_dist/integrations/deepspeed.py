@@ -1,4 +1,4 @@
-"""PolarGrad as DeepSpeed's client optimizer, ZeRO stages 0 to 3: ``deepspeed.initialize(optimizer=ZeroPolarGrad(model))``.
+"""PolarGrad as DeepSpeed's client optimizer, ZeRO stages 0 to 3: ``deepspeed.initialize(optimizer=ZeroPolarGrad(…))``.
 
 ZeRO clips, accumulates, shards and shares; the optimizer finds at its first step which stretch of which parameter lies in
 this rank's fp32 vectors, and steps them as `FragmentPolarGrad`. Known to work with DeepSpeed 0.19: it reads
@@ -34,7 +34,9 @@ class ZeroPolarGrad(torch.optim.Optimizer):
 
     Args:
         params: the model, also one that was built under ``deepspeed.zero.Init``; or parameter groups as `route` gives them.
-        hidden, embed, head, value_embed, scalar: of a model, what a role's rule has otherwise, see `PolarGrad`.
+        hidden, embed, head, value_embed, scalar: of a model, what a role's rule has otherwise, see `PolarGrad`. Under stages
+            1 to 3 ``embed`` needs a scale and a rate of its own, such as ``{"scale": "nuclear", "lr": 0.2}``: the default
+            "nuclear_relative" keeps state with whole matrices.
         comm_dtype, bucket_mb: see `PolarGrad`.
         **rule: every other field of `Rule` for groups that do not set it.
 
@@ -45,7 +47,8 @@ class ZeroPolarGrad(torch.optim.Optimizer):
     whole matrices: give ``embed`` (and ``head``) a scale other than their default "nuclear_relative".
 
     Raises ``ConfigError`` for a version of DeepSpeed that was not tested and, at its first step on all ranks, for what of
-    DeepSpeed does not fit: NVMe offload, mixtures of experts, pipelines, tensor parallelism, hpZ, MiCS, ZenFlow.
+    DeepSpeed does not fit: NVMe offload, mixtures of experts, pipelines, tensor parallelism, hpZ, MiCS, ZenFlow, and under
+    stages 1 to 3 for rules that keep state with whole matrices.
     """
 
     def __init__(

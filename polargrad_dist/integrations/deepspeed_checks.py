@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from polargrad_dist.errors import ConfigError
+from polargrad_dist.optim.matrix import kept_states
 
 TESTED = ("0.19",)
 ONE_BIT = ("onebitadam", "onebitlamb", "zerooneadam")
@@ -65,6 +66,22 @@ def refuse_unknown(
         found.append(f"sharding over {dist.get_world_size(sharers)} of {dist.get_world_size()} ranks")
     if found:
         raise ConfigError(f"DeepSpeed runs with {found[0]}, which ZeroPolarGrad does not support: {WAY_OUT}")
+
+
+def refuse_owner_state(what: str, group: Mapping[str, Any]) -> None:
+    """Raises ``ConfigError`` for a rule that keeps state with whole matrices, which ZeRO's flat vectors have no room for."""
+    if not kept_states(group):
+        return
+    parts = {"scale": "nuclear_relative", "normalize": "rows", "precondition": "soap"}
+    key = next((key for key, value in parts.items() if group[key] == value), "algorithm")
+    way = {
+        "scale": "set scale to 'nuclear' with a rate of its own (docs/choosing-rules.md)",
+        "algorithm": "use another rule",
+    }.get(key, f"set {key} to 'none'")
+    raise ConfigError(
+        f"{what} has {key} {group[key]!r}, which keeps state with whole matrices, expected a rule whose state fits the flat "
+        f"vectors of ZeRO stages 1 to 3: {way}, or use ZeRO stage 0"
+    )
 
 
 def check_config(config: Mapping[str, Any] | str) -> None:

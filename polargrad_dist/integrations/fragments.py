@@ -19,8 +19,9 @@ from polargrad_dist.distributed.layout import Stretches, volume
 from polargrad_dist.distributed.plan import Entry, Plan
 from polargrad_dist.distributed.teams import Placing
 from polargrad_dist.errors import ConfigError
+from polargrad_dist.integrations.deepspeed_checks import refuse_owner_state
 from polargrad_dist.optim.bucket import Member, Travel
-from polargrad_dist.optim.matrix import kept_states, rule_of
+from polargrad_dist.optim.matrix import rule_of
 from polargrad_dist.optim.optimizer import PolarGrad
 from polargrad_dist.optim.planning import entry, split_of
 from polargrad_dist.optim.world import World
@@ -66,16 +67,7 @@ def fragments_of(
     if not rule.matrices:
         yield whole
         return
-    if kept := kept_states(group):
-        relative = set(kept) == {"nuclear_mean"}
-        what = "the scale 'nuclear_relative'" if relative else f"the rule {group['algorithm']!r}"
-        instead = (
-            f"give {group['role']} the scale 'nuclear' and a rate for it" if relative else "use another rule"
-        )
-        raise ConfigError(
-            f"{name} is stepped by {what}, which keeps state with whole matrices, and ZeRO's checkpoints hold flat vectors "
-            f"only: {instead}, or use ZeRO stage 0"
-        )
+    refuse_owner_state(name, group)
     split = split_of(group, name, shape)
     several = len(split.matrices) > 1
     if several and split.transposed and len(split.matrices) > split.stack:

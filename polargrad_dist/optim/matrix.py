@@ -65,21 +65,22 @@ SCALES: dict[str, Scale] = {
 
 
 REFERENCE_STEPS = 100
+LONGEST = 10.0  # of a relative scale: a matrix whose first gradients were next to nothing would move by far too much
 
 
 def relative(scale: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     """PolarGrad's scale over its own mean of the matrix's first `REFERENCE_STEPS` steps, and what has been seen.
 
     ``scale`` is (k,), ``seen`` (k, 2) the mean and the number of steps in it. Step t has weight t in the mean, because the
-    first gradients say least; until the mean is complete the quotient is at most 1. A scale of zero is no step: a matrix that
-    has no gradient yet would never move, or by far too much. The learning rate is then the length of a typical early step, on
-    any model, batch and vocabulary, and steps shrink with the gradient as PolarGrad's do.
+    first gradients say least; until the mean is complete the quotient is at most 1, then at most `LONGEST`. A scale of zero is
+    not counted: a matrix that has no gradient yet would never move, or by far too much. The learning rate is then the length
+    of a typical early step, on any model, batch and vocabulary, and steps shrink with the gradient as PolarGrad's do.
     """
     mean, steps = seen.to(scale).unbind(-1)
     learning = (steps < REFERENCE_STEPS) & (scale > 0)
     mean = torch.where(learning, mean + (scale - mean) * (2 / (steps + 2)), mean)
     quotient = torch.where(mean == 0, 0.0, scale / mean)
-    quotient = torch.where(learning, quotient.clamp_max(1.0), quotient)
+    quotient = torch.where(learning, quotient.clamp_max(1.0), quotient.clamp_max(LONGEST))
     return quotient, torch.stack([mean, steps + learning.to(steps)], -1).to(seen)
 
 

@@ -33,7 +33,8 @@ class Rule:
 
     Args:
         lr: base learning rate. With scale "nuclear" it multiplies the nuclear norm of the momentum, which differs by orders
-            of magnitude between models; with "nuclear_relative" one rate serves them all (docs/choosing-rules.md).
+            of magnitude between models; with "nuclear_relative" one rate suited both model families at width 64
+            (docs/choosing-rules.md).
         algorithm: "polar" for matrices, "adamw" for anything, or the name of a registered rule.
         momentum: "none" (C.1), "momentum_first" (C.2, Muon's order), "polar_first" (C.3) or "heavy_ball" (C.4).
         beta: momentum coefficient of the polar algorithm, in [0, 1).
@@ -218,7 +219,7 @@ def polarsgdm_rule(lr: float = 1e-3, **changes: Any) -> Rule:
 
 
 def relative_rule(lr: float = 1.0, **changes: Any) -> Rule:
-    """PolarSGDM with the nuclear norm over its mean in the first steps, so that one rate serves models of any size."""
+    """PolarSGDM with the nuclear norm over its mean in the first steps, so that the rate is a step's typical length."""
     return replace(polarsgdm_rule(lr, scale="nuclear_relative"), **changes)
 
 
@@ -235,8 +236,8 @@ class OptimizerConfig:
         hidden: weights of the hidden layers.
         embed: token embedding.
         scalar: norms, biases, and everything else that is not a matrix.
-        head: output embedding; null takes the rule of ``embed``.
-        value_embed: value embeddings; null takes the rule of ``embed``.
+        head: output embedding; null takes the rule of ``embed``, and so does every field that is left out.
+        value_embed: value embeddings; as ``head``.
         gradients: "all_reduced" where DDP or FSDP reduces the gradients; "reduce_scatter" where the optimizer itself
             reduces each into the shards that need it, during backward (replicated parameters only).
         comm_dtype: type in which momenta, directions and the updates of fp32 weights travel between ranks; null for that of
@@ -247,8 +248,8 @@ class OptimizerConfig:
     hidden: Rule = field(default_factory=muon_rule)
     embed: Rule = field(default_factory=relative_rule)
     scalar: Rule = field(default_factory=adamw_rule)
-    head: Rule | None = None
-    value_embed: Rule | None = None
+    head: Rule | None = field(default=None, metadata={"rest_from": "embed"})
+    value_embed: Rule | None = field(default=None, metadata={"rest_from": "embed"})
     gradients: Literal["all_reduced", "reduce_scatter"] = "all_reduced"
     comm_dtype: Literal["float32", "bfloat16"] | None = None
     bucket_mb: float | None = None

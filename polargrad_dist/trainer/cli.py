@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -71,20 +72,71 @@ def parse(
     )
     parser.add_class_arguments(kind)
     known = known_keys(parser)
-    check_words(sys.argv[1:] if args is None else args, known)
+    args = sys.argv[1:] if args is None else args
+    check_words(args, known)
     try:
-        parsed = read_arguments(parser, args)
+        parsed = read_arguments(parser, [word for word in args if not word.startswith("--print_config")])
+        parsed = read_arguments(parser, [*args, *left_out(parsed, kind(), args)])
     except ArgumentError as error:
         raise ConfigError(sentence(str(error), known)) from None
     dry_run = asked_to_show(parsed.dry_run, parsed.dry_run_full)
-    fields = kind.__dataclass_fields__  # type: ignore[attr-defined]
+    names = kind.__dataclass_fields__  # type: ignore[attr-defined]
     plain = {
         name: value
         for name, value in json.loads(json.dumps(parsed.as_dict(), default=str)).items()
-        if name in fields
+        if name in names
     }
     built = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(parsed)  # 4.49 renamed it
-    return kind(**{name: built[name] for name in fields}), plain, dry_run
+    return kind(**{name: built[name] for name in names}), plain, dry_run
+
+
+def left_out(parsed: Any, defaults: Any, args: list[str]) -> list[str]:
+    """Options for what sections leave out that take it from another one, as their dataclass says by ``rest_from``.
+
+    The parser knows only the class's own defaults, which are those of no role: with them `optimizer.head.lr` alone would
+    change the scale too.
+    """
+    options = []
+    for name, section in vars(defaults).items():
+        for one in fields(section) if is_dataclass(section) else ():
+            source, here = one.metadata.get("rest_from"), parsed[name]
+            if source is None or here[one.name] is None:
+                continue
+            key = f"{name}.{one.name}"
+            given, blank = mentioned(key, args), vars(type(getattr(section, source))())
+            for field, value in vars(here[one.name]).items():
+                if field not in given and json.dumps(value) == json.dumps(blank[field]):
+                    rest = here[source][field]
+                    options.append(f"--{key}.{field}={rest if isinstance(rest, str) else json.dumps(rest)}")
+    return options
+
+
+def mentioned(section: str, args: list[str]) -> set[str]:
+    """The keys of a section that files and options set."""
+    found: set[str] = set()
+    words = [word for one in args for word in one.split("=", 1)]
+    for option, value in pairwise(words):
+        if not option.startswith("--"):
+            continue
+        at = [] if option == "--config" else option[2:].split(".")
+        wanted = section.split(".")
+        if at[: len(wanted)] == wanted and len(at) > len(wanted):
+            found.add(at[len(wanted)])
+        elif wanted[: len(at)] == at:
+            content = _content(_plain(value))
+            for name in wanted[len(at) :]:
+                content = _content(content.get(name)) if isinstance(content, dict) else None
+            found |= set(content) if isinstance(content, dict) else set()
+    return found
+
+
+def _content(value: Any) -> Any:
+    """What a section's value stands for: itself, or what is in the file that it names."""
+    if isinstance(value, str) and Path(value).is_file():
+        import yaml
+
+        return yaml.safe_load(Path(value).read_bytes())
+    return value
 
 
 def check_words(args: list[str], known: list[str]) -> None:

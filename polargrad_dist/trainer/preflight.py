@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from polargrad_dist.errors import ConfigError
+from polargrad_dist.integrations.deepspeed_checks import refuse_owner_state
 from polargrad_dist.optim import OptimizerConfig, route
 from polargrad_dist.trainer import rundir
 from polargrad_dist.trainer.choices import read_questions
@@ -45,7 +46,11 @@ def preflight(
         raise ConfigError(
             f"model.vocab_size is {rows}, but data.tokenizer has {vocab_size} tokens: set it to {vocab_size}, or leave it out"
         )
-    route(model, optimizer)
+    groups = route(model, optimizer)
+    if config.strategy.name == "deepspeed" and config.strategy.zero_stage_or_default > 0:
+        for group in groups:
+            role = group["role"] if getattr(optimizer, group["role"]) is not None else "embed"
+            refuse_owner_state(f"optimizer.{role}", group)
     return model
 
 

@@ -258,20 +258,6 @@ def test_other_versions_and_other_modules_are_refused(monkeypatch):
         ZeroPolarGrad(model)
 
 
-def test_the_default_scale_of_embeddings_is_refused_by_its_name_and_role():
-    from polargrad_dist.integrations.fragments import Fragment, fragments_of
-    from polargrad_dist.optim.groups import DEFAULTS
-
-    group = DEFAULTS | {"scale": "nuclear_relative", "role": "embed"}
-    whole = Fragment("wte", (6, 4), ((0, 24),), 0, None, 0)
-    with pytest.raises(
-        ConfigError,
-        match=r"wte is stepped by the scale 'nuclear_relative', .* give embed the scale 'nuclear'",
-    ):
-        list(fragments_of(group, "wte", (6, 4), whole))
-    assert len(list(fragments_of(group | {"scale": "nuclear"}, "wte", (6, 4), whole))) == 1
-
-
 def test_matrices_side_by_side_and_state_of_whole_matrices_are_refused():
     from polargrad_dist.integrations.fragments import Fragment, fragments_of
     from polargrad_dist.optim.groups import DEFAULTS
@@ -284,5 +270,8 @@ def test_matrices_side_by_side_and_state_of_whole_matrices_are_refused():
     kept = DEFAULTS | {"role": "hidden", "algorithm": "normuon of the tests"}
     with pytest.raises(ConfigError, match="keeps state with whole matrices"):
         list(fragments_of(kept, "qkv", (4, 12), whole))
+    relative = DEFAULTS | {"role": "embed", "scale": "nuclear_relative"}
+    with pytest.raises(ConfigError, match=r"tokens has scale 'nuclear_relative'.*set scale to 'nuclear'"):
+        list(fragments_of(relative, "tokens", (4, 12), whole))
     below = [f.bounds for f in fragments_of(DEFAULTS | {"num_heads": 2}, "qkv", (4, 12), whole)]
     assert below == [((0, 24), (24, 24)), ((0, 6), (6, 24))]

@@ -213,6 +213,14 @@ def test_a_relative_scale_is_learnt_in_a_hundred_steps_and_then_stays():
     assert seen[0].tolist() == pytest.approx([mean, 100], rel=1e-5)
 
 
+def test_a_relative_scale_learnt_from_next_to_nothing_is_bounded():
+    seen = torch.zeros(2, 2)
+    for _ in range(100):
+        _, seen = relative(torch.tensor([1e-6, 1.0], dtype=torch.float64), seen)
+    quotient, _ = relative(torch.tensor([1.0, 3.0], dtype=torch.float64), seen)
+    assert quotient.tolist() == pytest.approx([10.0, 3.0])
+
+
 @pytest.mark.parametrize("shape", [(6, 4), (40, 4)])
 def test_a_matrix_without_a_gradient_for_a_hundred_steps_then_trains_at_its_rate(shape):
     p = torch.nn.Parameter(torch.zeros(shape))

@@ -1,12 +1,14 @@
 """The command line: one sentence for a user's mistake, the merged configuration on request, dry runs with exact counts."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from polargrad_dist.errors import ConfigError
+from polargrad_dist.optim import OptimizerConfig
 from polargrad_dist.trainer.guesses import GUESSES
 from tests.commandline import train
 from train import parse_run
@@ -199,6 +201,42 @@ def test_a_number_in_place_of_a_section_is_refused(tmp_path):
     found = train("--config", str(tmp_path / "c.yaml"))
     assert found.returncode == 2
     assert "optimizer is 3, expected a mapping" in found.stderr
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--optimizer.head.lr=0.5"],
+        ["--optimizer.head", "{lr: 0.5}"],
+        ["--optimizer", "{head: {lr: 0.5}}"],
+        ["--config", "FILE"],
+        ["--config=FILE", "--optimizer.embed.beta=0.5"],
+    ],
+)
+def test_what_a_heads_rule_leaves_out_is_that_of_the_embedding(tmp_path, given):
+    file = tmp_path / "head.yaml"
+    file.write_text("optimizer: {head: {lr: 0.5}}")
+    words = [word.replace("FILE", str(file)) for word in given]
+    config, plain, _ = parse_run(words)
+    assert config.optimizer.head == replace(OptimizerConfig().embed, lr=0.5)
+    assert plain["optimizer"]["head"] == plain["optimizer"]["embed"] | {"lr": 0.5}
+    assert config.optimizer.value_embed is None
+
+
+def test_a_head_keeps_what_it_names_even_where_that_is_the_default_of_a_rule():
+    words = [
+        "--optimizer.embed.lr=0.3",
+        "--optimizer.head",
+        "{lr: 0.5, scale: nuclear}",
+        "--optimizer.head.beta=0.95",
+    ]
+    head = parse_run(words)[0].optimizer.head
+    assert head == replace(OptimizerConfig().embed, lr=0.5, scale="nuclear", beta=0.95)
+
+
+def test_a_printed_configuration_has_the_heads_whole_rule():
+    printed = yaml.safe_load(train("--optimizer.head.lr=0.5", "--print_config").stdout)["optimizer"]
+    assert printed["head"] == printed["embed"] | {"lr": 0.5}
 
 
 def test_the_merged_configuration_can_be_printed():

@@ -40,6 +40,18 @@ SMALL = (
         (["--trainer.run_dir", "train.py/run"], "train.py is a file"),
         (["--model.heads", "5"], "which model.heads = 5 does not divide"),
         (["--optimizer.value_embed.lr", "1"], "optimizer.value_embed is set"),
+        (
+            ["--trainer.strategy.name", "deepspeed"],
+            "optimizer.embed has scale 'nuclear_relative', which keeps state with whole matrices",
+        ),
+        (
+            [
+                "--trainer.strategy.name=deepspeed",
+                "--optimizer.embed.scale=nuclear",
+                "--optimizer.hidden.normalize=rows",
+            ],
+            "optimizer.hidden has normalize 'rows', which keeps state with whole matrices",
+        ),
     ],
 )
 def test_a_run_that_would_end_later_is_refused_at_once(tmp_path, monkeypatch, args, expected, dry):

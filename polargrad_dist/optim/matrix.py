@@ -73,8 +73,8 @@ def relative(scale: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
 
     ``scale`` is (k,), ``seen`` (k, 2) the mean and the number of steps in it. Step t has weight t in the mean, because the
     first gradients say least; until the mean is complete the quotient is at most 1, then at most `LONGEST`. Scales of zero
-    are not counted: a matrix without a gradient yet would never move, or by far too much. The learning rate is then the length
-    of a typical early step, on any model, batch and vocabulary, and steps shrink with the gradient as PolarGrad's do.
+    are not counted: a matrix without a gradient yet would never move, or by far too much. The learning rate is then the
+    length of a typical early step, on any model, batch and vocabulary, and steps shrink with the gradient as PolarGrad's do.
     """
     mean, steps = seen.to(scale).unbind(-1)
     learning = (steps < REFERENCE_STEPS) & (scale > 0)

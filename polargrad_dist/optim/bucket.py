@@ -312,8 +312,6 @@ class Batch:
 
     def _related(self, scale: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The scales (matrices,) of any rule as the group's ``scale`` has them, and what has been seen of them."""
-        if "nuclear_mean" not in state:
-            return scale, {}
         seen = state["nuclear_mean"]
         if self.group["scale"] == "nuclear_relative":  # which a group may leave again
             scale, seen = relative(scale.double(), seen)
@@ -437,7 +435,7 @@ class Owned(Batch):
                 f"the rule {self.group['algorithm']!r} gives directions {tuple(answer.D.shape)} and scales "
                 f"{tuple(answer.scale.shape)} for matrices {tuple(A.shape)}, expected {tuple(A.shape)} and {(len(A),)}"
             )
-        scale, seen = self._related(answer.scale, state)
+        scale, seen = self._related(answer.scale, state) if "nuclear_mean" in state else (answer.scale, {})
         ok = answer.D.sum((-2, -1)) if answer.nuclear_norm is None else answer.nuclear_norm
         ok = is_finite(ok) & is_finite(scale)
         if held:
@@ -525,7 +523,7 @@ class Tall(Batch):
             state = {key: value[rows] for key, value in held.items()}
             asked = S, e.shape[0], self.group, bound
             root, scales = facts.timed(e.role, S.device, self.rule.root, *asked)
-            scales, after = self._related(scales, state)
+            scales, after = self._related(scales, state) if "nuclear_mean" in state else (scales, {})
         except Exception as error:  # as in `Owned.directed`
             facts.failed(self.first, error)
             return torch.zeros_like(S), S.new_zeros(ROOT_NUMBERS)

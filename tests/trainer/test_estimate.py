@@ -58,7 +58,7 @@ def test_activations_are_those_that_autograd_keeps(tmp_path, architecture, preci
     assert activations(build, replace(config, micro_batch=12)) > 3 * activations(build, config)
 
 
-@pytest.mark.parametrize("architecture", ["gpt2-small", "qwen2.5"])
+@pytest.mark.parametrize("architecture", ["gpt2-small", pytest.param("qwen2.5", marks=pytest.mark.slow)])
 def test_activations_of_compiled_blocks_are_those_that_compiled_blocks_keep(tmp_path, architecture):
     config = settings(tmp_path, precision="bf16-mixed", sequence_length=64, compile=True)
     model = tiny(architecture)

@@ -74,7 +74,11 @@ def test_train_py_runs_under_deepspeed_and_torchrun_alike(tmp_path):
         "stage3": ("torchrun", {"strategy.name": "deepspeed", "strategy.zero_stage": 3}),
     }
     for run, (launcher, others) in runs.items():
-        rule = ["--optimizer.embed.scale=nuclear", "--optimizer.embed.lr=1"]
+        rule = [
+            "--optimizer.embed.scale=nuclear",
+            "--optimizer.embed.lr=0.001",
+            "--optimizer.scalar.lr=0.001",
+        ]
         script = [str(ROOT / "train.py"), *options(tmp_path, run, **others), *rule, "--trainer.steps=12"]
         started(launcher, script, tmp_path)
     expected = losses(tmp_path, "ddp")

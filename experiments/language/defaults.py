@@ -23,7 +23,6 @@ FAMILIES = {
     "gpt2-small": ("hidden", "embed", "value_embed", "head", "scalar"),
 }
 COMMON: dict[str, Any] = {
-    "model.layers": 2,
     "trainer.schedule.kind": "linear",
     "trainer.schedule.decay_fraction": 0.5,
     "trainer.evaluation.every": 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +46,37 @@ def draw(title: str, embed: str, head: str, curves: dict[str, list[Curves]], pat
     figure.suptitle(f"{title}, {seeds} seeds")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_race(title: str, racers: dict[str, list[list[tuple[int, float]]]], path: Path) -> None:
+    """Validation losses by step of every racer, each a list of runs' curves, in one SVG that suits light and dark pages.
+
+    The first racer's mean end is a dotted line. The axis begins where most of the first drop is over, and leaves out what
+    diverged.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7.2, 4.2), constrained_layout=True)
+    _panel(axis, f"{title}: validation loss, nats per token", racers)
+    ends = [run[-1][1] for runs in racers.values() for run in runs if run and math.isfinite(run[-1][1])]
+    first = next(iter(racers.values()))
+    if ends:
+        axis.set_ylim(min(ends) - 0.05, max(ends) + 1.0)
+    if all(first):
+        target = statistics.fmean(run[-1][1] for run in first)
+        axis.axhline(target, linestyle=":", linewidth=1, color="#808080")
+    axis.legend(fontsize=8, framealpha=0.0, labelcolor="#808080")
+    axis.title.set_color("#808080")
+    axis.xaxis.label.set_color("#808080")
+    axis.tick_params(colors="#808080")
+    for spine in axis.spines.values():
+        spine.set_color("#808080")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, transparent=True, metadata={"Date": None})
     plt.close(figure)
 
 

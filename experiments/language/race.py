@@ -16,12 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from experiments.language.figures import draw_race
 from experiments.language.runner import SMALL, Curves, Job, run_all
 
 SHARES = (0.6, 0.8, 1.0)
 FURTHER = 4  # trials of rates after the grid, and of momenta after their first four
 TARGET = "AdamW"
 SWEEP_SEEDS = (0, 1)
+LOOKS = 16  # validations of a run at full length
 Point = tuple[float, float, float, float]  # rates of hidden matrices and ends, momenta of both
 
 
@@ -64,6 +66,7 @@ def _polar(role: str, **more: Any) -> dict[str, Any]:
 
 _ADAMW_ENDS = _rule("embed", algorithm="adamw") | _rule("head", algorithm="adamw")
 _POLAR_ENDS = _polar("embed", scale="nuclear") | _polar("head", scale="nuclear")
+_RELATIVE_ENDS = _polar("embed", scale="nuclear_relative") | _polar("head", scale="nuclear_relative")
 _MUON = _rule("hidden", oracle_dtype="float32")
 _RATES: dict[str, Any] = {"hidden": (0.01, 0.03, 0.09), "ends": (0.1, 0.4, 1.6)}
 _KIN: dict[str, Any] = {"kin": "Muon + PolarSGDM"}
@@ -72,6 +75,7 @@ RACERS = (
           (2e-3, 8e-3, 32e-3), (0.9, 0.9), (True, True)),
     Racer("Muon + AdamW", _MUON | _ADAMW_ENDS, (0.01, 0.03, 0.09), (2e-3, 8e-3, 32e-3), (0.95, 0.9), (False, True)),
     Racer("Muon + PolarSGDM", _MUON | _POLAR_ENDS, **_RATES),
+    Racer("the default rules", _MUON | _RELATIVE_ENDS, (0.01, 0.03, 0.09), (0.25, 1.0, 4.0)),
     Racer("SOAP-Muon + PolarSGDM", _MUON | _rule("hidden", precondition="soap", normalize="rows") | _POLAR_ENDS, **_RATES),
     Racer("NorMuon", _MUON | _rule("hidden", normalize="rows") | _POLAR_ENDS, **_KIN),
     # A hidden matrix of 64 columns starts with a norm of about 5, an update of Muon's has one of about 8.
@@ -85,17 +89,19 @@ COMMON: dict[str, Any] = {
     "optimizer.scalar.lr": 3e-3,
     "trainer.schedule.kind": "linear",
     "trainer.schedule.decay_fraction": 0.5,
-    "trainer.evaluation.every": 0,
     "trainer.diagnostics.every": 0,
 }
 
 
-def job(racer: Racer, point: Point, width: int, steps: int, seed: int, out: Path) -> Job:
-    """One training of a racer."""
+def job(
+    racer: Racer, point: Point, width: int, steps: int, seed: int, out: Path, validate_every: int = 0
+) -> Job:
+    """One training of a racer; validated every so many steps, and at its end."""
     where = "-".join(f"{x:.4g}" for x in point)
     name = f"{width}/{racer.name}/{where}/{steps}-{seed}".replace(" ", "-")
     sizes = {"model.width": width, "model.heads": width // 16}
     length = {"trainer.steps": steps, "trainer.schedule.warmup_steps": steps // 20, "trainer.seed": seed}
+    length["trainer.evaluation.every"] = validate_every
     if "trainer.lookahead.beta" in racer.rule:
         length |= {"trainer.lookahead.start": steps // 10, "trainer.lookahead.end": steps * 3 // 4}
     return Job.of("quickstart", out / "race" / name, SMALL, COMMON, sizes, racer.at(point), length)
@@ -165,10 +171,10 @@ def moved(point: Point, axis: int, up: bool, ratio: float) -> Point:
     return tuple(out)  # type: ignore[return-value]
 
 
-Losses = Callable[[dict[Any, Job], str], dict[Any, float]]
+Trained = Callable[[dict[Any, Job], str], dict[Any, Curves]]
 
 
-def sweep(racers: list[Racer], width: int, steps: int, out: Path, losses: Losses) -> dict[str, Sweep]:
+def sweep(racers: list[Racer], width: int, steps: int, out: Path, trained: Trained) -> dict[str, Sweep]:
     """Sweeps of equal budget: 9 + `FURTHER` pairs of rates, 4 + `FURTHER` pairs of momenta, each on two seeds."""
     found = {r.name: Sweep(r) for r in racers if r.kin is None}
     others = {r.name: r for r in racers if r.kin is not None}
@@ -180,10 +186,12 @@ def sweep(racers: list[Racer], width: int, steps: int, out: Path, losses: Losses
             for point in some
             for seed in SWEEP_SEEDS
         }
-        ended = losses(jobs, f"width {width}, {stage}")
+        ended = trained(jobs, f"width {width}, {stage}")
         for name, some in points.items():
             for point in some:
-                found[name].tried[point] = statistics.fmean(ended[name, point, seed] for seed in SWEEP_SEEDS)
+                found[name].tried[point] = statistics.fmean(
+                    ended[name, point, seed].final for seed in SWEEP_SEEDS
+                )
 
     trial({name: s.grid() for name, s in found.items()}, "grid")
     for number in range(FURTHER):
@@ -213,30 +221,32 @@ def run(
     widths: tuple[int, ...] = (64, 128),
     lengths: tuple[int, ...] | None = None,
 ) -> dict[str, Any]:
-    """Sweeps at ``steps`` and races at every length and width; JSON-able points, losses and steps to AdamW's loss.
+    """Sweeps at ``steps`` and races at every length and width; JSON-able points, curves, losses, steps to AdamW's loss.
 
+    Draws each race's validation losses into ``out``.
     Runs that have ended are not run again: the same command goes on after an interruption.
     """
 
-    def losses(jobs: dict[Any, Job], stage: str) -> dict[Any, float]:
-        ended: dict[Job, Curves] = run_all(jobs.values(), workers, stage)
-        return {key: ended[its_job].final for key, its_job in jobs.items()}
+    def trained(jobs: dict[Any, Job], stage: str) -> dict[Any, Curves]:
+        ended = run_all(jobs.values(), workers, stage)
+        return {key: ended[its_job] for key, its_job in jobs.items()}
 
     wanted = {TARGET, *(names or [r.name for r in RACERS])}
     wanted |= {r.kin for r in RACERS if r.name in wanted and r.kin is not None}
     racers = [r for r in RACERS if r.name in wanted]
     report: dict[str, Any] = {"steps": steps, "seeds": seeds, "races": {}}
     for width in widths:
-        swept = sweep(racers, width, steps, out, losses)
+        swept = sweep(racers, width, steps, out, trained)
         for length in lengths or (steps, 4 * steps):
-            report["races"][f"width {width}, {length} steps"] = judge(
-                swept, width, length, seeds, out, losses
-            )
+            race = judge(swept, width, length, seeds, out, trained)
+            report["races"][f"width {width}, {length} steps"] = race
+            curves = {name: found["curves"] for name, found in race["racers"].items()}
+            draw_race(f"width {width}, {length} steps", curves, out / f"race-{width}-{length}.svg")
     return report
 
 
 def judge(
-    swept: dict[str, Sweep], width: int, length: int, seeds: list[int], out: Path, losses: Losses
+    swept: dict[str, Sweep], width: int, length: int, seeds: list[int], out: Path, trained: Trained
 ) -> dict[str, Any]:
     """What the best points come to on other seeds, at one width and length."""
     points = {name: s.best for name, s in swept.items()}
@@ -247,23 +257,27 @@ def judge(
         for name, s in swept.items()
     }
     jobs = {
-        (name, steps, seed): job(s.racer, points[name], width, steps, seed, out)
+        (name, steps, seed): job(
+            s.racer, points[name], width, steps, seed, out, length // LOOKS if steps == length else 0
+        )
         for name, s in swept.items()
         for steps in shorter[name]
         for seed in seeds
     }
-    finals = losses(jobs, f"width {width}, {length} steps")
+    curves = trained(jobs, f"width {width}, {length} steps")
+    finals = {key: found.final for key, found in curves.items()}
     target = statistics.fmean(finals[TARGET, length, seed] for seed in seeds)
     racers = {}
     for name, s in swept.items():
-        curves = [[(steps, finals[name, steps, seed]) for steps in shorter[name]] for seed in seeds]
+        ends = [[(steps, finals[name, steps, seed]) for steps in shorter[name]] for seed in seeds]
         alone = name == TARGET or s.racer.kin is not None
         racers[name] = {
             "point": points[name],
             "on_an_edge": s.on_an_edge,
             "trials": [[*point, loss] for point, loss in sorted(s.tried.items())],
             "losses": [finals[name, length, seed] for seed in seeds],
-            "steps_to_target": None if alone else [steps_to(target, curve) for curve in curves],
+            "curves": [curves[name, length, seed].validation for seed in seeds],
+            "steps_to_target": None if alone else [steps_to(target, some) for some in ends],
         }
     return {"target": target, "length": length, "racers": racers}
 

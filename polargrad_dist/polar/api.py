@@ -114,26 +114,24 @@ def polar(
     tall = (a if m >= n else a.mT).reshape(math.prod(batch), max(m, n), min(m, n))
     if tall.numel() == 0:
         return _empty(a, method, hermitian, out_dtype, info)
-    peak = largest_entry(tall)
-    if check:
-        _require_finite(is_finite(peak)[:, 0, 0], a.shape[:-2])
+    # In matrix products NaN stays within its matrix, and fills it; a factorization may choke on it.
+    finite = is_finite(largest_entry(tall)) if check or method not in POLYNOMIALS else None
+    if check and finite is not None:
+        _require_finite(finite[:, 0, 0], a.shape[:-2])
     # H wants U in full, even if the caller wants it in half precision.
     dtype = torch.promote_types(out_dtype, torch.float32) if hermitian else out_dtype
-    options = Options(steps, lower, dtype, info, coefficients, check or a.device.type == "cpu", root, peak)
+    options = Options(steps, lower, dtype, info, coefficients, check or a.device.type == "cpu", root)
     sparse = _nonzero_rows(tall) if method == "auto" else None
     if method == "auto":
         method = choose_method(tall.shape if sparse is None else sparse.rows.shape, a.device, lower=lower)
-    if sparse is not None and not check:
-        sparse = sparse._replace(rows=torch.where(is_finite(peak)[0], sparse.rows, 0.0))
-    # In matrix products NaN stays within its matrix, and fills it; a factorization may choke on it.
-    spreads = method in (*POLYNOMIALS, "gram")
-    whole = tall if check or spreads else torch.where(is_finite(peak), tall, 0.0)
+    if sparse is not None and finite is not None and not check:
+        sparse = sparse._replace(rows=torch.where(finite[0], sparse.rows, 0.0))
+    whole = tall if check or finite is None or method == "gram" else torch.where(finite, tall, 0.0)
     with nullcontext() if method in POLYNOMIALS else without_tf32(a.device):
         found = (
             ORACLES[method](whole, options) if sparse is None else _on_nonzero_rows(sparse, method, options)
         )
-    if not check and method not in POLYNOMIALS:
-        finite = is_finite(peak)
+    if not check and finite is not None:
         found.U.masked_fill_(~finite, torch.nan)
         found.nuclear_norm.masked_fill_(~finite[:, 0, 0], torch.nan)
     U = (found.U if m >= n else found.U.mT).reshape(a.shape).to(out_dtype)

@@ -16,10 +16,7 @@ GPU_CHUNK_ELEMENTS = 1 << 24
 
 
 class Options(NamedTuple):
-    """`polar`'s arguments as the methods see them.
-
-    may_wait says whether numbers may be read back from the device; peak (B, 1, 1) is the largest entry of each matrix.
-    """
+    """`polar`'s arguments as the methods see them; may_wait says whether numbers may be read back from the device."""
 
     steps: int | None
     lower: float
@@ -28,7 +25,6 @@ class Options(NamedTuple):
     coefficients: str | Sequence[tuple[float, float, float]] | None
     may_wait: bool
     root: str
-    peak: Tensor
 
 
 class Oracle(NamedTuple):
@@ -83,12 +79,15 @@ def working_copy(A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def inner_product(A: Tensor, U: Tensor, within: torch.dtype = torch.float64) -> Tensor:
-    """⟨A, U⟩ (B,) of two (B, m, n): products in at least fp32, sums in `within` over a row chunk, in fp64 over the chunks."""
-    work = torch.promote_types(torch.promote_types(A.dtype, U.dtype), torch.float32)
+    """⟨A, U⟩ (B,) of two (B, m, n): sums in `within` over a row chunk, in fp64 over the chunks.
+
+    Products are in at least fp32, of two bf16 matrices in bf16: they round independently, and their sum to five digits.
+    """
+    both = torch.promote_types(A.dtype, U.dtype)
+    work = both if both == torch.bfloat16 else torch.promote_types(both, torch.float32)
     total = torch.zeros(A.shape[:-2], dtype=torch.float64, device=A.device)
     for chunk in row_chunks(A):
-        products = A[..., chunk, :].to(work)
-        products = products * U[..., chunk, :] if A.dtype == work else products.mul_(U[..., chunk, :])
+        products = A[..., chunk, :].to(work) * U[..., chunk, :]
         total = total + products.sum((-2, -1), dtype=torch.promote_types(within, work))
     return total
 

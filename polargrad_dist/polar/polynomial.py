@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PolarError
-from .oracle import Options, Oracle, inner_product, inverse_scale, orthogonality
+from .oracle import Options, Oracle, inner_product, inverse_scale, largest_entry, orthogonality
 
 Coefficients = Sequence[tuple[float, float, float]]
 
@@ -27,6 +27,7 @@ PADE_QUINTIC = (1.875, -1.25, 0.375)
 CUSHION = 0.02407327424182761
 HALF_SAFETY = 1.01
 DEFAULT_STEPS = 5
+LEAST_NORM = 1e-3  # down to this, and up to its inverse, a matrix is normalized as it is, in every dtype
 LARGE = 1 << 16  # elements of a matrix from which a CPU multiplies a batch faster one by one
 # Of the symmetric products there: blocks below the diagonal are copied, not multiplied. A GPU prefers one large product.
 BLOCK_COLUMNS = 256
@@ -62,25 +63,35 @@ def polar_express(A: Tensor, options: Options) -> Oracle:
 
 
 def _polynomial(A: Tensor, schedule: Coefficients, margin: float, options: Options) -> Oracle:
-    X = A * inverse_scale(options.peak).to(A.dtype)
-    flat = (X if X.is_contiguous() else X.mT).flatten(
-        1
-    )  # over two dimensions, or a transposed view, it is slow
-    # In A's own dtype, several times faster than in a wider one; what that rounds off is added again.
-    work = torch.promote_types(A.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(flat, dim=1).to(work)[:, None, None] * (1 + torch.finfo(A.dtype).eps)
-    X.mul_(torch.where(norm > 0, 1 / (margin * norm), 0.0).to(A.dtype))
-    U = run_polynomials(X, schedule)
+    looks = options.may_wait and not torch.compiler.is_compiling()
+    X, norm = A, _frobenius(A) if looks else None
+    if norm is None or not bool(((norm > LEAST_NORM) & (norm < 1 / LEAST_NORM)).all()):
+        X = A * inverse_scale(largest_entry(A)).to(A.dtype)
+        norm = _frobenius(X)
+    U = run_polynomials(X * torch.where(norm > 0, 1 / (margin * norm), 0.0).to(A.dtype), schedule)
     residual = orthogonality(U) if options.info else None
-    return Oracle(
-        U.to(options.out_dtype), inner_product(A, U, torch.float32), steps=len(schedule), residual=residual
-    )
+    nuclear_norm = inner_product(A, U, torch.float32)
+    return Oracle(U.to(options.out_dtype), nuclear_norm, len(schedule), residual=residual)
+
+
+def _frobenius(A: Tensor) -> Tensor:
+    """‖A‖_F (B, 1, 1) of A (B, m, n) in at least fp32, rounded up; its squares may leave the range of the dtype."""
+    # Over two dimensions, or a transposed view, it is slow.
+    flat = (A if A.is_contiguous() else A.mT).flatten(1)
+    # In A's own dtype, several times faster than in a wider one; what that rounds off is added again.
+    norm = torch.linalg.vector_norm(flat, dim=1).to(torch.promote_types(A.dtype, torch.float32))
+    return norm[:, None, None] * (1 + torch.finfo(A.dtype).eps)
 
 
 def run_polynomials(X: Tensor, schedule: Coefficients) -> Tensor:
     """X ← aX + bX(XᵀX) + cX(XᵀX)² for each (a, b, c); X (B, m, n), m ≥ n, spectral norm within the schedule's interval."""
     if X.device.type == "cpu" and X[0].numel() >= LARGE and len(schedule):
-        return torch.stack([_run_by_blocks(matrix, schedule) for matrix in X])
+        if len(X) == 1:
+            return _run_by_blocks(X[0], schedule).unsqueeze(0)
+        out = torch.empty_like(X)
+        for matrix, place in zip(X, out, strict=True):
+            place.copy_(_run_by_blocks(matrix, schedule))
+        return out
     for a, b, c in schedule:
         S = X.mT @ X
         W = torch.baddbmm(S, S, S, beta=b, alpha=c) if c else b * S
@@ -89,34 +100,32 @@ def run_polynomials(X: Tensor, schedule: Coefficients) -> Tensor:
 
 
 def _run_by_blocks(X: Tensor, schedule: Coefficients) -> Tensor:
-    n = X.shape[1]
-    # In half types a product of two blocks costs what it saves.
-    block = n if X.element_size() < 4 and n <= 2 * BLOCK_COLUMNS else BLOCK_COLUMNS
+    """`run_polynomials` of one matrix; the transpose of a wide one stays as it lies in memory, where copying it costs."""
+    wide = X.mT.is_contiguous()
+    Y = X.mT if wide else X
     for a, b, c in schedule:
-        S = _symmetric_product(X.mT, X, block)
-        W = _symmetric_product(S, S, block, alpha=c, add=S, beta=b) if c else b * S
-        X = torch.addmm(X, X, W, beta=a)
-    return X
+        S = _symmetric_product(Y, Y.mT) if wide else _symmetric_product(Y.mT, Y)
+        W = _symmetric_product(S, S, add=S, beta=b, alpha=c) if c else b * S
+        Y = torch.addmm(Y, W, Y, beta=a) if wide else torch.addmm(Y, Y, W, beta=a)
+    return Y.mT if wide else Y
 
 
 def _symmetric_product(
-    left: Tensor,
-    right: Tensor,
-    size: int,
-    *,
-    alpha: float = 1.0,
-    add: Tensor | None = None,
-    beta: float = 0.0,
+    left: Tensor, right: Tensor, *, add: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
 ) -> Tensor:
-    """alpha·left·right + beta·add (n, n), known to be symmetric: what is below the diagonal blocks of ``size`` is copied."""
-    n = len(left)
+    """left·right, or beta·add + alpha·left·right, known to be symmetric (n, n): below its diagonal blocks it is copied."""
+    n, inner = left.shape
+    # In half types a product of two blocks costs what it saves, unless they are large or long.
+    whole = left.element_size() < 4 and (n <= 2 * BLOCK_COLUMNS or (n <= 4 * BLOCK_COLUMNS and inner < 2 * n))
+    if whole:
+        return left @ right if add is None else torch.addmm(add, left, right, beta=beta, alpha=alpha)
     out = left.new_empty(n, n)
     add = out if add is None else add  # with beta = 0 it is not read
-    for j in range(0, n, size):
-        end = j + size
+    for j in range(0, n, BLOCK_COLUMNS):
+        end = j + BLOCK_COLUMNS
         block = out[j:end, j:]
         torch.addmm(add[j:end, j:], left[j:end], right[:, j:], beta=beta, alpha=alpha, out=block)
-        out[end:, j:end] = block[:, size:].mT
+        out[end:, j:end] = block[:, BLOCK_COLUMNS:].mT
     return out
 
 

@@ -24,6 +24,7 @@ from polargrad_dist.trainer.dry_run import dry_run
 from polargrad_dist.trainer.estimate import expected
 from polargrad_dist.trainer.initial import checkpoint_of, initialize
 from polargrad_dist.trainer.preflight import preflight
+from polargrad_dist.trainer.rates import check_rates
 
 
 @dataclass
@@ -50,7 +51,9 @@ def parse_run(args: list[str] | None = None) -> tuple[RunConfig, dict[str, Any],
         word for word in given if not re.match(r"--local_rank=\d+$", word)
     ]  # the environment says it too
     given = [re.sub(r"^--profile(?=$|=)", "--trainer.logging.profile", word) for word in given]
-    return parse(RunConfig, "Pre-train a language model with polar-gradient optimizers.", given)
+    parsed = parse(RunConfig, "Pre-train a language model with polar-gradient optimizers.", given)
+    check_rates(parsed[0].optimizer, given)
+    return parsed
 
 
 def report(run_dir: Path) -> Path:

@@ -1,22 +1,45 @@
 """The family's names, each a `PolarGrad` with the defaults that the name stands for; of a model, for its hidden matrices.
 
+The names of the paper have its scale, the nuclear norm of the momentum (``scale="nuclear"``), with which the best rate
+differs by orders of magnitude between models: their default of 1e-3 is where a sweep begins, not a rate that was found good.
+``PolarGrad(model)`` has other rules, and rates that were checked: Muon at 0.02 for hidden matrices, ``nuclear_relative`` at
+1.0 for embeddings and heads. A name that is given another ``scale`` or ``algorithm`` needs an ``lr`` too.
+
 Sources: algorithms C.1-C.4 of Lau, Long, Su (2025); Muon of Jordan et al. (2024) and Liu et al. (2025).
 """
 
 # ruff: noqa: N802 (functions that stand for classes carry the names of the field)
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.optimizer import PolarGrad
-from polargrad_dist.optim.rules import Rule
+from polargrad_dist.optim.rules import Rule, expect_rate
+
+# What the default rule of hidden matrices has otherwise than PolarGrad's own defaults.
+HIDDEN = {"nesterov": False, "scale": "nuclear", "oracle": "auto"}
+DEFAULT = Rule(lr=1e-3, scale="nuclear")
+DEFAULT_MUON = Rule(lr=0.02, scale="muon")
 
 
-def _named(params: Any, lr: float, rule: dict[str, Any], more: dict[str, Any]) -> PolarGrad:
+def _named(
+    name: str,
+    params: Any,
+    lr: float | None,
+    rule: dict[str, Any],
+    more: dict[str, Any],
+    default: Rule = DEFAULT,
+) -> PolarGrad:
     """A name's rule for all parameters given; of a model, for its hidden matrices, the other roles keeping their own."""
+    if lr is None and not _all_rated(params):
+        changed = {key: both[key] for both in (rule | more,) for key in ("algorithm", "scale") if key in both}
+        expect_rate(name, "hidden", replace(default, **changed), default)
+    lr = default.lr if lr is None else lr
     if isinstance(params, nn.Module):
         if "hidden" in more:
             raise ConfigError(
@@ -28,41 +51,57 @@ def _named(params: Any, lr: float, rule: dict[str, Any], more: dict[str, Any]) -
     return PolarGrad(params, lr, **(rule | more))
 
 
-# What the default rule of hidden matrices has otherwise than PolarGrad's own defaults.
-HIDDEN = {"nesterov": False, "scale": "nuclear", "oracle": "auto"}
+def _all_rated(params: Any) -> bool:
+    """Whether these are groups that all have a rate of their own."""
+    groups = isinstance(params, list | tuple) and all(isinstance(group, Mapping) for group in params)
+    return groups and all("lr" in group for group in params)
 
 
 def PolarGradM(
-    params: Any, lr: float = 1e-3, *, polar_first: bool = False, beta: float = 0.95, **more: Any
+    params: Any, lr: float | None = None, *, polar_first: bool = False, beta: float = 0.95, **more: Any
 ) -> PolarGrad:
-    """PolarGrad with EMA momentum: of the gradient (C.2), or of its polar factor (C.3, ``polar_first``)."""
-    return _named(
-        params, lr, {"momentum": "polar_first" if polar_first else "momentum_first", "beta": beta}, more
-    )
+    """PolarGrad with EMA momentum: of the gradient (C.2), or of its polar factor (C.3, ``polar_first``).
+
+    lr: multiplies the nuclear norm of the momentum. Defaults to 1e-3, where a sweep begins.
+    """
+    momentum = "polar_first" if polar_first else "momentum_first"
+    return _named("PolarGradM", params, lr, {"momentum": momentum, "beta": beta}, more)
 
 
 def PolarSGDM(
-    params: Any, lr: float = 1e-3, *, polar_first: bool = False, beta: float = 0.5, **more: Any
+    params: Any, lr: float | None = None, *, polar_first: bool = False, beta: float = 0.5, **more: Any
 ) -> PolarGrad:
-    """PolarGradM on stochastic gradients, with the small momentum that suits them (table D.9)."""
-    return PolarGradM(params, lr, polar_first=polar_first, beta=beta, **more)
+    """PolarGradM on stochastic gradients, with the small momentum that suits them (table D.9).
+
+    lr: multiplies the nuclear norm of the momentum. Defaults to 1e-3, where a sweep begins: the paper has 5 for embeddings
+    and 0.02 for heads. The embeddings and heads of ``PolarGrad(model)`` have ``scale="nuclear_relative"`` and 1.0.
+    """
+    momentum = "polar_first" if polar_first else "momentum_first"
+    return _named("PolarSGDM", params, lr, {"momentum": momentum, "beta": beta}, more)
 
 
-def PolarHB(params: Any, lr: float = 1e-3, *, beta: float = 0.95, **more: Any) -> PolarGrad:
-    """PolarGrad with Polyak's heavy-ball momentum (C.4)."""
-    return _named(params, lr, {"momentum": "heavy_ball", "beta": beta}, more)
+def PolarHB(params: Any, lr: float | None = None, *, beta: float = 0.95, **more: Any) -> PolarGrad:
+    """PolarGrad with Polyak's heavy-ball momentum (C.4).
+
+    lr: multiplies the nuclear norm of the momentum. Defaults to 1e-3, where a sweep begins.
+    """
+    return _named("PolarHB", params, lr, {"momentum": "heavy_ball", "beta": beta}, more)
 
 
 def PolarMuon(
-    params: Any, lr: float = 1e-3, *, beta: float = 0.95, nesterov: bool = False, **more: Any
+    params: Any, lr: float | None = None, *, beta: float = 0.95, nesterov: bool = False, **more: Any
 ) -> PolarGrad:
-    """Muon with the nuclear norm as its scale and an exact oracle (equation 9, which has no Nesterov momentum)."""
-    return _named(params, lr, {"momentum": "momentum_first", "beta": beta, "nesterov": nesterov}, more)
+    """Muon with the nuclear norm as its scale and an exact oracle (equation 9, which has no Nesterov momentum).
+
+    lr: multiplies the nuclear norm of the momentum. Defaults to 1e-3, where a sweep begins; Muon's 0.02 is for another scale.
+    """
+    rule = {"momentum": "momentum_first", "beta": beta, "nesterov": nesterov}
+    return _named("PolarMuon", params, lr, rule, more)
 
 
 def Muon(
     params: Any,
-    lr: float = 0.02,
+    lr: float | None = None,
     *,
     beta: float = 0.95,
     nesterov: bool = True,
@@ -70,7 +109,11 @@ def Muon(
     oracle: str = "newton_schulz",
     **more: Any,
 ) -> PolarGrad:
-    """Muon: five Newton-Schulz steps, scale sqrt(max(1, m/n)), or 0.2 sqrt(max(m, n)) with ``scale="moonlight"``."""
+    """Muon: five Newton-Schulz steps, scale sqrt(max(1, m/n)), or 0.2 sqrt(max(m, n)) with ``scale="moonlight"``.
+
+    lr: the largest singular value of a square matrix's step. Defaults to 0.02, as in ``PolarGrad(model)``; another scale
+    needs a rate of its own, "moonlight" AdamW's.
+    """
     rule = {
         "momentum": "momentum_first",
         "beta": beta,
@@ -78,4 +121,4 @@ def Muon(
         "scale": scale,
         "oracle": oracle,
     }
-    return _named(params, lr, rule, more)
+    return _named("Muon", params, lr, rule, more, DEFAULT_MUON)

@@ -13,7 +13,7 @@ from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.checks import check_keys
 from polargrad_dist.optim.matrix import RULES
 from polargrad_dist.optim.routing import route
-from polargrad_dist.optim.rules import OptimizerConfig, Rule
+from polargrad_dist.optim.rules import OptimizerConfig, Rule, expect_rate
 
 _RULE = asdict(Rule(lr=1e-3, momentum="none"))
 DEFAULTS = {key: value for key, value in _RULE.items() if key != "options"} | {
@@ -22,14 +22,14 @@ DEFAULTS = {key: value for key, value in _RULE.items() if key != "options"} | {
 
 
 def routed(
-    model: nn.Module, gradients: str, given: dict[str, Any], rule: dict[str, Any]
+    model: nn.Module, gradients: str, given: dict[str, Any], common: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """A model's parameter groups, with changes to the rules of some roles."""
-    if rule:
-        key = min(rule)
+    if common:
+        key = min(common)
         raise ConfigError(
-            f"{key}={rule[key]!r} was given with a model, whose roles have a rule each: say "
-            f"hidden={{{key!r}: {rule[key]!r}}} (or embed, head, value_embed, scalar), or "
+            f"{key}={common[key]!r} was given with a model, whose roles have a rule each: say "
+            f"hidden={{{key!r}: {common[key]!r}}} (or embed, head, value_embed, scalar), or "
             "use PolarGrad.from_config(model, OptimizerConfig(…))"
         )
     if gradients == "reduce_scatter" and isinstance(model, nn.parallel.DistributedDataParallel):
@@ -48,7 +48,10 @@ def routed(
         check_keys({"algorithm": base.algorithm} | dict(changes), role)
         own = {key: value for key, value in changes.items() if key in Rule.__dataclass_fields__}
         options[role] = {key: value for key, value in changes.items() if key not in own}
-        setattr(config, role, replace(base, **own))
+        rule = replace(base, **own)
+        if "lr" not in own:
+            expect_rate(role, role, rule, base)
+        setattr(config, role, rule)
     groups = route(model, config)
     for group in groups:
         home = (

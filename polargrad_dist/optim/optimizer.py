@@ -39,7 +39,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             group may set every field of `Rule`, its rule's own options, and the four keywords after it.
         lr: base learning rate of groups that set none, 1e-3; see `Rule`.
         hidden, embed, head, value_embed, scalar: of a model, what a role's rule has otherwise than `OptimizerConfig()`: a
-            dict such as ``hidden={"lr": 0.02}``, or a `Rule`. A dict for head or value_embed changes the rule of embed.
+            dict such as ``hidden={"lr": 0.02}``, or a `Rule`. A dict for head or value_embed changes the rule of embed. With
+            another algorithm or scale it needs an lr.
         process_group: ranks that hold copies of plain parameters; the default group where torch.distributed is set up.
         norm_group: ranks over which `clip_grad_norm_` takes the norm, all pipeline stages say; those of the parameters.
         gradients: "all_reduced", or "reduce_scatter": the optimizer reduces gradients itself, the model stays out of DDP.

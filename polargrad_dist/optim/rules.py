@@ -34,7 +34,7 @@ class Rule:
     Args:
         lr: base learning rate. With scale "nuclear" it multiplies the nuclear norm of the momentum, which differs by orders
             of magnitude between models; with "nuclear_relative" one rate suited both model families at width 64
-            (docs/choosing-rules.md).
+            (docs/choosing-rules.md). A role that changes algorithm or scale must set it.
         algorithm: "polar" for matrices, "adamw" for anything, or the name of a registered rule.
         momentum: "none" (C.1), "momentum_first" (C.2, Muon's order), "polar_first" (C.3) or "heavy_ball" (C.4).
         beta: momentum coefficient of the polar algorithm, in [0, 1).
@@ -161,7 +161,7 @@ class Rule:
         yield (
             adamw and float(self.lr) >= 1,
             f"lr is {float(self.lr)} with algorithm 'adamw'",
-            "a rate below 1: set lr beside algorithm, since a role's default rate is that of its default rule",
+            "a rate below 1",
         )
         for name, nothing in PARTS.items():
             value = getattr(self, name)
@@ -226,6 +226,41 @@ def relative_rule(lr: float = 1.0, **changes: Any) -> Rule:
 def adamw_rule(lr: float = 0.03, **changes: Any) -> Rule:
     """AdamW with betas (0.9, 0.95), at a rate for vectors and scalars: hidden matrices want a tenth of it and less."""
     return replace(Rule(lr, algorithm="adamw"), **changes)
+
+
+# Rates to start at for hidden matrices and for tables, by algorithm or scale: docs/choosing-rules.md, "Another rule".
+STARTS = {
+    "adamw": ("0.003", "0.03"),
+    "moonlight": ("0.003", "0.03"),
+    "muon": ("0.02", None),
+    "nuclear_relative": ("0.02", "1.0"),
+    "nuclear": ("0.5 over the nuclear norm of its momentum", "0.5 over the nuclear norm of its momentum"),
+}
+
+
+def expect_rate(where: str, role: str, rule: Rule, rated: Rule) -> None:
+    """Raises ``ConfigError`` if ``rule``, which has the rate of ``rated``, is of another algorithm or scale.
+
+    What has no rate at all is left to `OptimizerConfig.check`: an algorithm or scale that does not exist, and for scalars
+    any algorithm but AdamW.
+    """
+    exists = rule.algorithm in RULES and rule.scale in Scale.__args__  # type: ignore[attr-defined]
+    other = rule.algorithm != rated.algorithm
+    if not exists or role == "scalar" or not (other or _scale_of(rule) != _scale_of(rated)):
+        return
+    key = "algorithm" if other else "scale"
+    start = STARTS.get(rule.scale if rule.algorithm == "polar" else rule.algorithm, (None, None))
+    number = start[0 if role == "hidden" else 1]
+    raise ConfigError(
+        f"{where} has {key} {getattr(rule, key)!r} but no lr of its own, expected one, since {float(rated.lr):g} is a rate "
+        f"for {key} {getattr(rated, key)!r}: "
+        + (f"start at lr {number}" if number else "docs/rules.md, Rates, converts known ones")
+    )
+
+
+def _scale_of(rule: Rule) -> str:
+    """The scale that a rate belongs to: AdamW has none."""
+    return "" if rule.algorithm == "adamw" else rule.scale
 
 
 @dataclass

@@ -111,9 +111,9 @@ def left_out(parsed: Any, defaults: Any, args: list[str]) -> list[str]:
     return options
 
 
-def mentioned(section: str, args: list[str]) -> set[str]:
-    """The keys of a section that files and options set."""
-    found: set[str] = set()
+def mentioned(section: str, args: list[str]) -> dict[str, Any]:
+    """The keys of a section that files and options set, with their values as YAML reads them."""
+    found: dict[str, Any] = {}
     words = [word for one in args for word in one.split("=", 1)]
     for option, value in pairwise(words):
         if not option.startswith("--"):
@@ -121,12 +121,12 @@ def mentioned(section: str, args: list[str]) -> set[str]:
         at = [] if option == "--config" else option[2:].split(".")
         wanted = section.split(".")
         if at[: len(wanted)] == wanted and len(at) > len(wanted):
-            found.add(at[len(wanted)])
+            found[at[len(wanted)]] = _plain(value)
         elif wanted[: len(at)] == at:
             content = _content(_plain(value))
             for name in wanted[len(at) :]:
                 content = _content(content.get(name)) if isinstance(content, dict) else None
-            found |= set(content) if isinstance(content, dict) else set()
+            found |= content if isinstance(content, dict) else {}
     return found
 
 

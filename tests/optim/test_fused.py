@@ -96,7 +96,9 @@ def test_shrinking_while_reading_is_clipping_beforehand():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16))
         optimizer = PolarGrad(
-            model, hidden={"scale": "nuclear", "momentum": "momentum_first"}, scalar={"lr": 0.1}
+            model,
+            hidden={"scale": "nuclear", "lr": 0.02, "momentum": "momentum_first"},
+            scalar={"lr": 0.1},
         )
         for _ in range(3):
             optimizer.zero_grad()

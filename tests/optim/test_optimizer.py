@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import re
 
 import pytest
 import torch
@@ -434,6 +435,73 @@ def test_a_step_that_is_not_to_happen_changes_no_bit_and_one_that_is_changes_as_
 def test_a_first_guess_is_answered_with_what_was_meant(make, said):
     with pytest.raises(ConfigError, match=said):
         make(torch.nn.Sequential(torch.nn.Embedding(10, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 10)))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            lambda m: PolarGrad(m, hidden={"algorithm": "adamw"}),
+            "hidden has algorithm 'adamw' but no lr of its own, expected one, since 0.02 is a rate for algorithm 'polar': "
+            "start at lr 0.003",
+        ),
+        (
+            lambda m: PolarGrad(m, embed={"scale": "nuclear"}),
+            "embed has scale 'nuclear' but no lr of its own, expected one, since 1 is a rate for scale 'nuclear_relative': "
+            "start at lr 0.5 over the nuclear norm of its momentum",
+        ),
+        (
+            lambda m: PolarGrad(m, embed={"algorithm": "adamw", "lr": 0.01}, head={"algorithm": "polar"}),
+            "head has algorithm 'polar' but no lr of its own, expected one, since 0.01 is a rate for algorithm 'adamw': "
+            "start at lr 1.0",
+        ),
+        (
+            lambda m: PolarGrad(m, hidden={"scale": "spectral"}),
+            "hidden has scale 'spectral' but no lr of its own, expected one, since 0.02 is a rate for scale 'muon': "
+            "docs/rules.md, Rates, converts known ones",
+        ),
+        (
+            lambda m: Muon(m, scale="moonlight"),
+            "Muon has scale 'moonlight' but no lr of its own, expected one, since 0.02 is a rate for scale 'muon': "
+            "start at lr 0.003",
+        ),
+        (
+            lambda m: PolarSGDM(list(m.parameters()), scale="muon"),
+            "PolarSGDM has scale 'muon' but no lr of its own, expected one, since 0.001 is a rate for scale 'nuclear': "
+            "start at lr 0.02",
+        ),
+        (
+            lambda m: PolarGrad(m, hidden={"scale": "muonn"}),
+            "optimizer.hidden.scale is 'muonn', expected one of",
+        ),
+        (
+            lambda m: PolarGrad(m, scalar={"algorithm": "polar"}),
+            "optimizer.scalar.algorithm is 'polar', expected 'adamw'",
+        ),
+    ],
+)
+def test_a_rule_never_keeps_the_rate_of_another_one(make, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        make(torch.nn.Sequential(torch.nn.Embedding(10, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 10)))
+
+
+def test_a_rule_has_the_rate_that_was_given_or_that_of_the_role_it_follows():
+    def rates(**rules) -> dict[str, float]:
+        model = torch.nn.Sequential(
+            torch.nn.Embedding(10, 8), torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 10)
+        )
+        return {group["role"]: group["lr"] for group in PolarGrad(model, **rules).param_groups}
+
+    default = {"hidden": 0.02, "embed": 1.0, "head": 1.0, "scalar": 0.03}
+    assert rates() == rates(hidden={"algorithm": "polar"}, embed={"scale": "nuclear_relative"}) == default
+    adamw = {"algorithm": "adamw", "lr": 0.01}
+    assert rates(embed=adamw) == default | {"embed": 0.01, "head": 0.01}
+    # AdamW reads no scale, so that its rate is none for a scale.
+    assert rates(embed=adamw, head={"scale": "nuclear"}) == default | {"embed": 0.01, "head": 0.01}
+    assert rates(hidden={"beta": 0.9}, scalar={"betas": (0.9, 0.99)}) == default
+    p = nn.Parameter(torch.zeros(3, 3))
+    assert [f([p]).param_groups[0]["lr"] for f in (Muon, PolarGradM, PolarSGDM)] == [0.02, 1e-3, 1e-3]
+    assert Muon([{"params": [p], "lr": 0.004}], scale="moonlight").param_groups[0]["lr"] == 0.004
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

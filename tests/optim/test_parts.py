@@ -149,7 +149,7 @@ def test_the_hyperball_keeps_norms_of_bf16_weights_too():
         ({"scale": "muon", "alpha": 0.5}, "which has no nuclear norm"),
         ({"precondition": "soap"}, "expected momentum_first or heavy_ball"),
         ({"algorithm": "adamw", "normalize": "rows"}, "it is for the polar rules"),
-        ({"algorithm": "adamw", "lr": 1.0}, "expected a rate below 1: set lr beside algorithm"),
+        ({"algorithm": "adamw", "lr": 1.0}, "lr is 1.0 with algorithm 'adamw', expected a rate below 1"),
         ({"floor": -1.0}, "expected a finite number >= 0"),
         ({"normalize": "columns"}, "expected one of: none, rows"),
     ],

@@ -78,7 +78,7 @@ def test_a_registered_rule_s_options_are_set_in_the_configuration(tmp_path):
     load_the_page()
     path = tmp_path / "run.yaml"
     path.write_text(
-        "optimizer: {hidden: {algorithm: normuon, options: {beta2: 0.7}, normalize: none, control: cautious}}\n"
+        "optimizer: {hidden: {algorithm: normuon, lr: 0.02, options: {beta2: 0.7}, control: cautious}}\n"
     )
     config, _, _ = parse_run(["--config", str(path)])
     config.optimizer.check()

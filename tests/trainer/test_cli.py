@@ -234,6 +234,65 @@ def test_a_head_keeps_what_it_names_even_where_that_is_the_default_of_a_rule():
     assert head == replace(OptimizerConfig().embed, lr=0.5, scale="nuclear", beta=0.95)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--optimizer.hidden.algorithm=adamw"],
+            "optimizer.hidden has algorithm 'adamw' but no lr of its own, expected one, since 0.02 is a rate for "
+            "algorithm 'polar': start at lr 0.003",
+        ),
+        (
+            ["--optimizer.hidden", "{algorithm: adamw}"],
+            "optimizer.hidden has algorithm 'adamw' but no lr of its own",
+        ),
+        (
+            ["--optimizer", "{embed: {scale: nuclear}}"],
+            "optimizer.embed has scale 'nuclear' but no lr of its own",
+        ),
+        (["--optimizer.head.scale", "muon"], "optimizer.head has scale 'muon' but no lr of its own"),
+        (
+            ["--optimizer.value_embed.scale=muon"],
+            "optimizer.value_embed has scale 'muon' but no lr of its own",
+        ),
+        # A file's rate is for the file's rule.
+        (
+            ["--config=FILE", "--optimizer.hidden.algorithm=adamw"],
+            "since 0.04 is a rate for algorithm 'polar'",
+        ),
+        (
+            ["--config=FILE", "--optimizer.embed", "{scale: nuclear, lr: 0.2}"],
+            "optimizer.head has scale 'nuclear'",
+        ),
+        (["--config=FILE", "--config=OTHER"], "since 0.04 is a rate for algorithm 'polar'"),
+    ],
+)
+def test_a_rule_never_keeps_the_rate_of_another_one(tmp_path, words, said):
+    (tmp_path / "FILE").write_text("optimizer: {hidden: {lr: 0.04}, head: {lr: 0.5}}")
+    (tmp_path / "OTHER").write_text("optimizer: {hidden: {algorithm: adamw}}")
+    places = [
+        word.replace("FILE", f"{tmp_path}/FILE").replace("OTHER", f"{tmp_path}/OTHER") for word in words
+    ]
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        parse_run(places)
+
+
+def test_a_changed_rule_has_the_rate_that_is_given_with_it(tmp_path):
+    file = tmp_path / "muon.yaml"
+    file.write_text("optimizer: {hidden: {lr: 0.04}, head: {lr: 0.5}}")
+    adamw = ["--optimizer.hidden.algorithm=adamw", "--optimizer.hidden.lr", "1e-3"]
+    assert parse_run(["--config", str(file), *adamw])[0].optimizer.hidden.lr == 1e-3
+    tables = ["--optimizer.embed", "{scale: nuclear, lr: 0.2}"]
+    following = parse_run(tables)[0].optimizer
+    assert following.rule("head") == replace(OptimizerConfig().embed, scale="nuclear", lr=0.2)
+    both = parse_run(["--config", str(file), *tables, "--optimizer.head.lr=0.01"])[0].optimizer
+    assert (both.rule("head").scale, both.rule("head").lr) == ("nuclear", 0.01)
+    # Without a head of its own, whatever a file gave it, it follows the embedding.
+    none = parse_run(["--config", str(file), *tables, "--optimizer.head=null"])[0].optimizer
+    assert none.rule("head") == following.rule("head")
+    assert parse_run(["--config", str(file), "--optimizer.hidden.scale=muon"])[0].optimizer.hidden.lr == 0.04
+
+
 def test_a_printed_configuration_has_the_heads_whole_rule():
     printed = yaml.safe_load(train("--optimizer.head.lr=0.5", "--print_config").stdout)["optimizer"]
     assert printed["head"] == printed["embed"] | {"lr": 0.5}

@@ -48,6 +48,7 @@ SMALL = (
             [
                 "--trainer.strategy.name=deepspeed",
                 "--optimizer.embed.scale=nuclear",
+                "--optimizer.embed.lr=0.02",
                 "--optimizer.hidden.normalize=rows",
             ],
             "optimizer.hidden has normalize 'rows', which keeps state with whole matrices",

@@ -23,12 +23,23 @@ from polargrad_dist.trainer.choices import read_questions, score
 from polargrad_dist.trainer.cli import run as run_main
 from polargrad_dist.trainer.console import quiet
 from tools import harness
+from tools.arguments import Arguments
 from tools.runs import Run, load_run
 
 
 def main(args: list[str] | None = None) -> int:
     """Runs the command with ``args``, by default those of the process."""
-    parser = argparse.ArgumentParser(description="Evaluate a checkpoint.")
+    parser = Arguments(
+        "Evaluate a checkpoint.",
+        "one run: a text is --text NAME=PATH, a task of the harness --tasks NAME, a checkpoint --step N",
+        {
+            **dict.fromkeys(("data", "file", "files", "path", "paths"), "--text NAME=PATH"),
+            **dict.fromkeys(("batch", "bs", "micro_batch"), "--batch_size"),
+            **dict.fromkeys(("num_fewshot", "fewshot"), "--shots"),
+            **dict.fromkeys(("output", "out", "output_path"), "--json FILE"),
+            **dict.fromkeys(("seq_len", "length", "context"), "--sequence_length"),
+        },
+    )
     parser.add_argument(
         "run", help="a run directory, one of its checkpoints, or (for --tasks) an exported folder"
     )
@@ -65,7 +76,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument(
         "--json", type=Path, default=None, metavar="FILE", help="also write the figures there"
     )
-    options = parser.parse_args(args)
+    options = parser.read(args)
     for name in ("batch_size", "sequence_length", "limit"):
         value = getattr(options, name)
         if value is not None and value < 1:

@@ -7,7 +7,6 @@ are read one by one, whatever ranks saved them, so that at most one shard is in 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from polargrad_dist.errors import CheckpointError, ConfigError
 from polargrad_dist.trainer.checkpoint.single import MODEL, Checkpoint, find_checkpoint
 from polargrad_dist.trainer.cli import run
 from polargrad_dist.trainer.initial import fill, weights
+from tools.arguments import Arguments
 from tools.export_text import DTYPES, add_tokenizer, model_card
 from tools.runs import build, known_tokens
 
@@ -30,9 +30,13 @@ SHARD_BYTES = 5 * 10**9
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Export the weights of a run.")
+    parser = Arguments(
+        "Export the weights of a run.",
+        "a run and a folder: a checkpoint is --step N, or the path of its folder in the run's place",
+        dict.fromkeys(("out", "output", "output_dir", "o"), "the folder as the second argument: RUN OUT"),
+    )
     parser.add_argument("run", help="a run directory, or one of its checkpoints")
-    parser.add_argument("out", help="folder to write; must not exist or be empty")
+    parser.add_argument("out", help="a folder to write, which must not exist or be empty")
     parser.add_argument(
         "--step", type=int, default=None, help="checkpoint to export; default: the newest valid one"
     )
@@ -52,7 +56,7 @@ def main() -> int:
         default="beside",
         help="beside: in the same folder; apart: in a folder tokenizer/, where the model's type cannot affect it; none",
     )
-    options = parser.parse_args()
+    options = parser.read()
     checkpoint = find_checkpoint(options.run, options.step)
     out = new_folder(Path(options.out))
     if options.format == "dcp":

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.trainer.cli import run
+from tools.arguments import Arguments
 from tools.runs import load_run
 
 
 def main(args: list[str] | None = None) -> int:
     """Runs the command with ``args``, by default those of the process."""
-    parser = argparse.ArgumentParser(description="Continue a prompt with the model of a run.")
+    parser = Arguments(
+        "Continue a prompt with the model of a run.",
+        "one run: a prompt is --prompt {}",
+        {
+            **dict.fromkeys(("max_tokens", "max_new_tokens", "num_tokens", "length", "n"), "--tokens"),
+            **dict.fromkeys(("text", "input"), "--prompt"),
+        },
+    )
     parser.add_argument("run", help="a run directory, or one of its checkpoints")
     parser.add_argument("--prompt", default="", help="text to continue; empty starts a document")
     parser.add_argument("--tokens", type=int, default=200, help="tokens to add")
@@ -30,7 +37,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument(
         "--step", type=int, default=None, help="checkpoint to load; default: the newest valid one"
     )
-    options = parser.parse_args(args)
+    options = parser.read(args)
     for name, good, expected in (
         ("tokens", options.tokens >= 0, "a whole number >= 0"),
         ("temperature", 0 <= options.temperature < math.inf, "a finite number >= 0"),

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from polargrad_dist.trainer.cli import run
+from tools.arguments import Arguments
 from tools.report import write_report
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
+        "Write a report on one run, or on several side by side.",
+        "runs",
+        dict.fromkeys(("output", "o"), "--out FILE"),
         prog="python -m tools.report",
-        description="Write a report on one run, or on several side by side.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's directory")
     parser.add_argument(
@@ -24,7 +26,7 @@ def main() -> int:
         action="store_true",
         help="first measure a bigram model on each run's data, as a reference for the loss; stored in run.json",
     )
-    options = parser.parse_args()
+    options = parser.read()
     folders = [Path(name) for name in options.runs]
     if options.bigram:
         from tools.bigram import measure

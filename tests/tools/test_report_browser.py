@@ -57,15 +57,20 @@ def test_a_run_of_nothing_and_one_of_a_single_row_draw_without_an_error(tmp_path
     assert "<circle" in dom(write_report(runs, tmp_path / "report.html"), 1280)
 
 
-def test_the_bigram_lines_of_two_runs_name_their_runs_and_do_not_cover_each_other(tmp_path):
+def test_the_bigram_lines_are_named_above_the_plot_each_with_its_runs(tmp_path):
     runs = [run_of(tmp_path / name) for name in ("a", "b", "c")]
     for run, loss in zip(runs, (3.25, 3.24, 3.25), strict=True):
         (run / "run.json").write_text(json.dumps({"bigram": {"loss": loss, "bits_per_byte": 1.5}}))
     text = dom(write_report(runs, tmp_path / "report.html"), 1280)
-    labels = re.findall(r'<text x="[\d.]+" y="([\d.]+)" class="note">(bigram model[^<]*)<', text)
+    figures = re.findall(r"<figure data-chart.*?</figure>", text, re.DOTALL)
+    named = [re.findall(r'class="dashes"[^>]*></i>([^<]*)<', figure) for figure in figures]
     # The loss by step and by time.
-    assert [label for _, label in labels] == ["bigram model of a, c 3.250", "bigram model of b 3.240"] * 2
-    heights = [float(y) for y, _ in labels]
-    assert all(low - high >= 12 for high, low in zip(heights[::2], heights[1::2], strict=True))
+    expected = ["bigram model of a, c 3.250", "bigram model of b 3.240"]
+    assert [labels for labels in named if labels] == [expected, expected]
+    for figure, labels in zip(figures, named, strict=True):
+        assert figure.count('class="bigram"') == len(labels)
+        assert re.findall(r"<title>(bigram[^<]*)<", figure) == labels
+        # Nothing is written into such a plot but the numbers of its axes.
+        assert not labels or set(re.findall(r'<text[^>]*class="(\w+)"', figure)) == {"tick"}
     alone = dom(write_report(runs[:1], tmp_path / "alone.html"), 1280)
     assert ">bigram model 3.250<" in alone

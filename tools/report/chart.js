@@ -197,7 +197,10 @@ class Chart {
     const clip = element("clipPath", { id }, element("defs", {}, svg));
     element("rect", { x: box.left, y: box.top - 4, width: box.right - box.left, height: box.bottom - box.top + 8 }, clip);
     const body = element("g", { "clip-path": `url(#${id})` }, svg);
-    if (this.chart.bigram) this.drawBigram(body, box);
+    for (const { level, text } of this.bigrams()) {
+      const line = element("line", { x1: box.left, x2: box.right, y1: this.py(level), y2: this.py(level), class: "bigram" }, body);
+      element("title", {}, line, text);
+    }
     if (this.chart.marks) this.drawSkips(body, box);
     for (const curve of this.shown) this.drawCurve(body, curve);
     this.cross = element("g", { class: "cross" }, svg);
@@ -212,6 +215,11 @@ class Chart {
       const one = html("span", { class: "key" }, this.key);
       html("i", { style: `background: ${colour}` }, one);
       one.append(name);
+    }
+    for (const { text } of this.bigrams()) {
+      const one = html("span", { class: "key" }, this.key);
+      html("i", { class: "dashes" }, one);
+      one.append(text);
     }
   }
 
@@ -260,25 +268,22 @@ class Chart {
     }
   }
 
-  drawBigram(body, box) {
-    /* Runs on the same data share a line; of several lines each names its runs. */
+  /* The bigram models' losses, highest first. Runs on the same data share a line; of several lines each names its runs. They are
+     named in the key, above the plot, where no label or curve can be in the way. */
+  bigrams() {
     const lines = new Map();
-    for (const number of new Set(this.shown.map((curve) => curve.series.run))) {
+    for (const number of this.chart.bigram ? new Set(this.shown.map((curve) => curve.series.run)) : []) {
       const level = this.state.runs[number].bigram;
       if (!level) continue;
       const key = level.toPrecision(5);
       if (!lines.has(key)) lines.set(key, { level, runs: [] });
       lines.get(key).runs.push(this.state.runs[number].label);
     }
-    let above = -Infinity;
-    for (const { level, runs } of [...lines.values()].sort((a, b) => b.level - a.level)) {
-      const at = this.py(level);
-      element("line", { x1: box.left, x2: box.right, y1: at, y2: at, class: "bigram" }, body);
+    const named = [...lines.values()].sort((one, other) => other.level - one.level);
+    return named.map(({ level, runs }) => {
       const of = lines.size > 1 ? ` of ${runs.join(", ")}` : "";
-      const y = Math.max(at - 5, above + 13);
-      element("text", { x: box.left + 4, y, class: "note" }, body, `bigram model${of} ${level.toFixed(3)}`);
-      above = y;
-    }
+      return { level, text: `bigram model${of} ${level.toFixed(3)}` };
+    });
   }
 
   drawSkips(body, box) {

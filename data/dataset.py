@@ -44,11 +44,14 @@ class Data:
         return self.train.fingerprint()
 
     def describe(self) -> dict[str, Any]:
-        """JSON-able: ``train_tokens``, ``validation_tokens``, ``vocab_size``, ``tokenizer``; None if unknown."""
+        """JSON-able: ``train_tokens``, ``validation_targets``, ``vocab_size``, ``tokenizer``; None if unknown.
+
+        The first token of the validation shards is only an input, so that there is one target less than tokens.
+        """
         held_out = self.validation
         return {
             "train_tokens": len(self.train.tokens),
-            "validation_tokens": None if held_out is None else held_out.num_targets,
+            "validation_targets": None if held_out is None else held_out.num_targets,
             "vocab_size": self.vocab_size,
             "tokenizer": None if self.tokenizer is None else self.tokenizer.name,
         }

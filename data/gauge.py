@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from polargrad_dist.words import counted
+
 INTERVAL_S = 60.0
 
 
@@ -47,7 +49,7 @@ class Gauge:
         """The state after ``seconds`` of work, for a log."""
         rate = max(self._at - self._start, 1) / max(seconds, 1e-9)
         unit = "bytes" if self.in_bytes else "tokens"
-        text = f"tokenizing: {tokens:,} tokens, {rate:,.0f} {unit}/s"
+        text = f"tokenizing: {counted(tokens, 'token')}, {rate:,.0f} {unit}/s"
         if self.total:
             left = int(max(0, self.total - self._at) / rate)
             text += f", {min(1.0, self._at / self.total):.0%}, about {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"

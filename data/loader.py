@@ -20,6 +20,7 @@ import numpy as np
 
 from data.checksums import Background
 from polargrad_dist.errors import ConfigError, DataError
+from polargrad_dist.words import counted
 
 if TYPE_CHECKING:
     import torch
@@ -101,8 +102,8 @@ class Loader:
             )
         if self.num_samples < 1:
             raise DataError(
-                f"the training data has {len(self.tokens):,} tokens, too few for one sequence of {self.sequence_length}: "
-                "lower trainer.sequence_length, or add text"
+                f"the training data has {counted(len(self.tokens), 'token')}, too few for one sequence of "
+                f"{self.sequence_length}: lower trainer.sequence_length, or add text"
             )
 
     @property

@@ -19,6 +19,7 @@ import numpy as np
 from data.documents import Part, Source
 from data.loader import Loader, Tokens, permutation
 from polargrad_dist.errors import ConfigError, DataError
+from polargrad_dist.words import counted
 
 MOST = 1_000_000  # longest period of the order of sources, in samples
 
@@ -100,8 +101,8 @@ class MixedLoader(Loader):
         for name, part in zip(self.names, self.parts, strict=True):
             if self._windows(part) < 1:
                 raise DataError(
-                    f"data.sources: {name} holds {len(part):,} tokens, too few for one sequence of {self.sequence_length}: "
-                    "lower trainer.sequence_length, or add text"
+                    f"data.sources: {name} holds {counted(len(part), 'token')}, too few for one sequence of "
+                    f"{self.sequence_length}: lower trainer.sequence_length, or add text"
                 )
         object.__setattr__(self, "_dealing", Dealing(list(self.counts)))
 

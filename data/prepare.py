@@ -42,6 +42,7 @@ from data.sources import open_source
 from data.tokenizers import Tokenizer, open_tokenizer
 from polargrad_dist.arguments import read_arguments, safe_parser
 from polargrad_dist.errors import ConfigError, DataError
+from polargrad_dist.words import counted
 
 CHUNK_BYTES = 2**20
 AHEAD_BYTES = 2**25  # limit of text that is being tokenized or not yet written
@@ -185,7 +186,8 @@ def _write_shards(
     progress = Progress.load(folder, inputs)
     if progress.parts:
         report(
-            f"continuing after {progress.parts:,} parts of documents and {len(progress.train)} shards in {folder}"
+            f"continuing after {counted(progress.parts, 'part')} of documents and {counted(len(progress.train), 'shard')} "
+            f"in {folder}"
         )
     dtype = token_dtype(tokenizer.info.vocab_size)
     end_of_text = np.array([tokenizer.info.end_of_text], dtype)
@@ -198,7 +200,7 @@ def _write_shards(
             if buffer.tokens:
                 shards = getattr(progress, split)
                 shards.append(buffer.write(folder / f"{split}-{len(shards):05}.bin"))
-                report(f"wrote {folder / shards[-1].name}: {buffer.tokens:,} tokens")
+                report(f"wrote {folder / shards[-1].name}: {counted(buffer.tokens, 'token')}")
                 buffers[split] = Buffer()
         progress.parts, progress.cursor = done, cursor
         progress.save(folder, inputs)

@@ -14,6 +14,7 @@ import numpy as np
 
 from data.loader import Loader, Tokens
 from polargrad_dist.errors import DataError
+from polargrad_dist.words import counted
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,9 @@ class SequentialLoader(Loader):
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:
+            longest = max(map(len, self.tokens.shards), default=0)
             raise DataError(
-                f"the longest training shard holds {max(map(len, self.tokens.shards), default=0):,} tokens, too few for one "
+                f"the longest training shard holds {counted(longest, 'token')}, too few for one "
                 f"batch of {self.tokens_per_step:,} and two more with data.order 'sequential': lower "
                 "trainer.global_batch, or set data.order to 'shuffled'"
             )

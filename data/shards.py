@@ -18,6 +18,7 @@ import numpy as np
 
 from data.files import read_json, sha256, write_atomically, write_json
 from polargrad_dist.errors import DataError
+from polargrad_dist.words import counted
 
 HEADER_BYTES = 256 * 4
 MAX_SHARD_TOKENS = 2**31 - 1  # the header counts them in an int32
@@ -108,7 +109,11 @@ def _header(path: Path) -> tuple[np.dtype, int]:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): restore it, or prepare again") from error
     if size < HEADER_BYTES:
-        what = "is empty" if size == 0 else f"holds {size} bytes, fewer than its header of {HEADER_BYTES}"
+        what = (
+            "is empty"
+            if size == 0
+            else f"holds {counted(size, 'byte')}, fewer than its header of {HEADER_BYTES}"
+        )
         raise DataError(f"{path} {what}, expected a token shard: write it again")
     magic, version, count = (int(x) for x in np.frombuffer(raw, dtype="<i4", count=3))
     if (magic, version) not in _DTYPE:
@@ -123,7 +128,7 @@ def _header(path: Path) -> tuple[np.dtype, int]:
     if size != expected:
         kind = "truncated" if size < expected else "longer than it says"
         raise DataError(
-            f"{path} is {kind}: {size:,} bytes, expected {expected:,} for the {count:,} tokens in its header: fetch "
+            f"{path} is {kind}: {size:,} bytes, expected {expected:,} for the {counted(count, 'token')} in its header: fetch "
             "or prepare it again"
         )
     return dtype, count

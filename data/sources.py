@@ -22,6 +22,7 @@ from data.documents import Part, Source, document_hash, split_document, stamp, t
 from data.hub import HubSource
 from data.remote import PACKED, File, find_remote, is_remote, kind, opened, size_of, unpacked_size
 from polargrad_dist.errors import ConfigError, DataError
+from polargrad_dist.words import counted
 
 LINE_BYTES = 2**27
 PART_BYTES = 2**18  # plain text is read in parts of this size, cut at a line break
@@ -94,7 +95,7 @@ class BuiltinSource:
 
     def describe(self) -> str:
         return (
-            f"built-in corpus (Python standard library): {len(self._documents):,} documents, {self.size:,} bytes, "
+            f"built-in corpus (Python standard library): {counted(len(self._documents), 'document')}, {self.size:,} bytes, "
             f"sha256 {self._sha256}"
         )
 
@@ -173,9 +174,8 @@ class FileSource:
         }
 
     def describe(self) -> str:
-        return (
-            f"{len(self._files) + len(self._validation):,} files, {self.size:,} bytes, first {self._files[0]}"
-        )
+        files = counted(len(self._files) + len(self._validation), "file")
+        return f"{files}, {self.size:,} bytes, first {self._files[0]}"
 
     def cursor(self) -> None:
         return None

@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from polargrad_dist.words import counted
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/quickstart.yaml"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -84,7 +86,7 @@ def summary(processes: int) -> int:
         print("\nvalidation: not configured")
     else:
         print(
-            f"\nvalidation: {reached[-1]['bits_per_byte']:.3f} bits per byte after {reached[-1]['step']} steps"
+            f"\nvalidation: {reached[-1]['bits_per_byte']:.3f} bits per byte after {counted(reached[-1]['step'], 'step')}"
         )
         print(
             "bigram model of the same tokens (interpolated Kneser-Ney): "

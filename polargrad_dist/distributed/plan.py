@@ -18,6 +18,7 @@ import torch
 
 from polargrad_dist.distributed.layout import Box, Cut3, Layout, Split, Stretches, rectangle, volume
 from polargrad_dist.errors import ConfigError
+from polargrad_dist.words import counted
 
 TALL_ROLES = ("embed", "value_embed", "head")
 SMALL = 1 << 16  # elements up to which an elementwise parameter is worked out by everyone who stores it
@@ -325,7 +326,9 @@ class Plan:
             lines.append(
                 f"{e.name:<{width}} {shape:>16} {e.role:<11} {e.rule:<44} {e.lr:>9.3g} {owner:>9} {e.cost / 1e9:>9.2f}"
             )
-        lines.append(f"oracle work per rank, max/mean over {self.world} ranks: {self.imbalance:.3f}")
+        lines.append(
+            f"oracle work per rank, max/mean over {counted(self.world, 'rank')}: {self.imbalance:.3f}"
+        )
         return "\n".join(lines)
 
 

@@ -22,6 +22,7 @@ from polargrad_dist.optim.checks import refuse_flat
 from polargrad_dist.optim.matrix import rule_of
 from polargrad_dist.optim.roles import Home, Place, output_layers, place
 from polargrad_dist.optim.rules import ROLES, OptimizerConfig
+from polargrad_dist.words import counted
 
 log = logging.getLogger("polargrad_dist.optim")
 _WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod|_checkpoint_wrapped_module)\.")
@@ -207,7 +208,7 @@ def routing_table(groups: list[dict[str, Any]]) -> str:
             totals[group["role"]][0] += 1
             totals[group["role"]][1] += p.numel()
     for role, (tensors, elements) in totals.items():
-        lines.append(f"{role}: {tensors} parameters, {elements:,} elements")
+        lines.append(f"{role}: {counted(tensors, 'parameter')}, {counted(elements, 'element')}")
     return "\n".join(lines)
 
 
@@ -218,7 +219,7 @@ def _layout(group: dict[str, Any]) -> str:
     if group["split_sizes"]:
         words.append(f"{along} {'+'.join(map(str, group['split_sizes']))}")
     if group["num_heads"]:
-        words.append(f"{along} in {group['num_heads']} heads")
+        words.append(f"{along} in {counted(group['num_heads'], 'head')}")
     if group["transposed"]:
         words.append("(in, out)")
     if group["flatten"]:

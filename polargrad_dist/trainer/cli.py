@@ -30,7 +30,15 @@ class DryRun(NamedTuple):
 
 
 def asked_to_show(short: int | None, full: int | None) -> DryRun | None:
-    """The dry run of ``--dry_run`` or ``--dry_run_full``, or None; raises ``ConfigError`` for fewer than one rank."""
+    """The dry run of ``--dry_run`` or ``--dry_run_full``, or None.
+
+    Raises ``ConfigError`` for both, and for fewer than one rank.
+    """
+    if short is not None and full is not None:
+        raise ConfigError(
+            f"both --dry_run {short} and --dry_run_full {full} are given, expected one of them: leave out the first to see "
+            "every matrix, else the second"
+        )
     for name, ranks in (("--dry_run", short), ("--dry_run_full", full)):
         if ranks is not None and ranks < 1:
             raise ConfigError(f"{name} is {ranks}, expected the number of ranks to plan for, at least 1")

@@ -13,6 +13,7 @@ from polargrad_dist.optim.around import AverageConfig, LookaheadConfig, check_ar
 from polargrad_dist.optim.schedules import ScheduleConfig
 from polargrad_dist.trainer.checkpoint import CheckpointConfig, checkpoints_in
 from polargrad_dist.trainer.launcher import check_launcher
+from polargrad_dist.words import counted
 
 
 @dataclass
@@ -259,8 +260,8 @@ class TrainerConfig:
         replicas = self.strategy.replicas
         if self.strategy.name == "hsdp" and (replicas < 2 or world % replicas or world // replicas < 2):
             raise ConfigError(
-                f"trainer.strategy.replicas is {replicas} on {world} ranks, expected a divisor of the world size with at "
-                "least 2 replicas of at least 2 shards each: set it so, or use strategy 'fsdp' or 'ddp'"
+                f"trainer.strategy.replicas is {replicas} on {counted(world, 'rank')}, expected a divisor of the world size "
+                "with at least 2 replicas of at least 2 shards each: set it so, or use strategy 'fsdp' or 'ddp'"
             )
         if self.strategy.name != "hsdp" and replicas != 1:
             raise ConfigError(
@@ -333,10 +334,10 @@ class TrainerConfig:
             return self  # for `check` to refuse
         if self.global_batch % world:
             fit = [n for n in range(1, self.global_batch + 1) if self.global_batch % n == 0]
-            near = sorted(fit, key=lambda n: (abs(n - world), n))[:4]
+            *near, most = sorted(sorted(fit, key=lambda n: (abs(n - world), n))[:4])
             raise ConfigError(
                 f"trainer.global_batch is {self.global_batch}, which {world} ranks cannot share evenly: start "
-                f"{' or '.join(map(str, sorted(near)))} ranks, or choose another global_batch"
+                f"{' or '.join([*map(str, near), counted(most, 'rank')])}, or choose another global_batch"
             )
         share = self.global_batch // world
         micro = next(n for n in range(min(self.micro_batch, share), 0, -1) if share % n == 0)

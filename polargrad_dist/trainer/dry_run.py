@@ -13,6 +13,7 @@ from polargrad_dist.trainer.config import TrainerConfig
 from polargrad_dist.trainer.console import duration
 from polargrad_dist.trainer.devices import DEVICES
 from polargrad_dist.trainer.estimate import SHARE, Estimate, estimate
+from polargrad_dist.words import counted
 
 GIB = 2**30
 
@@ -31,7 +32,7 @@ def by_role(plan: Plan) -> str:
         lines.append(
             f"{role:<12}{int(count):>15,}{int(matrices):>10,}  {rule:<{width}}{lr:>10.3g}{cost / 1e9:>12,.2f}"
         )
-    lines.append(f"oracle work per rank, max/mean over {plan.world} ranks: {plan.imbalance:.3f}")
+    lines.append(f"oracle work per rank, max/mean over {counted(plan.world, 'rank')}: {plan.imbalance:.3f}")
     lines.append("every matrix with its owner: --dry_run_full in place of --dry_run")
     return "\n".join(lines)
 
@@ -53,10 +54,11 @@ def dry_run(
     count = sum(math.prod(entry.shape) for entry in found.plan.entries)
     print(found.plan.table() if full else by_role(found.plan))
     print(f"\nparameters: {count:,}")
+    batches = counted(trainer.accumulation(ranks), "micro-batch", "micro-batches")
     print(
-        f"{ranks} rank{'s' if ranks > 1 else ''}, strategy {found.strategy}, "
-        f"{trainer.accumulation(ranks)} micro-batches of {trainer.micro_batch} sequences per rank and step, "
-        f"{trainer.tokens_per_step:,} tokens per step, {trainer.steps:,} steps"
+        f"{counted(ranks, 'rank')}, strategy {found.strategy}, "
+        f"{batches} of {counted(trainer.micro_batch, 'sequence')} per rank and step, "
+        f"{counted(trainer.tokens_per_step, 'token')} per step, {counted(trainer.steps, 'step')}"
     )
     print("\n" + memory_table(found, trainer))
     if ranks > 1:
@@ -78,7 +80,7 @@ def memory_table(found: Estimate, trainer: TrainerConfig) -> str:
         (f"gradients ({kind})", memory.lasting["gradients"], host),
         ("optimizer state", memory.lasting["optimizer"], host),
         (
-            f"activations of {trainer.micro_batch} x {trainer.sequence_length} tokens",
+            f"activations of {trainer.micro_batch} x {counted(trainer.sequence_length, 'token')}",
             memory.activations,
             why if memory.activations is None else kind_of_blocks if passing else aside,
         ),

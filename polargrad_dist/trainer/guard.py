@@ -55,9 +55,10 @@ class Guard:
             where = culprits(self.world, bad, own_loss)
         log.warning("step %d is skipped: %s%s", step, reason, where)
         if progress.skipped_in_a_row >= self.safety.max_skipped:
+            many = f"{progress.skipped_in_a_row} steps in a row were"
             raise TrainingError(
-                f"{progress.skipped_in_a_row} steps in a row were skipped ({reason}{where}), trainer.safety.max_skipped "
-                f"allows fewer; {self.way_back(sample)}"
+                f"{'1 step was' if progress.skipped_in_a_row == 1 else many} skipped ({reason}{where}), "
+                f"trainer.safety.max_skipped allows fewer; {self.way_back(sample)}"
             )
 
     def refuse_poisoned(self, tensors: Tensors, what: str, sample: int | None = None) -> None:

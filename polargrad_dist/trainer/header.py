@@ -28,6 +28,7 @@ from polargrad_dist.trainer import rundir
 from polargrad_dist.trainer.config import TrainerConfig
 from polargrad_dist.trainer.console import COLUMNS, duration, wrapped
 from polargrad_dist.trainer.world import World
+from polargrad_dist.words import counted
 
 PACKAGES = ("polargrad-dist", "torch", "transformers", "numpy")
 FILE = "run.json"
@@ -91,17 +92,16 @@ def facts_of(
 def header(facts: dict[str, Any]) -> str:
     """The description on one screen, in lines of at most 120 characters."""
     training, ranks, data = facts["training"], facts["ranks"], facts["data"]
-    steps = (
-        f"{training['steps']:,} steps x {training['tokens_per_step']:,} tokens = {_short(training['tokens'])}"
-    )
+    steps = f"{counted(training['steps'], 'step')} x {counted(training['tokens_per_step'], 'token')}"
+    steps += f" = {_short(training['tokens'])}"
     if training["first"]:
         steps += f", resumed at step {training['first']:,}"
     epochs = f", {training['epochs']:.2g} epochs" if "epochs" in training else ""
-    world = f"{ranks['world']} rank" + ("s" if ranks["world"] > 1 else "")
-    batch = f"{training['global_batch']} sequences of {training['sequence_length']} tokens: {world} x "
+    batch = f"{counted(training['global_batch'], 'sequence')} of {counted(training['sequence_length'], 'token')}: "
+    batch += f"{counted(ranks['world'], 'rank')} x "
     batch += f"{training['accumulation']} x {training['micro_batch']}"
     rows = [("run", f"{facts['run']['dir']} ({facts['run']['id']})")]
-    rows.append(("model", f"{facts['model']['name']}, {facts['model']['parameters']:,} parameters"))
+    rows.append(("model", f"{facts['model']['name']}, {counted(facts['model']['parameters'], 'parameter')}"))
     for role, one in facts["roles"].items():
         rows.append((f"  {role}", f"{one['parameters']:>13,}  {one['rule']}"))
     rows += [("steps", steps + epochs), ("batch", batch)]
@@ -164,9 +164,9 @@ def _write(folder: Path, facts: dict[str, Any]) -> None:
 def describe_data(data: dict[str, Any]) -> str:
     parts = [str(data[name]) for name in ("source", "tokenizer") if data.get(name)]
     if data.get("train_tokens"):
-        parts.append(f"{data['train_tokens']:,} training tokens")
-    if data.get("validation_tokens"):
-        parts.append(f"{data['validation_tokens']:,} for validation")
+        parts.append(counted(data["train_tokens"], "training token"))
+    if data.get("validation_targets"):
+        parts.append(counted(data["validation_targets"], "validation target"))
     else:
         parts.append("no validation")
     if data.get("vocab_size"):
@@ -242,9 +242,10 @@ def _model(model: nn.Module, configuration: dict[str, Any]) -> str:
         return type(model).__name__
     config = getattr(model, "config", None)
     parts = [str(asked["architecture"])]
-    for key, words in (("layers", "{} layers"), ("width", "width {}"), ("heads", "{} heads")):
+    for key in ("layers", "width", "heads"):
         value = getattr(config, key, None) or asked.get(key)
-        parts += [words.format(value)] if value is not None else []
+        if value is not None:
+            parts.append(f"width {value}" if key == "width" else counted(value, key[:-1]))
     return ", ".join(parts)
 
 

@@ -366,12 +366,16 @@ def test_a_dry_run_has_a_line_per_role_and_the_full_one_a_line_per_matrix():
     full = train(*command, "--dry_run_full", "2").stdout
     assert sum("up_proj" in line for line in full.splitlines()) == 3
     assert train(*command, "--dry_run_full", "0").returncode == 2
+    both = train(*command, "--dry_run", "3", "--dry_run_full", "2")
+    assert both.returncode == 2
+    assert "both --dry_run 3 and --dry_run_full 2 are given, expected one of them" in both.stderr
 
 
 def test_a_dry_run_without_a_number_is_one_of_one_rank():
     found = train("--config", "configs/quickstart.yaml", "--dry_run")
     assert found.returncode == 0, found.stderr
-    assert "\n1 rank, " in found.stdout
+    assert "\n1 rank, strategy" in found.stdout
+    assert "max/mean over 1 rank:" in found.stdout
     assert "traffic" not in found.stdout
 
 

@@ -80,6 +80,18 @@ def test_a_header_of_many_ranks_fits_on_a_screen(tmp_path):
         assert text in shown
 
 
+def test_one_of_a_thing_is_no_plural(tmp_path):
+    trainer(settings(tmp_path, steps=1)).fit()
+    found = facts(tmp_path)
+    found["training"] |= {"steps": 1, "global_batch": 1}
+    found["data"] = {"train_tokens": 1, "validation_targets": 1}
+    shown = header(found)
+    for text in ("1 step x 192 tokens", "1 sequence of", "1 rank x", "1 training token, 1 validation target"):
+        assert text in shown
+    found["data"] = {"train_tokens": 3000, "validation_targets": 278}
+    assert "3,000 training tokens, 278 validation targets" in header(found)
+
+
 EXPECTED = {
     "device": "H100 SXM",
     "available": 80 * 2**30,

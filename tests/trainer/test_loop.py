@@ -201,7 +201,7 @@ def test_a_run_that_was_not_to_be_resumed_does_not_overwrite_one(tmp_path):
         ({"evaluation": EvaluationConfig(every=-3)}, "evaluation.every is -3"),
         ({"strategy": StrategyConfig("ddp", replicas=3)}, "replicas are for .hsdp."),
         ({"clip_norm": -1.0}, "clip_norm"),
-        ({"strategy": StrategyConfig("hsdp", replicas=2)}, "replicas is 2 on 1 ranks"),
+        ({"strategy": StrategyConfig("hsdp", replicas=2)}, "replicas is 2 on 1 rank,"),
         ({"strategy": StrategyConfig("ddp", cpu_offload=True)}, "cpu_offload"),
     ],
 )

@@ -19,6 +19,7 @@ from typing import Any
 from polargrad_dist.trainer import rundir
 from polargrad_dist.trainer.console import duration
 from polargrad_dist.trainer.header import describe_expected
+from polargrad_dist.words import counted
 from tools.report.runs import UNSET, RunRecords, Summary, differences, printable
 
 NONE = "–"
@@ -324,7 +325,7 @@ def conditioning(drawn: dict[str, Any], groups: dict[str, Any]) -> str:
     roles = charts("polar", groups, "<h3>The oracle, by role</h3>\n")
     if not maps and not roles:
         return ""
-    count = f"{looked:,} matrices" if looked else "by role"
+    count = counted(looked, "matrix", "matrices") if looked else "by role"
     return f"<details><summary>Condition numbers, norms and orthogonality: {count}</summary>\n{maps}{roles}</details>\n"
 
 
@@ -393,7 +394,7 @@ def _data(run: RunRecords) -> str:
         return ""
     parts = [str(data[name]) for name in ("source", "tokenizer") if data.get(name)]
     if isinstance(tokens := data.get("train_tokens"), int):
-        parts.append(f"{tokens:,} training tokens")
+        parts.append(counted(tokens, "training token"))
     if isinstance(epochs := run.fact("training.epochs"), int | float):
         parts.append(f"{epochs:.2g} epochs")
     return ", ".join(parts)

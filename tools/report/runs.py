@@ -20,6 +20,7 @@ from polargrad_dist.errors import ConfigError
 from polargrad_dist.trainer import rundir
 from polargrad_dist.trainer.header import read_facts
 from polargrad_dist.trainer.metrics import record_in
+from polargrad_dist.words import counted
 
 Array = NDArray[np.float64]
 UNSET = "not set"
@@ -214,7 +215,7 @@ def describe_model(model: Any) -> str | None:
         return None
     layers, width = model.get("layers"), model.get("width")
     parts = [str(model["architecture"])]
-    parts += [f"{layers} layers"] if layers is not None else []
+    parts += [counted(layers, "layer")] if isinstance(layers, int) else []
     parts += [f"width {width}"] if width is not None else []
     return ", ".join(parts)
 

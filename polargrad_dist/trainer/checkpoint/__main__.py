@@ -22,6 +22,7 @@ from polargrad_dist.trainer.checkpoint.manifest import (
     step_of,
     verify,
 )
+from polargrad_dist.words import counted
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,7 +76,9 @@ def _verify(path: Path, options: argparse.Namespace) -> bool:
     if reason := misplaced(path, manifest, None):
         print(f"DAMAGED  {path}: {reason}")
         return False
-    print(f"valid    {path}: step {manifest.step}, {len(manifest.tensors)} tensors, {manifest.bytes} bytes")
+    print(
+        f"valid    {path}: step {manifest.step}, {counted(len(manifest.tensors), 'tensor')}, {manifest.bytes:,} bytes"
+    )
     return True
 
 

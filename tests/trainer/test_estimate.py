@@ -209,6 +209,9 @@ def test_a_run_on_the_cpu_gets_no_verdict_for_gpus(tmp_path, capsys):
         ("NVIDIA A100-SXM4-40GB", "A100 40 GB"),
         ("NVIDIA A100-SXM4-80GB", "A100 80 GB"),
         ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA L40S", "L40S"),
         ("Tesla T4", None),
     ],
 )

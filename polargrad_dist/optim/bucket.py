@@ -25,8 +25,8 @@ from polargrad_dist.distributed.schedule import Bucket, Portion
 from polargrad_dist.distributed.teams import Team, local
 from polargrad_dist.distributed.transport import Exchange, Started, Traffic, pack_triangle, unpack_triangle
 from polargrad_dist.errors import ConfigError
-from polargrad_dist.optim.control import controlled, share_nuclear
-from polargrad_dist.optim.elements import averaged, join_bf16, split_bf16, stepped
+from polargrad_dist.optim.control import lengths, per_matrix
+from polargrad_dist.optim.elements import join_bf16, selected_ema, selected_step, split_bf16
 from polargrad_dist.optim.facts import Facts
 from polargrad_dist.optim.matrix import Direction, decay_and_step, relative, rule_of
 from polargrad_dist.polar import RowFactor, gram_matrix, norm_bound, norm_parts
@@ -138,6 +138,33 @@ class Travel:
             return grads
         return list(torch._foreach_mul(grads, self.shrink.to(grads[0].device, grads[0].dtype)))
 
+    def averaged(self, m: Tensor, grads: Sequence[Tensor], group: dict[str, Any]) -> Tensor:
+        """Momentum of stacked shards m (k, slices, rows, columns), updated in place where the step happens.
+
+        Or its look-ahead, with Nesterov momentum.
+        """
+        assert self.ok is not None
+        stack = torch.stack(list(grads)) if len(grads) > 1 else grads[0].unsqueeze(0)
+        shrink = self.number(1.0) if self.shrink is None else self.shrink
+        numbers = self.number(group["beta"]), shrink, self.ok
+        nesterov = bool(group["nesterov"])
+        return run_compiled(selected_ema, self.backend, m, stack, *numbers, nesterov, dynamic=True)
+
+    def stepped(
+        self,
+        old: Tensor,
+        low: Tensor | None,
+        step: Tensor,
+        scale: Tensor | None,
+        ok: Tensor,
+        group: dict[str, Any],
+    ) -> Tensor:
+        """New weights for old ones (k, slices, rows, columns) where ``ok``; see `selected_step`."""
+        rate = group["lr"] * group["weight_decay"]
+        decay = self.number(rate) if rate else None
+        options = (old, low, step, scale, self.number(group["lr"]), decay, ok, group["control"] == "cautious")
+        return run_compiled(selected_step, self.backend, *options, dynamic=True)
+
     def gradient(self, member: Member) -> Tensor:
         """The reduced gradient of a parameter's optimizer shard, zeros where this rank has none: (slices, rows, columns)."""
         if self.reducer is not None:
@@ -206,7 +233,7 @@ class Batch:
         grads = [travel.gradient(m)[self.slab] for m in self.members]
         if self.backend is not None and travel.ok is not None and self.rule.has_plain_momentum(group):
             self._kept = {}
-            return averaged(travel, self.states["momentum"], grads, group)
+            return travel.averaged(self.states["momentum"], grads, group)
         # Copies, where the step may turn out not to happen.
         kept = {} if travel.ok is None else self.states
         self._kept = {key: state.clone() for key, state in kept.items() if key != "low_bits"}
@@ -242,7 +269,7 @@ class Batch:
             return None
         old = torch.stack(weights) if len(weights) > 1 else weights[0].unsqueeze(0)
         if compiled:
-            new = stepped(self.travel, old, low, D if scale is not None else D.to(dtype), scale, ok, group)
+            new = self.travel.stepped(old, low, D if scale is not None else D.to(dtype), scale, ok, group)
         else:
             # Several are a copy already, of which nobody needs the old values.
             fresh = len(weights) > 1 and self.travel.dtype is None
@@ -259,6 +286,36 @@ class Batch:
             return new if self.travel.dtype is None or narrow else (new - old).to(self.travel.dtype)
         torch._foreach_copy_(weights, list(new.unbind(0)))
         return None
+
+    def controlled(self, D: Tensor, scale: Tensor, ok: Tensor, facts: Facts) -> Steps:
+        """`advance` for all portions of the bucket's direction D, with a pause until the sums are known everywhere.
+
+        ``scale`` and ``ok`` are broadcast against D (items, slices, rows, columns).
+        """
+        assert facts.sums is not None
+        states = {k: v for k, v in self.states.items() if k != "low_bits"}
+        steps = torch.where(ok, self.rule.apply(states, D, scale, self.group), 0)
+        weights = torch.stack([m.canonical(m.p, m.shard)[self.slab] for m in self.members]).to(steps.dtype)
+        pairs = ((weights, weights), (weights, steps), (steps, steps))
+        each = [per_matrix(a * b, self.index, len(self.arrival)) for a, b in pairs]
+        del weights
+        if self.places is None:
+            self.places = facts.sums.places([(self.members[i].entry, j) for i, j in self.arrival])
+        count = len(self.places)
+        if count and self.entry.layout.counted(self.place):
+            facts.sums.add(self.places, torch.stack(each, 1)[:count])
+        yield None
+        grow = shrink = steps.new_ones(1, 1, 1, 1)
+        if count:
+            sums, shared = facts.sums.values[self.places], facts.sums.nuclear(self.entry.role)
+            grow, shrink = (self.spread(x).to(steps) for x in lengths(self.group, sums, shared))
+        for part in self.bucket.portions:
+            rows = part.rows if grow.shape[2] > 1 else slice(None)
+            step = steps[part.items, :, part.rows] * grow[part.items, :, rows]
+            good = ok[part.items, :, rows] if ok.ndim else ok
+            message = self.advance(part, step, good, shrink=shrink[part.items, :, rows])
+            if message is not None:
+                self.arrived(part, (yield self.share(part, message)))
 
     def share(self, part: Portion, message: Tensor) -> Started:
         """Starts giving this rank's shards, or their updates, to those who store copies: (copies, items, longest)."""
@@ -316,6 +373,15 @@ class Batch:
         if self.group["scale"] == "nuclear_relative":  # which a group may leave again
             scale, seen = relative(scale.double(), seen)
         return scale, {"nuclear_mean": seen}
+
+    def _share_nuclear(self, norms: Tensor | None, scale: Tensor, ok: Tensor, facts: Facts) -> None:
+        """Adds the scaled nuclear norms of matrices that are owned here to what their role shares."""
+        if norms is None:
+            raise ConfigError(
+                f"the rule {self.group['algorithm']!r} gives no nuclear norms, expected them with scale 'nuclear_shared'"
+            )
+        assert facts.sums is not None
+        facts.sums.add_nuclear(self.entry, torch.where(ok, norms * scale, 0))
 
     def settle(self) -> None:
         """Undoes the states where the step was not to happen, and writes back those that do not lie together."""
@@ -389,7 +455,7 @@ class Owned(Batch):
         good = good if ok is None else good & ok.to(good.device)
         direction = direction.to(self.first.device)
         if self.entry.pauses:
-            yield from controlled(self, direction, scales, good, facts)
+            yield from self.controlled(direction, scales, good, facts)
         else:
             for part in self.bucket.portions:
                 own = part.items, slice(None), part.rows if good.shape[2] > 1 else slice(None)
@@ -410,7 +476,7 @@ class Owned(Batch):
             try:
                 D, figures = self._ruled(A, owners, at, facts) if owners else (A, numbers[0])
             except Exception as error:  # whatever it is, all ranks raise it together after the step
-                facts.failed(owners[0], error)
+                facts.failed(owners[0].index, error)
                 D, figures = torch.zeros_like(A), A.new_zeros(len(A), NUMBERS, dtype=torch.float64)
             out.append(D)
             numbers.append(figures)
@@ -440,9 +506,9 @@ class Owned(Batch):
         ok = is_finite(ok) & is_finite(scale)
         if held:
             self._keep(held, rows, {**answer.state, **seen}, ok)
-        facts.learnt(owners, answer, ok, A)
+        facts.learnt([m.index for m in owners], answer, ok, A)
         if self.group["scale"] == "nuclear_shared":
-            share_nuclear(self, answer.nuclear_norm, answer.scale, ok, facts)
+            self._share_nuclear(answer.nuclear_norm, answer.scale, ok, facts)
         return answer.D, torch.stack([scale.double(), ok.double()], 1)
 
 
@@ -496,7 +562,7 @@ class Tall(Batch):
         factor, first, D = RowFactor(X, A.dtype, precise=precise), 0, A[:0]
         if e.pauses:
             D = factor.apply(A.to(device)).to(self.first.device)
-            yield from controlled(self, D[None, None], numbers[0], good, facts)
+            yield from self.controlled(D[None, None], numbers[0], good, facts)
         else:
             for part in self.bucket.portions:
                 start, stop, _ = part.rows.indices(len(A))
@@ -525,15 +591,15 @@ class Tall(Batch):
             root, scales = facts.timed(e.role, S.device, self.rule.root, *asked)
             scales, after = self._related(scales, state) if "nuclear_mean" in state else (scales, {})
         except Exception as error:  # as in `Owned.directed`
-            facts.failed(self.first, error)
+            facts.failed(self.first.index, error)
             return torch.zeros_like(S), S.new_zeros(ROOT_NUMBERS)
         scale = scales[0]
         ok = is_finite(root.nuclear_norm) & is_finite(scale)
         if held:
             self._keep(held, rows, after, ok.view(1))
-        facts.learnt_root(self.first, root, ok, given)
+        facts.learnt_root(self.first.index, root, ok, given)
         if self.group["scale"] == "nuclear_shared":
-            share_nuclear(self, root.nuclear_norm, scale, ok, facts)
+            self._share_nuclear(root.nuclear_norm, scale, ok, facts)
         return root.X, torch.stack([scale, root.sigma_max, root.sigma_min, ok.double()])
 
 
@@ -553,7 +619,7 @@ class Elementwise(Batch):
         dtype, ok = self.first.state_dtype, self.travel.ok
         grads = self.travel.shrunk([self.travel.gradient(m).to(dtype) for m in self.members])
         finite = is_finite(torch.stack(torch._foreach_norm(grads)))
-        facts.finite(self.members, finite)
+        facts.finite([m.index for m in self.members], finite)
         sure = finite.all() if ok is None else finite.all() & ok.to(finite.device)
         host = sure.device.type == "cpu" and ok is None
         good = (

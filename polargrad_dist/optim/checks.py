@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from polargrad_dist.distributed.layout import overlap, slices
+from polargrad_dist.distributed.plan import Entry, sum_rows
+from polargrad_dist.distributed.transport import Agreement
 from polargrad_dist.errors import ConfigError
+from polargrad_dist.optim.bucket import Member
 from polargrad_dist.optim.matrix import RULES, kept_states, rule_of
 from polargrad_dist.optim.rules import ROLES, Rule
 
@@ -114,6 +118,32 @@ def refuse_flat(name: str, p: torch.Tensor) -> None:
             f"{name} is partitioned by DeepSpeed ZeRO 3, its matrix is gone: use ZeroPolarGrad of "
             "polargrad_dist.integrations.deepspeed, or FSDP2's fully_shard"
         )
+
+
+def refuse_zero(members: Sequence[Member], entries: Sequence[Entry], agreement: Agreement | None) -> None:
+    """Raises ``ConfigError``, on all ranks, for a matrix of zeros with control "hyperball". A collective.
+
+    ``entries`` are the parameters of all ranks, ``members`` those that are stored here.
+    """
+    rows = sum_rows(entries)
+    if not rows:
+        return
+    seen = torch.zeros(len(rows), dtype=torch.int32)
+    for m in members:
+        if not m.entry.pauses or m.entry.split is None:
+            continue
+        here, weight = m.entry.rectangles[m.team.place], m.canonical(m.p, m.shard)
+        free = m.group["control"] != "hyperball"
+        for i, matrix in enumerate(m.entry.split.matrices):
+            seen[rows[m.entry.key, i]] = free or bool(weight[slices(overlap(here, matrix))].any())
+    if agreement is not None:
+        agreement.largest(seen)
+    for e in entries:
+        if e.pauses and not all(seen[rows[e.key, i]] for i in range(len(e.costs))):
+            raise ConfigError(
+                f"{e.name} holds a matrix of zeros with control 'hyperball', which keeps norms and so could never step it, "
+                "expected a start other than zero, or control 'decay'"
+            )
 
 
 def fixed_part(group: Mapping[str, Any]) -> tuple[Any, ...]:

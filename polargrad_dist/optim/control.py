@@ -1,56 +1,15 @@
-"""The end of a step whose length hangs on norms of weights, or on other matrices: a pause, then weights by `lengths`.
+"""How long a step is where that depends on norms of weights, or on other matrices, as functions of sums over matrices.
 
-It works with the stacked shards of a bucket, and knows of the ranks only that `Facts.sums` are added up during the pause.
 "The benchmark" is that of `matrix`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from polargrad_dist.distributed.layout import overlap, slices
-from polargrad_dist.distributed.plan import Entry, sum_rows
-from polargrad_dist.distributed.transport import Agreement
-from polargrad_dist.errors import ConfigError
-
-if TYPE_CHECKING:
-    from polargrad_dist.optim.bucket import Batch, Member
-    from polargrad_dist.optim.facts import Facts
-
-
-def controlled(batch: Batch, D: Tensor, scale: Tensor, ok: Tensor, facts: Facts) -> Generator[Any, Any, None]:
-    """`Batch.advance` for all portions of the bucket's direction D, with a pause until the sums are known everywhere.
-
-    ``scale`` and ``ok`` are broadcast against D (items, slices, rows, columns).
-    """
-    assert facts.sums is not None
-    states = {k: v for k, v in batch.states.items() if k != "low_bits"}
-    steps = torch.where(ok, batch.rule.apply(states, D, scale, batch.group), 0)
-    weights = torch.stack([m.canonical(m.p, m.shard)[batch.slab] for m in batch.members]).to(steps.dtype)
-    pairs = ((weights, weights), (weights, steps), (steps, steps))
-    each = [per_matrix(a * b, batch.index, len(batch.arrival)) for a, b in pairs]
-    del weights
-    if batch.places is None:
-        batch.places = facts.sums.places([(batch.members[i].entry, j) for i, j in batch.arrival])
-    count = len(batch.places)
-    if count and batch.entry.layout.counted(batch.place):
-        facts.sums.add(batch.places, torch.stack(each, 1)[:count])
-    yield None
-    grow = shrink = steps.new_ones(1, 1, 1, 1)
-    if count:
-        sums, shared = facts.sums.values[batch.places], facts.sums.nuclear(batch.entry.role)
-        grow, shrink = (batch.spread(x).to(steps) for x in lengths(batch.group, sums, shared))
-    for part in batch.bucket.portions:
-        rows = part.rows if grow.shape[2] > 1 else slice(None)
-        step = steps[part.items, :, part.rows] * grow[part.items, :, rows]
-        good = ok[part.items, :, rows] if ok.ndim else ok
-        message = batch.advance(part, step, good, shrink=shrink[part.items, :, rows])
-        if message is not None:
-            batch.arrived(part, (yield batch.share(part, message)))
 
 
 def lengths(group: Mapping[str, Any], sums: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,39 +48,3 @@ def per_matrix(x: Tensor, index: Tensor | None, count: int) -> Tensor:
     which = torch.arange(max(1, count), device=x.device)
     # A product, not index_add: a GPU adds to an index in any order, and a run must resume with the same bits.
     return (index.to(x.device).reshape(1, -1) == which[:, None]).double() @ part
-
-
-def share_nuclear(batch: Batch, norms: Tensor | None, scale: Tensor, ok: Tensor, facts: Facts) -> None:
-    """Adds the scaled nuclear norms of matrices that are owned here to what their role shares."""
-    if norms is None:
-        raise ConfigError(
-            f"the rule {batch.group['algorithm']!r} gives no nuclear norms, expected them with scale 'nuclear_shared'"
-        )
-    assert facts.sums is not None
-    facts.sums.add_nuclear(batch.entry, torch.where(ok, norms * scale, 0))
-
-
-def refuse_zero(members: Sequence[Member], entries: Sequence[Entry], agreement: Agreement | None) -> None:
-    """Raises ``ConfigError``, on all ranks, for a matrix of zeros with control "hyperball". A collective.
-
-    ``entries`` are the parameters of all ranks, ``members`` those that are stored here.
-    """
-    rows = sum_rows(entries)
-    if not rows:
-        return
-    seen = torch.zeros(len(rows), dtype=torch.int32)
-    for m in members:
-        if not m.entry.pauses or m.entry.split is None:
-            continue
-        here, weight = m.entry.rectangles[m.team.place], m.canonical(m.p, m.shard)
-        free = m.group["control"] != "hyperball"
-        for i, matrix in enumerate(m.entry.split.matrices):
-            seen[rows[m.entry.key, i]] = free or bool(weight[slices(overlap(here, matrix))].any())
-    if agreement is not None:
-        agreement.largest(seen)
-    for e in entries:
-        if e.pauses and not all(seen[rows[e.key, i]] for i in range(len(e.costs))):
-            raise ConfigError(
-                f"{e.name} holds a matrix of zeros with control 'hyperball', which keeps norms and so could never step it, "
-                "expected a start other than zero, or control 'decay'"
-            )

@@ -6,17 +6,12 @@ step to step are 0-d tensors: for each float a kernel would be compiled anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from polargrad_dist.compiled import run_compiled
 from polargrad_dist.polar.oracle import is_finite
-
-if TYPE_CHECKING:
-    from polargrad_dist.optim.bucket import Travel
 
 
 def by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
@@ -98,30 +93,3 @@ def split_bf16(x: Tensor, low: Tensor) -> Tensor:
     upper = (bits + 0x8000) >> 16
     low.copy_(bits - (upper << 16))
     return upper.to(torch.int16).view(torch.bfloat16)
-
-
-def averaged(travel: Travel, m: Tensor, grads: Sequence[Tensor], group: dict[str, Any]) -> Tensor:
-    """Momentum of stacked shards m (k, slices, rows, columns), updated in place where the step happens; or its look-ahead."""
-    assert travel.ok is not None
-    stack = torch.stack(list(grads)) if len(grads) > 1 else grads[0].unsqueeze(0)
-    shrink = travel.number(1.0) if travel.shrink is None else travel.shrink
-    numbers = travel.number(group["beta"]), shrink, travel.ok
-    return run_compiled(
-        selected_ema, travel.backend, m, stack, *numbers, bool(group["nesterov"]), dynamic=True
-    )
-
-
-def stepped(
-    travel: Travel,
-    old: Tensor,
-    low: Tensor | None,
-    step: Tensor,
-    scale: Tensor | None,
-    ok: Tensor,
-    group: dict[str, Any],
-) -> Tensor:
-    """New weights for old ones (k, slices, rows, columns) where ``ok``; see `selected_step`."""
-    rate = group["lr"] * group["weight_decay"]
-    decay = travel.number(rate) if rate else None
-    options = (old, low, step, scale, travel.number(group["lr"]), decay, ok, group["control"] == "cautious")
-    return run_compiled(selected_step, travel.backend, *options, dynamic=True)

@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +15,8 @@ from torch import Tensor
 from polargrad_dist.distributed.plan import SUMS, Entry
 from polargrad_dist.distributed.transport import Agreement, Late
 from polargrad_dist.errors import ConfigError, PolarError
+from polargrad_dist.optim.matrix import Direction
 from polargrad_dist.polar import InverseSqrt
-
-if TYPE_CHECKING:
-    from polargrad_dist.optim.bucket import Member
-    from polargrad_dist.optim.matrix import Direction
 
 NAN = float("nan")
 NOT_FINITE, FAILED, REFUSED, OUT_OF_MEMORY = range(1, 5)
@@ -107,9 +104,8 @@ class Facts:
         self._events.clear()
         return self.seconds[role]
 
-    def learnt(self, members: Sequence[Member], answer: Direction, ok: Tensor, A: Tensor) -> None:
-        """Takes what a rule told of the matrices A (k, m, n), each of one of the ``members``."""
-        numbers = [m.index for m in members]
+    def learnt(self, numbers: list[int], answer: Direction, ok: Tensor, A: Tensor) -> None:
+        """Takes what a rule told of the matrices A (k, m, n), each of the parameter of this number."""
         known = (answer.nuclear_norm, answer.sigma_max, answer.sigma_min, answer.residual)
         nothing = torch.full_like(answer.scale, NAN)
         columns = [nothing if x is None else x.to(nothing.dtype) for x in known]
@@ -120,21 +116,21 @@ class Facts:
                 if number in self.keep:
                     self.kept[number].append((A[i : i + 1].clone(), answer.D[i : i + 1].clone()))
 
-    def learnt_root(self, member: Member, root: InverseSqrt, ok: Tensor, S: Tensor | None) -> None:
+    def learnt_root(self, number: int, root: InverseSqrt, ok: Tensor, S: Tensor | None) -> None:
         """Takes what the root of a tall matrix's Gram matrix told; S where it is to be kept."""
         known = torch.stack(
             [root.nuclear_norm, root.sigma_max, root.sigma_min, torch.full_like(root.nuclear_norm, NAN)]
         )
-        self._spectra.append(([member.index], known[None]))
-        self._flags.append(([member.index], ok[None]))
+        self._spectra.append(([number], known[None]))
+        self._flags.append(([number], ok[None]))
         if S is not None:
-            self.kept_gram[member.index] = (S, root.X)
+            self.kept_gram[number] = (S, root.X)
 
-    def finite(self, members: Sequence[Member], ok: Tensor) -> None:
-        """Takes whether the gradients of elementwise parameters are finite: ok (members,)."""
-        self._flags.append(([m.index for m in members], ok))
+    def finite(self, numbers: list[int], ok: Tensor) -> None:
+        """Takes whether the gradients of elementwise parameters are finite: ok (parameters,)."""
+        self._flags.append((numbers, ok))
 
-    def failed(self, member: Member, error: Exception) -> None:
+    def failed(self, number: int, error: Exception) -> None:
         """Takes an error of a rule, which all ranks will raise together."""
         kind = FAILED
         if isinstance(error, torch.OutOfMemoryError):
@@ -142,7 +138,7 @@ class Facts:
         elif isinstance(error, ConfigError):
             kind = REFUSED
         if self.failure[0] < kind:
-            self.failure, self.error = (kind, member.index), error
+            self.failure, self.error = (kind, number), error
 
     def send(self) -> None:
         """Sends what `worst` reads on its way to the host, one message per device."""

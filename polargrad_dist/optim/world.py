@@ -18,7 +18,7 @@ from polargrad_dist.distributed.teams import Groups, Placing, Team, placing, wid
 from polargrad_dist.distributed.transport import Agreement
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.bucket import KINDS, Batch, Member, Schedule, Travel
-from polargrad_dist.optim.control import refuse_zero
+from polargrad_dist.optim.checks import refuse_zero
 from polargrad_dist.optim.matrix import kept_states
 from polargrad_dist.optim.planning import entry
 

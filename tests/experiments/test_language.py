@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.language import defaults, paper, race
+from experiments.language import defaults, figures, paper, race
 from experiments.language.runner import SMALL, Curves, Job, run_all
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim import OptimizerConfig
@@ -68,6 +68,10 @@ def test_every_racer_has_the_same_budget_goes_beyond_edges_and_can_be_run(tmp_pa
     steps = racers["Muon + PolarSGDM"]["steps_to_target"]
     assert all(96 <= s < 160 for s in steps)
     assert "Muon + PolarSGDM" in race.table(report)
+    curves = {name: found["curves"] for name, found in racers.items()}
+    curves["diverged"] = [[(80, math.inf), (160, math.inf)], []]
+    figures.draw_race("a race", curves, tmp_path / "race.svg")
+    assert all(f">{name}<" in (tmp_path / "race.svg").read_text() for name in racers)
 
 
 @pytest.mark.parametrize("family", defaults.FAMILIES)

@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 EXTRAS := train,wandb,tensorboard,accelerate,lightning,deepspeed,plots,lm-eval,docs,dev
 
-.PHONY: train test test-slow test-all test-transformers4 lint format docs bench bench-gpu chaos soak paper paper-lm race defaults setup clean
+.PHONY: train test test-slow test-all test-transformers4 lint format docs bench bench-gpu chaos soak paper paper-lm race defaults rates setup clean
 
 setup: $(VENV)/.ready
 
@@ -84,6 +84,10 @@ race: setup
 # Every role's default rate against a sweep around it, both model families, three widths: hours; goes on as the race does.
 defaults: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.language defaults
+
+# How the best rates move with width, length, batch and vocabulary: about half an hour on two idle cores.
+rates: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.language rates --seeds 0
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache

@@ -1,4 +1,5 @@
-"""`python -m experiments.language paper` (sections 5.4, 5.5, E.1 in small), `race` (on equal terms), `defaults` (rates)."""
+"""`python -m experiments.language paper` (sections 5.4, 5.5, E.1 in small), `race` (on equal terms), `defaults` (whether
+every default rate is good), `rates` (how the best ones move with width, length, batch and vocabulary)."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
-from experiments.language import defaults, paper, race
+from experiments.language import defaults, paper, race, rates
 from experiments.language.runner import spread, workers_here
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.trainer.cli import run
@@ -14,7 +15,7 @@ from polargrad_dist.trainer.cli import run
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.language", description=__doc__)
-    parser.add_argument("what", choices=["paper", "race", "defaults"])
+    parser.add_argument("what", choices=["paper", "race", "defaults", "rates"])
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=None, help="0 1 2; of the race 2 3 4, after sweeps on 0 and 1"
     )
@@ -34,7 +35,7 @@ def main() -> int:
         "--only",
         nargs="+",
         default=None,
-        help="of the paper's experiments, the racers or the families, these",
+        help="of the paper's experiments, the racers, the families or the sets of rules, these",
     )
     parser.add_argument(
         "--workers", type=int, default=workers_here(), help="runs at a time, each on one thread"
@@ -42,11 +43,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/paper-lm"))
     args = parser.parse_args()
     steps = (300 if args.what == "defaults" else 160) if args.steps is None else args.steps
+    if args.what == "rates" and (args.steps or args.widths or args.lengths):
+        raise ConfigError("rates has its own widths and lengths: leave --steps, --widths and --lengths out")
     widths = args.widths or ([64, 128, 256] if args.what == "defaults" else [64, 128])
     known = {
         "paper": list(paper.EXPERIMENTS),
         "race": [r.name for r in race.RACERS],
         "defaults": list(defaults.FAMILIES),
+        "rates": list(rates.RULES),
     }[args.what]
     if strange := set(args.only or ()) - set(known):
         raise ConfigError(f"--only names {min(strange)!r}, expected some of: {', '.join(known)}")
@@ -75,6 +79,9 @@ def main() -> int:
     elif args.what == "defaults":
         report = defaults.run(out, args.only or known, widths, steps, seeds, args.workers)
         print("\n" + defaults.table(report))
+    elif args.what == "rates":
+        report = rates.run(out, args.only or known, seeds, args.workers)
+        print("\n" + rates.table(report))
     else:
         lengths = tuple(args.lengths) if args.lengths else None
         report = race.run(out, seeds, steps, args.workers, args.only, tuple(widths), lengths)

@@ -60,6 +60,10 @@ def draw_race(title: str, racers: dict[str, list[list[tuple[int, float]]]], path
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.rcParams["svg.fonttype"], plt.rcParams["svg.hashsalt"] = (
+        "none",
+        "race",
+    )  # text, and the same file every time
     figure, axis = plt.subplots(figsize=(7.2, 4.2), constrained_layout=True)
     _panel(axis, f"{title}: validation loss, nats per token", racers)
     ends = [run[-1][1] for runs in racers.values() for run in runs if run and math.isfinite(run[-1][1])]

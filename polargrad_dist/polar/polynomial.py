@@ -103,10 +103,11 @@ def _run_by_blocks(X: Tensor, schedule: Coefficients) -> Tensor:
     """`run_polynomials` of one matrix; the transpose of a wide one stays as it lies in memory, where copying it costs."""
     wide = X.mT.is_contiguous()
     Y = X.mT if wide else X
-    for a, b, c in schedule:
+    spare = [torch.empty_like(Y) for _ in schedule[:2]]  # of which one is read, the other written
+    for i, (a, b, c) in enumerate(schedule):
         S = _symmetric_product(Y, Y.mT) if wide else _symmetric_product(Y.mT, Y)
         W = _symmetric_product(S, S, add=S, beta=b, alpha=c) if c else b * S
-        Y = torch.addmm(Y, W, Y, beta=a) if wide else torch.addmm(Y, Y, W, beta=a)
+        Y = torch.addmm(Y, *((W, Y) if wide else (Y, W)), beta=a, out=spare[i % 2])
     return Y.mT if wide else Y
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.language import defaults, paper, race
+from experiments.language import defaults, figures, paper, race, rates
 from experiments.language.runner import SMALL, Curves, Job, run_all
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim import OptimizerConfig
@@ -68,6 +68,10 @@ def test_every_racer_has_the_same_budget_goes_beyond_edges_and_can_be_run(tmp_pa
     steps = racers["Muon + PolarSGDM"]["steps_to_target"]
     assert all(96 <= s < 160 for s in steps)
     assert "Muon + PolarSGDM" in race.table(report)
+    curves = {name: found["curves"] for name, found in racers.items()}
+    curves["diverged"] = [[(80, math.inf), (160, math.inf)], []]
+    figures.draw_race("a race", curves, tmp_path / "race.svg")
+    assert all(f">{name}<" in (tmp_path / "race.svg").read_text() for name in racers)
 
 
 @pytest.mark.parametrize("family", defaults.FAMILIES)
@@ -144,6 +148,46 @@ def test_an_experiment_of_the_paper_is_its_full_size_configuration_made_small(na
             assert config.optimizer == full.optimizer
 
 
+def test_the_best_rate_of_a_sweep_is_a_parabolas_vertex_and_sweeps_go_beyond_edges(monkeypatch, tmp_path):
+    assert rates.vertex({0.5: 2.0, 1.0: 1.0, 2.0: 2.0}) == 1.0
+    assert rates.vertex({f: (math.log2(f) - 0.3) ** 2 for f in (0.5, 1.0, 2.0)}) == pytest.approx(2**0.3)
+    assert rates.vertex({0.5: 2.0, 1.0: 1.0, 2.0: math.inf}) == 1.0
+    seen = []
+
+    def fake(jobs, workers, description):
+        """Best rates: hidden ones 3.2 times the start at the base, 0.8 at other points; of the ends as they start."""
+        out = {}
+        for job in jobs:
+            values = dict(job.overrides)
+            seen.append(job)
+            base = str(rates.BASE) in job.folder.parts
+            hidden = math.log2(float(values["optimizer.hidden.lr"]) / 0.02) - math.log2(3.2 if base else 0.8)
+            ends = math.log2(float(values["optimizer.embed.lr"]))
+            out[job] = Curves(validation=[(1, 3 + hidden**2 + ends**2)])
+        return out
+
+    monkeypatch.setattr(rates, "run_all", fake)
+    report = rates.run(tmp_path, ["the default rules"], [0, 1], 1)
+    points = report["rules"]["the default rules"]
+    assert points["base"]["hidden"]["best"] == pytest.approx(0.064)
+    assert points["width 128"]["hidden"]["best"] == pytest.approx(0.016)
+    assert all(point["ends"]["best"] == pytest.approx(1.0) for point in points.values())
+    assert len({job.folder for job in seen}) == len(set(seen)), "every training has a folder of its own"
+    lines = rates.table(report).splitlines()
+    assert [line.split()[-4] for line in lines[1:]] == ["1.00", "0.25", "0.25", "0.25", "0.25"]
+
+
+def test_every_setting_of_the_rates_can_be_run(tmp_path):
+    from train import parse_run
+
+    for rules in rates.RULES:
+        for setting in rates.POINTS.values():
+            config, _, _ = parse_run(setting.job(rules, "ends", 2.0, 0, tmp_path).arguments)
+            config.optimizer.check()
+            config.trainer.check(1)
+            assert config.optimizer.rule("head").lr == 2 * rates.START[rules][1]
+
+
 def small_job(folder: Path, **changes) -> Job:
     tiny = {
         "trainer.steps": 4,
@@ -208,7 +252,11 @@ def test_a_picture_is_drawn_from_curves(tmp_path):
 
 @pytest.mark.parametrize(
     ("args", "said"),
-    [(["race", "--only", "Adam"], "--only names 'Adam'"), (["paper", "--steps", "3"], "--steps is 3")],
+    [
+        (["race", "--only", "Adam"], "--only names 'Adam'"),
+        (["paper", "--steps", "3"], "--steps is 3"),
+        (["rates", "--steps", "80"], "leave --steps"),
+    ],
 )
 def test_a_mistake_is_one_sentence(args, said):
     command = [sys.executable, "-m", "experiments.language", *args]

@@ -104,7 +104,8 @@ def preparing(folder: Path, rounds: int, megabytes: float) -> list[Row]:
         cache=str(folder / "cache"),
         workers=WORKERS,
     )
-    first = prepare(settings, folder / "first", quiet)  # trains the tokenizer, which both use
+    # Trains the tokenizer, which both use.
+    first = prepare(settings, folder / "first", quiet)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(first / "tokenizer.json"))
     rows = datasets.load_dataset("json", data_files=str(corpus), split="train", cache_dir=str(folder / "hf"))
     numbers = itertools.count()

@@ -15,10 +15,11 @@ from models import ModelConfig, build_model
 from polargrad_dist.diagnostics import Diagnostics, DiagnosticsConfig
 from polargrad_dist.optim import OptimizerConfig, PolarGrad
 
+# Sequences x length. The step is short for the model, so the measured share is an upper bound.
 TOKENS = (
     8,
     256,
-)  # sequences x length: of a step that is short for the model, so that the share found is an upper bound
+)
 CASES = {
     "Qwen2.5-style, 16384 x 256": ModelConfig(
         vocab_size=16384, width=256, layers=4, heads=4, max_sequence_length=256

@@ -88,13 +88,15 @@ def as_a_gpu() -> Iterator[None]:
     """The meta device is taken for a GPU with fast fp64 products; what it cannot do is left out."""
 
     def one_kernel(function: Callable[..., Any], backend: Any, *args: Any, dynamic: Any = None) -> Any:
-        torch.empty(1, device="meta").sin()  # stands for it
+        # Counts as the one kernel.
+        torch.empty(1, device="meta").sin()
         with _disable_current_modes():
             return function(*args)
 
     with ExitStack() as stack:
         for where, name, instead in (
-            (optimizer, "check_parameter", lambda *_: None),  # parameters without memory are refused
+            # It refuses parameters without memory.
+            (optimizer, "check_parameter", lambda *_: None),
             (optimizer, "check_alike", lambda *_: None),
             (transport, "_host_twin", lambda group, _: group),
             (torch, "autocast", lambda *_, **__: nullcontext()),

@@ -24,7 +24,8 @@ from models import loss
 from models.loss import SoftCap, into_gradient, loss_sum, normalizer
 
 GOAL = 15.0
-COMPILED_ROWS = 64  # what the passes move is proportional to the rows
+# The bytes that the passes move are proportional to the rows.
+COMPILED_ROWS = 64
 
 
 class Case(NamedTuple):
@@ -54,7 +55,8 @@ class ByteCount(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func.namespace == "aten" and not func.is_view and "empty" not in func.__name__:
-            moved = out if "gather" in func.__name__ else (args, kwargs, out)  # a gather reads what it gives
+            # A gather reads as much as it returns.
+            moved = out if "gather" in func.__name__ else (args, kwargs, out)
             tensors = [x for x in tree_leaves(moved) if isinstance(x, torch.Tensor)]
             self.bytes += sum(x.numel() * x.element_size() for x in tensors)
         return out

@@ -262,7 +262,8 @@ def _extra_memory(rank: int, world: int) -> tuple[int, int, int]:
         p, lr=1e-3, momentum="momentum_first", scale="none", oracle="newton_schulz", bucket_mb=16
     )
     momentum = sum(getattr(t, "_local_tensor", t).nbytes for t in optimizer.named_state().values())
-    for _ in range(3):  # the allocator's own first-use memory is not the optimizer's
+    # Warm up: memory that the allocator takes at first use is not the optimizer's.
+    for _ in range(3):
         optimizer.step()
     alive = Alive()
     with alive:

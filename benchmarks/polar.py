@@ -36,8 +36,10 @@ GPU_CASES = [
     (48, 1024, 1024),
 ]
 SPARSE_ROWS = 4000
-FEW_ENTRIES = 5_000_000  # up to here all methods are measured; beyond, those that `auto` competes with
-MANY_ENTRIES = 100_000_000  # from here one timed round on a CPU: the slowest baseline takes minutes
+# Up to this size all methods are measured; beyond it, only those that `auto` competes with.
+FEW_ENTRIES = 5_000_000
+# From this size on, one timed round on a CPU: the slowest baseline takes minutes.
+MANY_ENTRIES = 100_000_000
 # Direction and orthogonality are judged on directions with σ/σ_max above this; below `lower` methods differ by design.
 JUDGED = 1e-3
 
@@ -210,7 +212,8 @@ def errors(result: Result, exact: Exact) -> tuple[float | None, float | None, fl
 def cpu_case(case: str, a: Tensor, methods: dict[str, Method], rounds: int) -> list[Row]:
     exact = exact_polar(a)
     measured = {}
-    for name, run in methods.items():  # which also warms everything up
+    # This also warms up every method.
+    for name, run in methods.items():
         result, memory = with_memory(run, a)
         measured[name] = (*errors(result, exact), memory)
         del result
@@ -277,7 +280,8 @@ def cuda_timings(
 ) -> tuple[dict[str, float], dict[str, float]]:
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     memory: dict[str, float] = {}
-    for _ in range(rounds + 1):  # the first round warms up
+    # The first round warms up.
+    for _ in range(rounds + 1):
         for name, (run, x) in methods.items():
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()

@@ -23,7 +23,8 @@ from polargrad_dist import Muon, PolarGrad
 from tests.gloo import run_ranks
 
 LAYERS = 12
-EIGHTH = [(96, 96)] * 4 + [(384, 96), (96, 384)]  # a GPT-2 small layer at an eighth of its width
+# A GPT-2 small layer at an eighth of its width.
+EIGHTH = [(96, 96)] * 4 + [(384, 96), (96, 384)]
 FREE = (
     "view", "as_strided", "slice", "select", "unsqueeze", "squeeze", "t", "transpose", "permute", "expand", "alias", "unbind",
     "split", "split_with_sizes", "narrow", "reshape", "flatten", "unflatten", "detach", "movedim", "_unsafe_view", "mT",

@@ -20,7 +20,8 @@ from experiments.problems import PROBLEMS
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.trainer.cli import run
 
-STEPS = {"quadratic": 1000, "logistic": 600, "completion": 1000}  # the paper's text gives none
+# The paper's text does not give the number of steps.
+STEPS = {"quadratic": 1000, "logistic": 600, "completion": 1000}
 OUT = Path("runs/paper")
 
 

@@ -13,7 +13,8 @@ from experiments.methods import Method
 from experiments.problems import Problem, condition_number
 from polargrad_dist.errors import PolarError
 
-DIVERGED = 1e6  # times the first loss
+# A run has diverged at this multiple of its first loss.
+DIVERGED = 1e6
 QUANTITIES = ("loss", "gap", "condition_residual", "condition_gradient", "nuclear_norm")
 
 
@@ -98,7 +99,8 @@ def follow(
             break
         try:
             optimizer.step()
-        except PolarError:  # the gradient overflowed
+        # The gradient overflowed.
+        except PolarError:
             curve.diverged_at = step
             break
         schedule.step()

@@ -19,7 +19,8 @@ LABELS = {
     "condition_gradient": dict.fromkeys(METHODS, "κ₂ of the gradient"),
     "nuclear_norm": dict.fromkeys(METHODS, "nuclear norm of the gradient"),
 }
-HEADROOM = 2.0  # a diverging curve leaves the picture at this multiple of the highest value of the others
+# The axis ends at this multiple of the highest value of the runs that did not diverge.
+HEADROOM = 2.0
 
 
 @dataclass(frozen=True)

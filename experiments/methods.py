@@ -19,7 +19,8 @@ from experiments.problems import Problem, Quadratic
 from polargrad_dist import Muon, PolarGrad, PolarGradM
 
 Builder = Callable[[Problem, float], Optimizer]
-DECAY_EVERY = 25  # steps between two decays of the learning rate, on all three problems
+# Steps between two decays of the learning rate, on all three problems.
+DECAY_EVERY = 25
 
 
 class Newton(Optimizer):

@@ -15,7 +15,8 @@ from experiments.methods import METHODS
 from experiments.problems import PROBLEMS
 from experiments.workers import SPAWN, worker_pool
 
-EVERY = {"quadratic": 10, "logistic": 25, "completion": 10}  # steps between records
+# Steps between records.
+EVERY = {"quadratic": 10, "logistic": 25, "completion": 10}
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Task:
     steps: int
 
 
-_done: Any = None  # steps finished by all processes, shared
+# Steps finished by all processes; shared memory.
+_done: Any = None
 
 
 def _share(counter: Any) -> None:

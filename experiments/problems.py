@@ -65,9 +65,10 @@ class Quadratic(Problem):
         )
         self.params = {"X": self.X}
         A, B, C = self.A.double(), self.B.double(), self.C.double()
-        Qa, self._Ra = torch.linalg.qr(A)  # A = Qa Ra
-        Qb, self._Rb = torch.linalg.qr(B.mT)  # B = Rbᵀ Qbᵀ
-        core = Qa.mT @ C @ Qb  # Ra X* Rbᵀ
+        # A = Qa Ra, B = Rbᵀ Qbᵀ, and core = Ra X* Rbᵀ.
+        Qa, self._Ra = torch.linalg.qr(A)
+        Qb, self._Rb = torch.linalg.qr(B.mT)
+        core = Qa.mT @ C @ Qb
         left = torch.linalg.solve_triangular(self._Ra, core, upper=True)
         self.minimizer = torch.linalg.solve_triangular(self._Rb.mT, left, upper=False, left=False)
         self.optimum = 0.5 * float(C.square().sum() - core.square().sum())

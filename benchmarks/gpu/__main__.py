@@ -42,7 +42,8 @@ def work(section: str, reduced: bool, out: Path) -> None:
 
 def run_section(section: str, reduced: bool) -> dict[str, Any]:
     """One section in a process of its own: its lines, or how it failed."""
-    limit = SECTIONS[section] * (4 if reduced else 1)  # a machine that tests something else beside it is slow
+    # Continuous integration runs other tests on the same machine, which slows this one down.
+    limit = SECTIONS[section] * (4 if reduced else 1)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "lines.json"

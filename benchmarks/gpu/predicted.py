@@ -13,7 +13,8 @@ from polargrad_dist.trainer.estimate import estimate
 
 # How far off the prediction may be.
 MEMORY, TIME = 0.10, 0.25
-STAND_IN = "NVIDIA H100 80GB HBM3"  # for which time is predicted where there is no known GPU
+# Time is predicted for this GPU if the one here is not known.
+STAND_IN = "NVIDIA H100 80GB HBM3"
 
 
 def predictions(

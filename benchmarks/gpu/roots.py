@@ -13,7 +13,8 @@ from polargrad_dist.polar import gram_matrix, gram_qdwh, inverse_sqrt, norm_boun
 SECTION = "roots"
 GOAL_SIZES, SMALL_SIZES = (768, 1024), (32, 48)
 SPEEDUP = 8.0
-LARGE = 1536  # from here one round of each, and no batch of nine
+# From this size on, one round of each and no batch of nine.
+LARGE = 1536
 
 
 def run(setting: Setting) -> list[Line]:
@@ -61,7 +62,8 @@ def at_size(n: int, batch: int, setting: Setting) -> list[Line]:
         "fp32 SVD of A": lambda: torch.linalg.svd(A32, full_matrices=False),
     }
     if n >= 4096:
-        del methods["fp32 SVD of A"]  # minutes
+        # It would take minutes.
+        del methods["fp32 SVD of A"]
     rounds = 5 if n < LARGE else 1
     times = {name: seconds(call, setting, rounds, warm=1) for name, call in methods.items()}
     case = f"{batch} x {n}"

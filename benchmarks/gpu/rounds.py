@@ -19,7 +19,8 @@ from polargrad_dist.polar import gram_matrix, inverse_sqrt, polar_express_coeffi
 from polargrad_dist.polar.polynomial import HALF_SAFETY, MUON, run_polynomials
 
 SECTION = "rounds"
-WORTH = 1.1  # times faster at the models' sizes, from which the library should do it
+# From this speedup on, at the models' sizes, the library should adopt it.
+WORTH = 1.1
 Rounds = Callable[[Tensor], Any]
 
 

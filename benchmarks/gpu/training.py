@@ -110,7 +110,8 @@ def oracle_out_of_memory(folder: Path, world: Any, setting: Setting) -> list[Lin
 def batch_too_large(folder: Path, world: Any, setting: Setting) -> list[Line]:
     """A batch for which there is no memory ends the run before its first step; the same run directory takes smaller ones."""
     gpu, raised = setting.device.type == "cuda", False
-    if gpu:  # the weights and no more
+    # Memory for the weights and no more.
+    if gpu:
         free = torch.cuda.mem_get_info(setting.device)[1]
         torch.cuda.set_per_process_memory_fraction(min(1.0, 3e9 / free), setting.device)
     try:

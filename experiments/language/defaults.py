@@ -15,7 +15,8 @@ from typing import Any
 from experiments.language.runner import SMALL, Curves, Job, run_all
 from polargrad_dist.optim import OptimizerConfig
 
-GOOD = 0.05  # nats per token
+# Nats per token.
+GOOD = 0.05
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 FARTHEST = 2.0**6
 FAMILIES = {

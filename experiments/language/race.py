@@ -20,11 +20,14 @@ from experiments.language.figures import draw_race
 from experiments.language.runner import SMALL, Curves, Job, run_all
 
 SHARES = (0.6, 0.8, 1.0)
-FURTHER = 4  # trials of rates after the grid, and of momenta after their first four
+# Trials of rates after the grid, and of momenta after their first four.
+FURTHER = 4
 TARGET = "AdamW"
 SWEEP_SEEDS = (0, 1)
-LOOKS = 16  # validations of a run at full length
-Point = tuple[float, float, float, float]  # rates of hidden matrices and ends, momenta of both
+# Validations of a run at full length.
+LOOKS = 16
+# Rates of hidden matrices and of embedding and head, then the momenta of both.
+Point = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,8 @@ def run_all(jobs: Iterable[Job], workers: int, description: str) -> dict[Job, Cu
     waiting = [job for job in jobs if _written(job, DONE) != job.identity]
     bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc=description, unit="run")
     with bar, worker_pool(workers) as pool:
-        for some in (waiting[:1], waiting[1:]):  # the first alone: it prepares the data that all share
+        # The first runs alone: it prepares the data that all share.
+        for some in (waiting[:1], waiting[1:]):
             for finished in as_completed([pool.submit(_train, job) for job in some]):
                 finished.result()
                 bar.update()

@@ -1,7 +1,7 @@
-"""The end of a step whose length hangs on norms of weights, or on other matrices: a pause, then weights by `lengths`.
+"""The end of a step whose length depends on norms of weights or on other matrices: a pause, then weights by `lengths`.
 
-It works with the stacked shards of a bucket, and knows of the ranks only that `Facts.sums` are added up during the pause.
-"The benchmark" is that of `matrix`.
+It works on the stacked shards of a bucket. All it knows about ranks is that `Facts.sums` are summed during the pause.
+"The benchmark" is the one that `matrix` names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def controlled(batch: Batch, D: Tensor, scale: Tensor, ok: Tensor, facts: Facts) -> Generator[Any, Any, None]:
-    """`Batch.advance` for all portions of the bucket's direction D, with a pause until the sums are known everywhere.
+    """`Batch.advance` for all portions of the bucket's direction D, with a pause until all ranks know the sums.
 
     ``scale`` and ``ok`` are broadcast against D (items, slices, rows, columns).
     """
@@ -54,13 +54,13 @@ def controlled(batch: Batch, D: Tensor, scale: Tensor, ok: Tensor, facts: Facts)
 
 
 def lengths(group: Mapping[str, Any], sums: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
-    """What each matrix's step is multiplied by, and its new weights after that: (grow, shrink), fp64 (matrices,).
+    """Factors of each matrix's step, and then of its new weights: (grow, shrink), fp64 (matrices,).
 
     ``sums`` (matrices, 3) are |W|^2, <W, S> and |S|^2 of weights and steps, ``shared`` (0-d) the role's sum_k s_k |M_k|_nuc.
 
     - scale "nuclear_shared": S shared^alpha. Here, on hidden matrices of a small model, 3.94 nats became 3.69.
-    - floor f: |S| is lr f |W| at least. The benchmark: NorMuon without decay, f = 0.35, lr 0.0375, 3,250 (3.2771, n = 8).
-    - control "hyperball": W <- |W| normalize(W + lr |W| S/|S|), so that |W| stays what it is at the start (Wen 2026). The
+    - floor f: |S| is at least lr f |W|. The benchmark: NorMuon without decay, f = 0.35, lr 0.0375, 3,250 (3.2771, n = 8).
+    - control "hyperball": W <- |W| normalize(W + lr |W| S/|S|), so that |W| keeps its initial value (Wen 2026). The
       benchmark: Muon 3,250 (3.2786, n = 10) with lr 0.018, linear to zero over the whole run.
     """
     weight, step = sums[:, 0].sqrt(), sums[:, 2].sqrt()
@@ -78,24 +78,24 @@ def lengths(group: Mapping[str, Any], sums: Tensor, shared: Tensor) -> tuple[Ten
 
 
 def per_matrix(x: Tensor, index: Tensor | None, count: int) -> Tensor:
-    """Sums of x (items, slices, rows, columns) over what lies here of each of ``count`` matrices, fp64.
+    """Sums of x (items, slices, rows, columns) over this rank's part of each of ``count`` matrices, fp64.
 
-    ``index``, to be broadcast against x, says which matrix each element is of; None for item by item.
+    ``index``, broadcast against x, says which matrix each element belongs to; None for one matrix per item.
     """
     if index is None:
         return x.sum((1, 2, 3), dtype=torch.float64)
     across = [dim for dim in (2, 3) if index.shape[dim] == 1]
     part = (x.sum(across, keepdim=True, dtype=torch.float64) if across else x.double()).reshape(-1)
     which = torch.arange(max(1, count), device=x.device)
-    # A product, not index_add: a GPU adds to an index in any order, and a run must resume with the same bits.
+    # A product, not index_add: index_add on a GPU adds in any order, and a run must resume bit for bit.
     return (index.to(x.device).reshape(1, -1) == which[:, None]).double() @ part
 
 
 def share_nuclear(batch: Batch, norms: Tensor | None, scale: Tensor, ok: Tensor, facts: Facts) -> None:
-    """Adds the scaled nuclear norms of matrices that are owned here to what their role shares."""
+    """Adds the scaled nuclear norms of matrices that are owned here to their role's sum."""
     if norms is None:
         raise ConfigError(
-            f"the rule {batch.group['algorithm']!r} gives no nuclear norms, expected them with scale 'nuclear_shared'"
+            f"the rule {batch.group['algorithm']!r} returned no nuclear norms, expected them for scale 'nuclear_shared'"
         )
     assert facts.sums is not None
     facts.sums.add_nuclear(batch.entry, torch.where(ok, norms * scale, 0))
@@ -122,6 +122,6 @@ def refuse_zero(members: Sequence[Member], entries: Sequence[Entry], agreement: 
     for e in entries:
         if e.pauses and not all(seen[rows[e.key, i]] for i in range(len(e.costs))):
             raise ConfigError(
-                f"{e.name} holds a matrix of zeros with control 'hyperball', which keeps norms and so could never step it, "
-                "expected a start other than zero, or control 'decay'"
+                f"{e.name} holds a matrix of zeros with control 'hyperball', which keeps norms and could never step it, "
+                "expected nonzero weights: initialize it otherwise, or use control 'decay'"
             )

@@ -1,9 +1,9 @@
-"""The family's names, each a `PolarGrad` with the defaults that the name stands for; of a model, for its hidden matrices.
+"""The family's names: each builds a `PolarGrad` with the name's defaults; for a model, its hidden matrices get them.
 
 Sources: algorithms C.1-C.4 of Lau, Long, Su (2025); Muon of Jordan et al. (2024) and Liu et al. (2025).
 """
 
-# ruff: noqa: N802 (functions that stand for classes carry the names of the field)
+# ruff: noqa: N802 (these functions stand for classes and have the names that the field uses)
 from __future__ import annotations
 
 from typing import Any
@@ -16,19 +16,19 @@ from polargrad_dist.optim.rules import Rule
 
 
 def _named(params: Any, lr: float, rule: dict[str, Any], more: dict[str, Any]) -> PolarGrad:
-    """A name's rule for all parameters given; of a model, for its hidden matrices, the other roles keeping their own."""
+    """A name's rule for all given parameters, or for a model's hidden matrices; its other roles keep their rules."""
     if isinstance(params, nn.Module):
         if "hidden" in more:
             raise ConfigError(
-                "hidden is the role whose rule this name sets, expected its fields as arguments of their own: "
-                "Muon(model, lr=0.02)"
+                "hidden is given, but it is the role whose rule this name sets, expected the fields of that rule as "
+                "arguments: Muon(model, lr=0.02)"
             )
         fields = {key: more.pop(key) for key in list(more) if key in Rule.__dataclass_fields__}
         return PolarGrad(params, hidden={"lr": lr, "momentum": "none"} | HIDDEN | rule | fields, **more)
     return PolarGrad(params, lr, **(rule | more))
 
 
-# What the default rule of hidden matrices has otherwise than PolarGrad's own defaults.
+# Where the default rule of hidden matrices differs from PolarGrad's own defaults.
 HIDDEN = {"nesterov": False, "scale": "nuclear", "oracle": "auto"}
 
 
@@ -44,7 +44,7 @@ def PolarGradM(
 def PolarSGDM(
     params: Any, lr: float = 1e-3, *, polar_first: bool = False, beta: float = 0.5, **more: Any
 ) -> PolarGrad:
-    """PolarGradM on stochastic gradients, with the small momentum that suits them (table D.9)."""
+    """PolarGradM for stochastic gradients, with the small momentum that suits them (table D.9)."""
     return PolarGradM(params, lr, polar_first=polar_first, beta=beta, **more)
 
 

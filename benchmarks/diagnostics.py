@@ -1,7 +1,7 @@
-"""What looking at condition numbers costs: `python -m benchmarks.diagnostics [--json FILE]`.
+"""Cost of the diagnostics of condition numbers: `python -m benchmarks.diagnostics [--json FILE]`.
 
-Whole training steps (forward, backward, clipping, optimizer) of a Qwen2.5-style and a GPT-2-style model on one process,
-beside the same step with a look at the default matrices, which happens once in every `DiagnosticsConfig.every` steps.
+Whole training steps (forward, backward, clipping, optimizer) of a Qwen2.5-style and a GPT-2-style model on one process, with
+and without diagnostics of the default matrices, which run once every `DiagnosticsConfig.every` steps.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def measure(name: str, config: ModelConfig, rounds: int) -> Row:
 
     found = interleaved({"plain": partial(step, False), "looked at": partial(step, True)}, rounds)
     extra = max(0.0, found["looked at"] / found["plain"] - 1)
-    note = f"one look: {extra:.0%} of a step; {len(diagnostics.works)} matrices, every {settings.every} steps"
+    note = f"one diagnosis: {extra:.0%} of a step; {len(diagnostics.works)} matrices, every {settings.every} steps"
     return Row(name, "step time with diagnostics", "without", 1 + extra / settings.every, "<= 1.02", note)
 
 

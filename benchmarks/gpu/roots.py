@@ -1,4 +1,4 @@
-"""Section 4: what a root of a Gram matrix costs, by eigendecomposition, products, truncated QDWH and SVD; DGEMM's rate."""
+"""Section 4: cost of a Gram matrix's root by eigendecomposition, products, truncated QDWH and SVD; DGEMM's rate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LARGE = 1536
 
 
 def run(setting: Setting) -> list[Line]:
-    """Seconds of each root at each size and batch, and how much faster products are than eigh."""
+    """Seconds of each root at each size and batch, and the speedup of products over eigh."""
     lines = []
     for n in sizes(setting):
         lines.append(dgemm(n, setting))
@@ -32,7 +32,7 @@ def sizes(setting: Setting) -> tuple[int, ...]:
 
 
 def batches(n: int, setting: Setting) -> tuple[int, ...]:
-    """How many matrices of a size at a time."""
+    """The batch sizes for matrices of a size."""
     if setting.reduced:
         return 1, 5
     return (1, 5, 9) if n < LARGE else (1, 5) if n < 4096 else (1,)

@@ -1,4 +1,4 @@
-"""Pictures of the language-model experiments: medians over seeds, with their range as a band."""
+"""Pictures of the language-model experiments: medians over seeds, with the range as a band."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def draw(title: str, embed: str, head: str, curves: dict[str, list[Curves]], pat
 
 
 def draw_race(title: str, racers: dict[str, list[list[tuple[int, float]]]], path: Path) -> None:
-    """Validation losses by step of every racer, each a list of runs' curves, in one SVG that suits light and dark pages.
+    """Validation loss by step of every racer, each a list of runs' curves, in one SVG for light and dark pages.
 
-    The first racer's mean end is a dotted line. The axis begins where most of the first drop is over, and leaves out what
-    diverged.
+    A dotted line marks the first racer's mean final loss. The axis starts below most of the initial drop, and leaves out
+    diverged runs.
     """
     import matplotlib
 

@@ -102,7 +102,7 @@ def run_polynomials(X: Tensor, schedule: Coefficients) -> Tensor:
 
 
 def _run_by_blocks(X: Tensor, schedule: Coefficients) -> Tensor:
-    """`run_polynomials` of one matrix; the transpose of a wide one stays as it lies in memory, where copying it costs."""
+    """`run_polynomials` of one matrix; a wide one, given transposed, keeps its memory layout, which saves copies."""
     wide = X.mT.is_contiguous()
     Y = X.mT if wide else X
     # One is read while the other is written.

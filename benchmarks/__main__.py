@@ -1,4 +1,4 @@
-"""All benchmarks, one after the other, each in a process of its own: `python -m benchmarks [--out FOLDER]`."""
+"""Runs all benchmarks, one after another, each in its own process: `python -m benchmarks [--out FOLDER]`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """What checkpoints cost: `python -m benchmarks.checkpoint [--mib N] [--rounds N] [--folder DIR] [--json FILE]`.
 
-Saving and loading against `torch.save` and `torch.load` of the same tensors on the same disk, interleaved round by round;
-bytes on the disk against bytes of tensors; training steps with a background save against steps without. Medians and
-ratios of one run. A checkpoint is flushed to the disk, so `torch.save` is too in the row it is held against. "Resume" is
-verifying every byte, then loading, as a restart does; "cold" is read from the disk, all else from the page cache.
+It compares saving and loading with `torch.save` and `torch.load` of the same tensors on the same disk, interleaved round by
+round; bytes on disk with bytes of tensors; training steps with and without a background save. It prints medians and ratios of
+one run. Checkpoints are flushed to the disk, so the `torch.save` they are compared with is too. "Resume" verifies every byte
+and then loads, as a restart does; "cold" reads from the disk, all others from the page cache.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import nn
 from polargrad_dist.trainer.checkpoint import CheckpointConfig, CheckpointStore
 from tests.gloo import run_ranks
 
-# Rounds that count for nothing: until old checkpoints make room, files take memory that the machine never touched.
+# Rounds that do not count: until old checkpoints are deleted, files take memory that was never used before.
 WARM_UP = 3
 
 
@@ -73,7 +73,7 @@ def save_plain(state: dict[str, torch.Tensor], path: Path, flush: bool) -> None:
 
 
 def paired(values: list[float], baseline: list[float]) -> float:
-    """The median over rounds of the ratio within a round: what disturbs the machine for longer disturbs both."""
+    """The median over rounds of the ratio within a round: a longer disturbance of the machine affects both."""
     return statistics.median(value / base for value, base in zip(values, baseline, strict=True))
 
 
@@ -132,9 +132,9 @@ def measure_files(state: dict[str, torch.Tensor], folder: Path, rounds: int) -> 
 def windows(
     rank: int, world: int, folder: str, rounds: int, steps: int
 ) -> tuple[list[float], list[float], list[float]]:
-    """Seconds of windows of steps without and with a background save, interleaved, and of the call of save alone.
+    """Seconds of windows of steps without and with a background save, interleaved, and of the save call alone.
 
-    A step is forward and backward of 4096 rows and an all-reduced gradient, as bytes to flops stand in training.
+    A step is forward and backward of 4096 rows and an all-reduced gradient: the ratio of bytes to flops is that of training.
     """
     model = nn.Sequential(*[nn.Linear(512, 512, bias=False) for _ in range(8)])
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
@@ -193,7 +193,9 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=512, help="tensors to save and load")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=4, help="training steps in a window with one save")
-    parser.add_argument("--folder", type=Path, help="on the disk to measure; default: the temporary folder's")
+    parser.add_argument(
+        "--folder", type=Path, help="a folder on the disk to measure; default: the temporary folder"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -1,8 +1,8 @@
-"""The data's speed: `python -m benchmarks.data [--json FILE] [--megabytes 20]`.
+"""Speed of data loading and preparation: `python -m benchmarks.data [--json FILE] [--megabytes 20]`.
 
-(c) The loader alone, background thread included, in tokens per second of one core, beside a plain torch DataLoader over the
-same memory-mapped shard. (d) data.prepare, from JSON lines to finished shards, beside `datasets.map` with the same
-tokenizer from a data set already loaded to its Arrow file; two workers each.
+(c) The loader alone, including its background thread, in tokens per second of one core, against a plain torch DataLoader over
+the same memory-mapped shard. (d) data.prepare, from JSON lines to finished shards, against `datasets.map` with the same
+tokenizer, which starts from a data set already in Arrow format; two workers each.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def quiet(_: str) -> None:
 
 
 class Windows(torch.utils.data.Dataset):
-    """What people write by hand: a map-style data set over one memory-mapped shard."""
+    """The usual hand-written map-style data set over one memory-mapped shard."""
 
     def __init__(self, tokens: np.ndarray, length: int):
         self.tokens, self.length = tokens, length
@@ -49,7 +49,7 @@ class Windows(torch.utils.data.Dataset):
 
 
 def loading(folder: Path, rounds: int, tokens: int = 8_000_000) -> list[Row]:
-    """(c) Tokens per second of CPU time, all threads of the process together: what one core gives."""
+    """(c) Tokens per second of CPU time of all threads together: the speed of one core."""
     rng = np.random.default_rng(0)
     write_shard(folder / "train.bin", rng.integers(0, 50257, 50_000_000, np.uint16))
     shard = open_shard(folder / "train.bin")
@@ -88,7 +88,7 @@ def take(start: Callable, count: int) -> Callable[[], None]:
 
 
 def preparing(folder: Path, rounds: int, megabytes: float) -> list[Row]:
-    """(d) The same JSON lines to tokens, by two workers."""
+    """(d) From the same JSON lines to tokens, with two workers."""
     import datasets
     from transformers import PreTrainedTokenizerFast
 
@@ -104,7 +104,8 @@ def preparing(folder: Path, rounds: int, megabytes: float) -> list[Row]:
         cache=str(folder / "cache"),
         workers=WORKERS,
     )
-    first = prepare(settings, folder / "first", quiet)  # trains the tokenizer, which both use
+    # Trains the tokenizer, which both use.
+    first = prepare(settings, folder / "first", quiet)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(first / "tokenizer.json"))
     rows = datasets.load_dataset("json", data_files=str(corpus), split="train", cache_dir=str(folder / "hf"))
     numbers = itertools.count()
@@ -142,7 +143,7 @@ def preparing(folder: Path, rounds: int, megabytes: float) -> list[Row]:
 
 
 def write_corpus(path: Path, size: int) -> int:
-    """The built-in corpus, over again until it reaches ``size`` bytes; returns the bytes of text."""
+    """Writes the built-in corpus, repeated until it reaches ``size`` bytes; returns the bytes of text."""
     documents = [part.text for part in open_source(DataConfig()).documents()]
     written = 0
     with open(path, "w", encoding="utf-8") as file:

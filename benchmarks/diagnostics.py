@@ -1,7 +1,7 @@
-"""What looking at condition numbers costs: `python -m benchmarks.diagnostics [--json FILE]`.
+"""Cost of the diagnostics of condition numbers: `python -m benchmarks.diagnostics [--json FILE]`.
 
-Whole training steps (forward, backward, clipping, optimizer) of a Qwen2.5-style and a GPT-2-style model on one process,
-beside the same step with a look at the default matrices, which happens once in every `DiagnosticsConfig.every` steps.
+Whole training steps (forward, backward, clipping, optimizer) of a Qwen2.5-style and a GPT-2-style model on one process, with
+and without diagnostics of the default matrices, which run once every `DiagnosticsConfig.every` steps.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from models import ModelConfig, build_model
 from polargrad_dist.diagnostics import Diagnostics, DiagnosticsConfig
 from polargrad_dist.optim import OptimizerConfig, PolarGrad
 
+# Sequences x length. The step is short for the model, so the measured share is an upper bound.
 TOKENS = (
     8,
     256,
-)  # sequences x length: of a step that is short for the model, so that the share found is an upper bound
+)
 CASES = {
     "Qwen2.5-style, 16384 x 256": ModelConfig(
         vocab_size=16384, width=256, layers=4, heads=4, max_sequence_length=256
@@ -52,7 +53,7 @@ def measure(name: str, config: ModelConfig, rounds: int) -> Row:
 
     found = interleaved({"plain": partial(step, False), "looked at": partial(step, True)}, rounds)
     extra = max(0.0, found["looked at"] / found["plain"] - 1)
-    note = f"one look: {extra:.0%} of a step; {len(diagnostics.works)} matrices, every {settings.every} steps"
+    note = f"one diagnosis: {extra:.0%} of a step; {len(diagnostics.works)} matrices, every {settings.every} steps"
     return Row(name, "step time with diagnostics", "without", 1 + extra / settings.every, "<= 1.02", note)
 
 

@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved timing, one table for people and JSON for machines from the same rows."""
+"""Shared by all benchmarks: interleaved timing, and a table for people and JSON for machines from the same rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 
 @dataclass
 class Row:
-    """One measured figure beside its named baseline. ``ratio`` is figure/baseline, ``target`` what it should be."""
+    """One measured figure with its named baseline. ``ratio`` is figure/baseline, ``target`` the intended value."""
 
     case: str
     figure: str
@@ -30,7 +30,7 @@ class Row:
 def interleaved(
     methods: Mapping[str, Callable[[], Any]], rounds: int = 5, clock: Callable[[], float] = time.process_time
 ) -> dict[str, float]:
-    """Median seconds of each method; each round runs all of them once, so that a drift of the machine hits all alike."""
+    """Median seconds of each method; each round runs all of them once, so that drifts of the machine affect all."""
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for run in methods.values():
         run()
@@ -43,7 +43,7 @@ def interleaved(
 
 
 def machine() -> dict[str, str]:
-    """What the figures were measured on."""
+    """The machine and versions of the measurement."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
         "python": platform.python_version(),
@@ -63,7 +63,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def report(name: str, rows: Sequence[Row], json_path: str | None) -> None:
-    """Prints the table, and writes the JSON where asked."""
+    """Prints the table, and writes the JSON if requested."""
     print(f"\n## {name}\n\n{', '.join(f'{k} {v}' for k, v in machine().items())}\n\n{table(rows)}")
     if json_path:
         content = {"benchmark": name, "machine": machine(), "rows": [asdict(row) for row in rows]}
@@ -71,10 +71,10 @@ def report(name: str, rows: Sequence[Row], json_path: str | None) -> None:
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    """The command line that benchmarks share."""
+    """The command-line options that benchmarks share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", metavar="FILE", help="also write the rows here")
     parser.add_argument(
-        "--rounds", type=int, default=5, help="measurements of each method; their median counts"
+        "--rounds", type=int, default=5, help="measurements of each method; the median is reported"
     )
     return parser

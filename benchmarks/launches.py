@@ -1,10 +1,10 @@
-"""What one optimizer step starts on a GPU, as each of 8 ranks: `python -m benchmarks.launches [--json FILE]`. Needs no GPU.
+"""Device calls of one optimizer step on a GPU, for each of 8 ranks: `python -m benchmarks.launches [--json FILE]`. No GPU.
 
-The models' parameters at their full sizes on the meta device, in a group of PyTorch's "fake" backend with 8 ranks of which
-this process is one, take the way of a GPU through the optimizer, with the trainer's flag and clipping. Counted are
-operations on the device: views and empty tensors left out, a foreach call and a function that inductor makes one kernel of
-(tests/optim/test_fused.py) once. A foreach call over many elements, and some products, are several kernels on a GPU, so the
-figure is a count of calls that `python -m benchmarks.gpu ranks` has still to confirm there. Not measured on a GPU.
+The models' parameters are at full size on the meta device, in a group of PyTorch's "fake" backend with 8 ranks of which this
+process is one. They take a GPU's path through the optimizer, with the trainer's flag and clipping. It counts operations on
+the device, without views and `empty`; a foreach call counts once, and so does a function that inductor compiles to one kernel
+(tests/optim/test_fused.py). A foreach call over many elements, and some products, are several kernels on a GPU, so this is a
+count of calls, which `python -m benchmarks.gpu ranks` has still to confirm there. Not measured on a GPU.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from polargrad_dist.polar import gram
 from train import parse_run
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-# The language models of the paper, and how many calls a rank may make.
+# The language models of the paper, and the largest number of calls that a rank may make.
 TARGETS = {
     "gpt2-small-fineweb-adam": 400,
     "gpt2-small-fineweb": 400,
@@ -85,16 +85,18 @@ def launches(model_config: ModelConfig, config: OptimizerConfig, rank: int) -> C
 
 @contextmanager
 def as_a_gpu() -> Iterator[None]:
-    """The meta device is taken for a GPU with fast fp64 products; what it cannot do is left out."""
+    """Treats the meta device as a GPU with fast fp64 products; leaves out what it cannot do."""
 
     def one_kernel(function: Callable[..., Any], backend: Any, *args: Any, dynamic: Any = None) -> Any:
-        torch.empty(1, device="meta").sin()  # stands for it
+        # Counts as the one kernel.
+        torch.empty(1, device="meta").sin()
         with _disable_current_modes():
             return function(*args)
 
     with ExitStack() as stack:
         for where, name, instead in (
-            (optimizer, "check_parameter", lambda *_: None),  # parameters without memory are refused
+            # It refuses parameters without memory.
+            (optimizer, "check_parameter", lambda *_: None),
             (optimizer, "check_alike", lambda *_: None),
             (transport, "_host_twin", lambda group, _: group),
             (torch, "autocast", lambda *_, **__: nullcontext()),
@@ -110,7 +112,7 @@ def as_a_gpu() -> Iterator[None]:
 
 
 def counted() -> list[Row]:
-    """The most of all ranks, for each configuration."""
+    """The largest count of all ranks, for each configuration."""
     rows = []
     for name, target in TARGETS.items():
         run, _, _ = parse_run(["--config", str(CONFIGS / f"{name}.yaml")])
@@ -122,7 +124,7 @@ def counted() -> list[Row]:
 
 
 def main() -> None:
-    options = arguments("What one optimizer step starts on a GPU, counted without one.").parse_args()
+    options = arguments("Device calls of one optimizer step on a GPU, counted without one.").parse_args()
     report("launches", counted(), options.json)
 
 

@@ -1,8 +1,8 @@
-"""Bytes that the loss moves to and from memory per logit, counted, not timed: `python -m benchmarks.loss_bytes`.
+"""Counts the bytes per logit that the loss moves to and from memory: `python -m benchmarks.loss_bytes`.
 
-The two passes over the logits are counted by Inductor, by which a kernel reads and writes each of its buffers once;
-everything else, and the passes where they are not compiled, by what operations are given and give back. bf16, forward and
-gradients, with as many tokens as a GPU has in one micro-batch and pieces as large as on a GPU. Needs a C++ compiler.
+The two passes over the logits are counted by Inductor, which assumes that a kernel reads and writes each of its buffers once.
+Everything else, and the uncompiled passes, are counted by the inputs and outputs of operations. bf16, forward and gradients,
+with as many tokens as a GPU has in one micro-batch and pieces as large as on a GPU. Needs a C++ compiler.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from models import loss
 from models.loss import SoftCap, into_gradient, loss_sum, normalizer
 
 GOAL = 15.0
-COMPILED_ROWS = 64  # what the passes move is proportional to the rows
+# The bytes that the passes move are proportional to the rows.
+COMPILED_ROWS = 64
 
 
 class Case(NamedTuple):
@@ -45,7 +46,7 @@ CASES = (
 
 
 class ByteCount(TorchDispatchMode):
-    """Adds up the sizes of the tensors that operations read and write; views and allocations move nothing."""
+    """Sums the sizes of the tensors that operations read and write; views and allocations move nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,14 +55,15 @@ class ByteCount(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func.namespace == "aten" and not func.is_view and "empty" not in func.__name__:
-            moved = out if "gather" in func.__name__ else (args, kwargs, out)  # a gather reads what it gives
+            # A gather reads as much as it returns.
+            moved = out if "gather" in func.__name__ else (args, kwargs, out)
             tensors = [x for x in tree_leaves(moved) if isinstance(x, torch.Tensor)]
             self.bytes += sum(x.numel() * x.element_size() for x in tensors)
         return out
 
 
 def eager_bytes(case: Case, *, passes: bool) -> int:
-    """Bytes of forward and gradients; without ``passes`` those of all but the two passes over the logits."""
+    """Bytes of forward and gradients; without ``passes``, all except the two passes over the logits."""
     large_pieces = mock.patch.dict(loss.PIECE, {"cpu": loss.PIECE["cuda"]})
     lse = (case.tokens, 1)
     skipped = mock.patch.object(
@@ -78,7 +80,7 @@ def eager_bytes(case: Case, *, passes: bool) -> int:
 
 @contextmanager
 def inductor_bytes() -> Iterator[list[int]]:
-    """Collects what Inductor says each graph moves that it compiles inside."""
+    """Collects Inductor's byte count of each graph that it compiles inside."""
     found: list[int] = []
     compile_graph = GraphLowering.compile_to_module
 
@@ -102,7 +104,9 @@ def compiled_pass_bytes(case: Case) -> int:
         _, lse = torch.compile(normalizer, fullgraph=True)(z, z[:, :1].clone(), targets, case.soft_cap)
         torch.compile(into_gradient, fullgraph=True)(z, targets, lse, case.soft_cap)
     if len(found) != 2:
-        raise RuntimeError(f"Inductor compiled {len(found)} graphs, expected 2: this torch counts otherwise")
+        raise RuntimeError(
+            f"Inductor compiled {len(found)} graphs, expected 2: this version of torch counts differently"
+        )
     return sum(found) * case.tokens // COMPILED_ROWS
 
 

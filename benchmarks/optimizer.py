@@ -1,7 +1,7 @@
 """The optimizer's speed, balance, traffic and memory: `python -m benchmarks.optimizer [--json FILE]`.
 
-Every figure stands beside a named baseline of the same run: torch's own Muon and AdamW, an SVD, one process against two,
-the formulas of docs/distributed.md. Balance at 8, 64 and 128 ranks is computed on the meta device, not run.
+Every figure has a named baseline from the same run: torch's own Muon and AdamW, an SVD, one process for two, the formulas of
+docs/distributed.md. Balance at 8, 64 and 512 ranks is computed on the meta device, not run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def parameters(shapes: list[tuple[int, ...]], device: str = "cpu") -> list[nn.Pa
 
 
 def hidden_step(device: str, rounds: int) -> list[Row]:
-    """(a) One process, the hidden matrices of a GPT-2-small layer and of a halved Qwen2.5 one, against torch's Muon."""
+    """(a) The hidden matrices of a GPT-2-small layer and of a half-width Qwen2.5 layer, against torch's Muon; one process."""
     rows = []
     for name, shapes in (("GPT-2-small layer", GPT2_LAYER), ("Qwen2.5-style layer, half width", QWEN_LAYER)):
         ours, theirs, adam = (parameters(shapes, device) for _ in range(3))
@@ -71,7 +71,7 @@ def embedding_step(device: str, rounds: int) -> list[Row]:
 
 
 def synchronized(run: Any, device: str) -> Any:
-    """A GPU's work counts until it is done."""
+    """Wraps ``run`` such that it waits for a GPU's work."""
     if device == "cpu":
         return run
 
@@ -88,7 +88,7 @@ def ratio(case: str, seconds: dict[str, float], ours: str, baseline: str, target
 
 
 def _polar_seconds(rank: int, world: int, rounds: int) -> float:
-    """Median of the busiest rank's seconds in the oracle per step; same matrices and one thread per process."""
+    """Median of the busiest rank's seconds in the oracle per step; same matrices, one thread per process."""
     torch.manual_seed(0)
     optimizer = PolarGrad(
         parameters([(384, 384)] * 8 + [(1536, 384)] * 4), lr=1e-3, momentum="momentum_first"
@@ -162,7 +162,7 @@ MODELS = {
 
 
 def balance() -> list[Row]:
-    """(d) On meta tensors: largest over mean load of the owners, and what the all-gather moves against the parameters."""
+    """(d) On meta tensors: largest over mean load of owners, and bytes of the all-gather relative to the parameters."""
     rows = []
     for name, (hidden, tall) in MODELS.items():
         groups = [group(hidden, "hidden", muon_rule()), group(tall, "embed", Rule())]
@@ -198,7 +198,7 @@ def group(shapes: dict[str, tuple[int, ...]], role: str, rule: Rule) -> dict[str
 
 
 class Stack(nn.Module):
-    """A narrow GPT-2 in shapes only: enough to count bytes on."""
+    """The shapes of a narrow GPT-2, to count bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -234,7 +234,7 @@ def _traffic(rank: int, world: int, mode: str) -> tuple[dict[str, int], dict[str
 
 
 def traffic() -> list[Row]:
-    """(e) Bytes per rank and step handed to the optimizer's own collectives, against the plan and the formula."""
+    """(e) Bytes per rank and step passed to the optimizer's own collectives, against the plan and the formula."""
     rows = []
     for mode in ("DDP", "reduce_scatter", "FSDP2"):
         for world in (2, 4):
@@ -262,7 +262,8 @@ def _extra_memory(rank: int, world: int) -> tuple[int, int, int]:
         p, lr=1e-3, momentum="momentum_first", scale="none", oracle="newton_schulz", bucket_mb=16
     )
     momentum = sum(getattr(t, "_local_tensor", t).nbytes for t in optimizer.named_state().values())
-    for _ in range(3):  # the allocator's own first-use memory is not the optimizer's
+    # Warm up: memory that the allocator takes at first use is not the optimizer's.
+    for _ in range(3):
         optimizer.step()
     alive = Alive()
     with alive:
@@ -271,7 +272,7 @@ def _extra_memory(rank: int, world: int) -> tuple[int, int, int]:
 
 
 class Alive(TorchDispatchMode):
-    """The largest number of bytes that tensors made inside it have held at a time."""
+    """The largest number of bytes held at one time by tensors created inside it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -300,7 +301,7 @@ class Alive(TorchDispatchMode):
 
 
 def memory() -> list[Row]:
-    """(f) What a rank keeps beyond parameters and gradients, and what it needs while it steps."""
+    """(f) Memory of a rank beyond parameters and gradients: what it keeps, and what a step needs."""
     rows = []
     for world in (2, 4):
         results = run_ranks(_extra_memory, world)

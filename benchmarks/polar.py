@@ -1,8 +1,8 @@
 """Speed, accuracy and memory of every polar method: `python -m benchmarks.polar [--quick] [--json FILE]`.
 
-On a CPU: one thread, process CPU time (the machine may be shared), the methods interleaved round by round, medians, and
-ratios against two baselines of the same run: LAPACK's SVD and a plain fixed 5-step fp32 QDWH. Errors against an fp64 SVD
-stand beside each speed. On a GPU, if there is one: CUDA events, batches of matrices, bf16 polynomials too.
+On a CPU: one thread, process CPU time (the machine may be shared), methods interleaved round by round, medians, and ratios to
+two baselines of the same run: LAPACK's SVD and a plain fixed 5-step fp32 QDWH. Each speed comes with errors against an fp64
+SVD. On a GPU, if there is one: CUDA events, batches of matrices, and also bf16 polynomials.
 """
 
 from __future__ import annotations
@@ -36,15 +36,17 @@ GPU_CASES = [
     (48, 1024, 1024),
 ]
 SPARSE_ROWS = 4000
-FEW_ENTRIES = 5_000_000  # up to here all methods are measured; beyond, those that `auto` competes with
-MANY_ENTRIES = 100_000_000  # from here one timed round on a CPU: the slowest baseline takes minutes
-# Direction and orthogonality are judged on directions with σ/σ_max above this; below `lower` methods differ by design.
+# Up to this size all methods are measured; beyond it, only those that `auto` competes with.
+FEW_ENTRIES = 5_000_000
+# From this size on, one timed round on a CPU: the slowest baseline takes minutes.
+MANY_ENTRIES = 100_000_000
+# Direction and orthogonality are judged on directions with σ/σ_max above this; below `lower`, methods differ by design.
 JUDGED = 1e-3
 
 
 @dataclass
 class Row:
-    """One method on one matrix: seconds (median), ratios against the baselines, errors, memory beyond the input."""
+    """One method on one matrix: seconds (median), ratios to the baselines, errors, memory beyond the input."""
 
     device: str
     case: str
@@ -69,7 +71,7 @@ def plain_svd(a: Tensor) -> Result:
 
 
 def plain_qdwh5(a: Tensor) -> Result:
-    """The baseline: algorithm A.3 as printed, 5 steps, ℓ₀ = eps, QR while c > 100, nothing estimated but ‖A‖_F."""
+    """The baseline: algorithm A.3 as printed, 5 steps, ℓ₀ = eps, QR while c > 100, with ‖A‖_F as the only estimate."""
     n = a.shape[-1]
     eye = torch.eye(n, dtype=a.dtype, device=a.device)
     X, low = a / torch.linalg.matrix_norm(a), torch.finfo(a.dtype).eps
@@ -110,7 +112,7 @@ def fused_update(parameter: Tensor) -> Method:
 
 
 def compressed_update(parameter: Tensor) -> Method:
-    """The same for a row-sparse matrix: only the rows that are not zero are multiplied, and only theirs are updated."""
+    """The same for a row-sparse matrix: only its non-zero rows are multiplied and updated."""
 
     def run(a: Tensor) -> Result:
         sparse = compress_rows(a)
@@ -158,9 +160,9 @@ def interleaved(methods: dict[str, Method], a: Tensor, rounds: int) -> dict[str,
 
 
 def with_memory(run: Method, a: Tensor) -> tuple[Result, float]:
-    """The result, and the peak of tensors beyond the input while it was made, in multiples of the input.
+    """The result, and the peak memory of tensors beyond the input, in multiples of the input.
 
-    Counts what torch allocates, the result and LAPACK's workspaces included, not the packing buffers of a BLAS.
+    Counts torch's allocations, including the result and LAPACK's workspaces, but not the packing buffers of a BLAS.
     """
     with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = run(a)
@@ -176,7 +178,7 @@ def with_memory(run: Method, a: Tensor) -> tuple[Result, float]:
 
 
 class Exact(NamedTuple):
-    """U, V (columns) of the directions judged, and the nuclear norm, of each matrix of a batch, in fp64."""
+    """U and V (columns) of the judged directions, and the nuclear norm, of each matrix of a batch, in fp64."""
 
     U: Tensor
     V: list[Tensor]
@@ -184,7 +186,7 @@ class Exact(NamedTuple):
 
 
 def exact_polar(a: Tensor) -> Exact:
-    """Through the QR factor of a tall matrix, so that the SVD is n×n."""
+    """From the SVD of a tall matrix's QR factor, which is n×n."""
     Q, R = torch.linalg.qr(a.double())
     P, sigma, Vh = torch.linalg.svd(R)
     pairs = zip(Vh.reshape(-1, *Vh.shape[-2:]), sigma.reshape(-1, sigma.shape[-1]), strict=True)
@@ -210,7 +212,8 @@ def errors(result: Result, exact: Exact) -> tuple[float | None, float | None, fl
 def cpu_case(case: str, a: Tensor, methods: dict[str, Method], rounds: int) -> list[Row]:
     exact = exact_polar(a)
     measured = {}
-    for name, run in methods.items():  # which also warms everything up
+    # This also warms up every method.
+    for name, run in methods.items():
         result, memory = with_memory(run, a)
         measured[name] = (*errors(result, exact), memory)
         del result
@@ -242,7 +245,7 @@ def cpu_rows(shapes: list[tuple[int, int]], rounds: int) -> list[Row]:
 
 
 def gpu_rows(rounds: int) -> list[Row]:
-    """Batches on the current CUDA device, in fp32 and, for the polynomials, in bf16; SVD where it is bearable."""
+    """Batches on the current CUDA device, in fp32 and, for the polynomials, in bf16; SVD only where it is not too slow."""
     rows: list[Row] = []
     for count, m, n in GPU_CASES:
         a = torch.randn(count, m, n, device="cuda", generator=torch.Generator("cuda").manual_seed(m + n))
@@ -277,7 +280,8 @@ def cuda_timings(
 ) -> tuple[dict[str, float], dict[str, float]]:
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     memory: dict[str, float] = {}
-    for _ in range(rounds + 1):  # the first round warms up
+    # The first round warms up.
+    for _ in range(rounds + 1):
         for name, (run, x) in methods.items():
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()

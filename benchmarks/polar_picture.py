@@ -49,7 +49,8 @@ def main() -> None:
     import matplotlib as mpl
 
     mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "polar"  # the same picture is the same file
+    # The same picture gives the same file.
+    mpl.rcParams["svg.hashsalt"] = "polar"
     from matplotlib import pyplot as plt
 
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("polar.svg")

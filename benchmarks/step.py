@@ -1,8 +1,8 @@
-"""What one step executes: top-level operations, and the calls on a matrix's way: `python -m benchmarks.step [--json FILE]`.
+"""Counts what one step executes: operations, and Python calls per matrix: `python -m benchmarks.step [--json FILE]`.
 
-Operations are those that the profiler shows at the top level, views and empty tensors left out, a foreach call counted
-once: on a GPU each is a kernel's launch or more. Calls are the Python frames of polargrad_dist that ``step()`` enters where
-there is one matrix, scheduler included and the oracle (polar/) left out, and their files.
+Operations are the profiler's top-level ones, without views and `empty`; a foreach call counts once. On a GPU each is at least
+one kernel launch. Calls are the Python frames of polargrad_dist, and their files, that ``step()`` enters for a single matrix,
+including the scheduler and without the oracle (polar/).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from polargrad_dist import Muon, PolarGrad
 from tests.gloo import run_ranks
 
 LAYERS = 12
-EIGHTH = [(96, 96)] * 4 + [(384, 96), (96, 384)]  # a GPT-2 small layer at an eighth of its width
+# A GPT-2 small layer at an eighth of its width.
+EIGHTH = [(96, 96)] * 4 + [(384, 96), (96, 384)]
 FREE = (
     "view", "as_strided", "slice", "select", "unsqueeze", "squeeze", "t", "transpose", "permute", "expand", "alias", "unbind",
     "split", "split_with_sizes", "narrow", "reshape", "flatten", "unflatten", "detach", "movedim", "_unsafe_view", "mT",
@@ -33,7 +34,7 @@ FREE = (
 
 
 class Matrices(nn.Module):
-    """Parameters and nothing else."""
+    """A module with only parameters."""
 
     def __init__(self, shapes: list[tuple[int, int]], dtype: torch.dtype):
         super().__init__()
@@ -61,7 +62,7 @@ def placed(
 
 
 def operations(step: Callable[[], Any]) -> int:
-    """Top-level operations of the fourth step, after those that compare copies."""
+    """Top-level operations of the fourth step, after the steps that compare copies."""
     for _ in range(3):
         step()
     with profile(activities=[ProfilerActivity.CPU]) as seen:
@@ -128,7 +129,7 @@ def _whole(p: torch.Tensor) -> torch.Tensor:
 
 
 def walked() -> list[Row]:
-    """Calls of a hidden and of a tall matrix from ``step()`` to the written weight, two ranks."""
+    """Calls for a hidden and for a tall matrix from ``step()`` to the written weight, on two ranks."""
     rows = []
     for mode in ("DDP", "FSDP2"):
         for name, shape, role in (("hidden", (64, 64), "hidden"), ("tall", (800, 8), "embed")):
@@ -140,7 +141,7 @@ def walked() -> list[Row]:
 
 
 def main() -> None:
-    options = arguments("What one step of the optimizer executes.").parse_args()
+    options = arguments("Operations and calls of one optimizer step.").parse_args()
     torch.set_num_threads(1)
     report("step", counted() + walked(), options.json)
 

@@ -1,7 +1,7 @@
 """The trainer against Transformers' Trainer: `python -m benchmarks.training [--json FILE]`.
 
-Both pre-train the same Qwen2.5-style model with AdamW on the same random tokens under torchrun, two processes (one per GPU
-where there are any), one thread each. The two take turns; figures are medians over the steps of all turns.
+Both pre-train the same Qwen2.5-style model with AdamW on the same random tokens under torchrun, with two processes (one per
+GPU, if there are any) of one thread each. The two alternate; figures are medians over the steps of all turns.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def tokens(count: int) -> np.ndarray:
 
 
 def ours(folder: Path, steps: int) -> dict[str, Any]:
-    """Per-step seconds and shares of our trainer, by the real entry point's parts, on shards written here."""
+    """Per-step seconds and shares of this trainer, run by the real entry point's parts, on shards written here."""
     from data import DataConfig, open_data
     from data.shards import write_shard
     from models import ModelConfig, build_model
@@ -119,7 +119,7 @@ def peak_mib() -> float:
 
 
 def worker(which: str, folder: Path, steps: int) -> None:
-    """One rank of one turn; rank 0 writes what it measured."""
+    """One rank of one turn; rank 0 writes the measurements."""
     torch.set_num_threads(1)
     found = {"ours": ours, "theirs": theirs}[which](folder, steps)
     gpu = torch.cuda.is_available()
@@ -150,9 +150,9 @@ def turn(which: str, steps: int) -> dict[str, Any]:
 def main() -> None:
     parser = arguments("Training speed and memory against Transformers' Trainer.")
     parser.add_argument(
-        "--steps", type=int, default=12, help="optimizer steps of a turn; the first two do not count"
+        "--steps", type=int, default=12, help="optimizer steps per turn; the first two do not count"
     )
-    parser.add_argument("--turns", type=int, default=3, help="turns of each")
+    parser.add_argument("--turns", type=int, default=3, help="turns of each trainer")
     parser.add_argument(
         "--worker", nargs=2, metavar=("WHICH", "FOLDER"), help="internal: one rank of one turn"
     )

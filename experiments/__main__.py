@@ -1,6 +1,6 @@
 """`python -m experiments`: the matrix problems of Lau, Long, Su (2025) with every optimizer of tables D.1-D.6.
 
-Writes one JSON of curves and the figures per problem, and prints final values and verdicts.
+For each problem it writes a JSON file of curves and the figures, and prints final values and verdicts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from experiments.problems import PROBLEMS
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.trainer.cli import run
 
-STEPS = {"quadratic": 1000, "logistic": 600, "completion": 1000}  # the paper's text gives none
+# The paper's text does not give the number of steps.
+STEPS = {"quadratic": 1000, "logistic": 600, "completion": 1000}
 OUT = Path("runs/paper")
 
 
@@ -52,33 +53,35 @@ class _Parser(argparse.ArgumentParser):
 
 
 def options_from(args: list[str] | None) -> argparse.Namespace:
-    """The command line. Raises ``ConfigError`` for what cannot be run."""
+    """Parses the command line. Raises ``ConfigError`` for invalid options."""
     parser = _Parser(prog="python -m experiments", description=__doc__.split("\n")[0])
     parser.add_argument("problem", nargs="?", default="all", help=f"{', '.join(PROBLEMS)} or all (default)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument(
         "--steps", type=int, help="default: " + ", ".join(f"{k} {v}" for k, v in STEPS.items())
     )
-    parser.add_argument("--out", type=Path, default=OUT, help=f"folder of JSON and figures, default {OUT}")
-    parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each, default 2")
+    parser.add_argument("--out", type=Path, default=OUT, help=f"folder for JSON and figures, default {OUT}")
+    parser.add_argument("--jobs", type=int, default=2, help="processes with one thread each, default 2")
     options = parser.parse_args(args)
     if options.problem not in (*PROBLEMS, "all"):
         raise ConfigError(f"there is no problem {options.problem!r}, expected {', '.join(PROBLEMS)} or all")
     if options.steps is not None and options.steps < 1:
-        raise ConfigError(f"--steps is {options.steps}, expected at least 1")
+        raise ConfigError(f"--steps is {options.steps}, expected a whole number >= 1")
     if options.jobs < 1:
-        raise ConfigError(f"--jobs is {options.jobs}, expected at least 1 process")
+        raise ConfigError(f"--jobs is {options.jobs}, expected a whole number >= 1")
     if min(options.seeds) < 0 or len(set(options.seeds)) < len(options.seeds):
-        raise ConfigError(f"--seeds is {options.seeds}, expected different numbers from 0 on")
+        raise ConfigError(f"--seeds is {options.seeds}, expected different whole numbers >= 0")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--out {options.out} cannot be made a folder: {error.strerror}") from None
+        raise ConfigError(
+            f"--out is {options.out}, which cannot be made a folder ({error.strerror}): choose another folder"
+        ) from None
     return options
 
 
 def main(args: list[str] | None = None) -> int:
-    """Runs what the command line asks for; returns the exit code."""
+    """Runs the requested problems; returns the exit code."""
     options = options_from(args)
     began = time.perf_counter()
     names = list(PROBLEMS) if options.problem == "all" else [options.problem]

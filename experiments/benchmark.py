@@ -1,8 +1,9 @@
-"""`python -m experiments.benchmark race-muon --seeds 0 1 2 3`: runs on modded-nanoGPT's optimization track, and its verdict.
+"""`python -m experiments.benchmark race-muon --seeds 0 1 2 3`: runs for modded-nanoGPT's optimization track.
 
-Each seed is a run of `train.py` on all GPUs here, resumed where it was interrupted and left alone where it has ended. The
-track's rule: with n runs of one setup the step counts whose mean validation loss is below 3.28 by 0.004/sqrt(n) (a one-sided
-z-test at p < 0.001 for a spread of 0.0013), chosen alike for all of them: no run may stop by its own loss.
+Each seed is a run of `train.py` on all GPUs of this machine. Interrupted runs are resumed; finished ones are not repeated.
+The track's rule: with n runs of one setup, the result is the first step at which their mean validation loss is below 3.28 by
+0.004/sqrt(n) (a one-sided z-test at p < 0.001 for a spread of 0.0013). It is one step for all runs: no run may stop by its
+own loss.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ TARGET, MARGIN = 3.28, 0.004
 
 
 def significant(losses: Sequence[float], target: float = TARGET) -> bool:
-    """Whether runs that ended at these losses show a mean below ``target``: (target - mean) sqrt(n) >= 0.004."""
+    """Whether runs with these final losses show a mean below ``target``: (target - mean) sqrt(n) >= 0.004."""
     return (target - statistics.fmean(losses)) * math.sqrt(len(losses)) >= MARGIN - 1e-12
 
 
 def verdict(curves: dict[int, list[tuple[int, float]]], target: float = TARGET) -> dict[str, Any]:
-    """Of each seed's (step, validation loss) pairs: losses at the steps that all have, and the first that is significant."""
+    """From each seed's (step, validation loss) pairs: losses at the common steps, and the first significant one."""
     known = [dict(curve) for curve in curves.values()]
     steps = sorted(set.intersection(*(set(curve) for curve in known))) if known else []
     rows = [(step, [curve[step] for curve in known]) for step in steps]
@@ -48,7 +49,7 @@ def verdict(curves: dict[int, list[tuple[int, float]]], target: float = TARGET) 
 
 
 def table(found: dict[str, Any], last: int = 12) -> str:
-    """For people: the last validations, and the verdict."""
+    """A text table of the last validations, and the verdict."""
     count = len(found["seeds"])
     needed = found["target"] - MARGIN / math.sqrt(max(1, count))
     lines = [f"{'step':>6}{'mean loss':>12}{'smallest':>12}{'largest':>12}"]
@@ -64,7 +65,7 @@ def table(found: dict[str, Any], last: int = 12) -> str:
 
 
 def command(config: Path, run_dir: Path, seed: int, processes: int, more: Sequence[str]) -> list[str]:
-    """What trains one seed."""
+    """The command that trains one seed."""
     starter = [sys.executable]
     if processes > 1:
         starter += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -79,7 +80,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=None, help="default: one per GPU, or one")
     parser.add_argument("--target", type=float, default=TARGET)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
-    parser.add_argument("--report", action="store_true", help="run nothing, report what has ended")
+    parser.add_argument("--report", action="store_true", help="run nothing; report finished runs")
     options, more = parser.parse_known_args()
     config = Path(options.config)
     if not config.is_file():
@@ -106,12 +107,12 @@ def main() -> int:
         ).returncode
         if code:
             raise PolarGradError(
-                f"seed {seed} ended with exit code {code}: see {folder}, and run the same command again to go on"
+                f"seed {seed} ended with exit code {code}, expected 0: see {folder}, then repeat the command to continue"
             )
     curves = {seed: Curves.read(folder).validation for seed, folder in folders.items()}
     if missing := [seed for seed, curve in curves.items() if not curve]:
         raise ConfigError(
-            f"seed {missing[0]} has no validation in {folders[missing[0]]}, expected a run there"
+            f"seed {missing[0]} has no validation in {folders[missing[0]]}, expected a finished run: run without --report"
         )
     found = verdict(curves, options.target) | {"config": config.stem}
     out.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""What sections 5.1-5.3 and D.1-D.3 of Lau, Long, Su (2025) say, as comparisons of curves, and the orders expected here.
+"""The claims of sections 5.1-5.3 and D.1-D.3 of Lau, Long, Su (2025) as comparisons of curves, and expected orders.
 
-A verdict is "agrees" only if the comparison holds for every seed; each comes with the figures it was drawn from.
+A verdict is "agrees" only if the comparison holds for every seed; each comes with the figures behind it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Claim:
-    """``less`` stays below ``factor`` x ``more`` (or below a number), seed by seed, for each pair."""
+    """For each pair and seed, ``less`` is below ``factor`` x ``more`` (or below a number)."""
 
     problem: str
     source: str
@@ -52,7 +52,7 @@ class Claim:
 
     @property
     def needs(self) -> int:
-        """The steps that a run must have for a verdict."""
+        """The number of steps that a run needs for a verdict."""
         return max(side.step for pair in self.pairs for side in pair if isinstance(side, Side))
 
     def verdict(self, curves: Curves) -> tuple[str, str]:
@@ -150,7 +150,7 @@ CLAIMS = (
 
 
 def finite(value: float) -> str:
-    """A figure of a table; a run that diverged has none."""
+    """Formats a figure for a table; a run that diverged has none."""
     return f"{value:.3g}" if math.isfinite(value) else "diverged"
 
 
@@ -172,7 +172,7 @@ def table(problem: str, curves: Curves, describe: Callable[[str], tuple[str, str
 
 
 def verdicts(problem: str, curves: Curves) -> list[dict[str, str]]:
-    """Every claim on a problem with its verdict and figures."""
+    """Every claim about a problem, with its verdict and figures."""
     rows = []
     for claim in (c for c in CLAIMS if c.problem == problem):
         verdict, figures = claim.verdict(curves)

@@ -1,4 +1,4 @@
-"""One optimizer on one problem with one seed, followed: what figures, tables and verdicts are all drawn from."""
+"""Runs one optimizer on one problem with one seed and records the curves behind figures, tables and verdicts."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from experiments.methods import Method
 from experiments.problems import Problem, condition_number
 from polargrad_dist.errors import PolarError
 
-DIVERGED = 1e6  # times the first loss
+# A run has diverged at this multiple of its first loss.
+DIVERGED = 1e6
 QUANTITIES = ("loss", "gap", "condition_residual", "condition_gradient", "nuclear_norm")
 
 
 @dataclass
 class Curve:
-    """Quantities at ``steps``; before step k they are those of the iterate X_k.
+    """Quantities at ``steps``: at step k, those of the iterate X_k before the step.
 
-    ``gap`` is empty where the optimum is not known, ``condition_residual`` where the paper shows none. Of two
-    parameters, ``condition_gradient`` is the larger condition number and ``nuclear_norm`` the sum. ``diverged_at`` is
-    the step after which nothing is recorded, ``seconds`` processor time.
+    ``gap`` is empty if the optimum is unknown, ``condition_residual`` if the paper shows none. With two parameters,
+    ``condition_gradient`` is the larger condition number and ``nuclear_norm`` the sum. ``diverged_at`` is the step after
+    which nothing is recorded, ``seconds`` is processor time.
     """
 
     problem: str
@@ -40,7 +41,7 @@ class Curve:
 
     @property
     def height(self) -> list[float]:
-        """The gap where it is known, else the loss."""
+        """The gap if it is known, else the loss."""
         return self.gap or self.loss
 
     def at(self, step: int, quantity: str = "height") -> float:
@@ -51,7 +52,7 @@ class Curve:
         return float(getattr(self, quantity)[last])
 
     def plain(self) -> dict[str, Any]:
-        """JSON-able, with null for what is not finite."""
+        """JSON-able, with null for values that are not finite."""
         values = asdict(self)
         for name in QUANTITIES:
             values[name] = [x if math.isfinite(x) else None for x in values[name]]
@@ -83,7 +84,7 @@ def follow(
     every: int,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Curve:
-    """Runs ``steps`` steps and records every ``every`` and the last; ``advance`` hears of steps done or left out."""
+    """Runs ``steps`` steps and records every ``every``-th and the last; ``advance`` is told of steps done or skipped."""
     curve = Curve(problem.name, method.name, seed)
     optimizer, schedule = method.optimizer(problem)
     began = time.process_time()
@@ -98,7 +99,8 @@ def follow(
             break
         try:
             optimizer.step()
-        except PolarError:  # the gradient overflowed
+        # The gradient overflowed.
+        except PolarError:
             curve.diverged_at = step
             break
         schedule.step()

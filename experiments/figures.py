@@ -1,6 +1,6 @@
-"""Figures 1-4 and D.1-D.11 of Lau, Long, Su (2025), drawn from curves: the median over seeds, and their spread.
+"""Figures 1-4 and D.1-D.11 of Lau, Long, Su (2025), drawn from curves: median and range over seeds.
 
-Where the paper splits a picture by seed (1 and D.1, 3 and D.4, 4 and D.6, D.7 and D.8), one figure shows all seeds.
+If the paper has one figure per seed (1 and D.1, 3 and D.4, 4 and D.6, D.7 and D.8), one figure here shows all seeds.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ LABELS = {
     "condition_gradient": dict.fromkeys(METHODS, "κ₂ of the gradient"),
     "nuclear_norm": dict.fromkeys(METHODS, "nuclear norm of the gradient"),
 }
-HEADROOM = 2.0  # a diverging curve leaves the picture at this multiple of the highest value of the others
+# The axis ends at this multiple of the highest value of the runs that did not diverge.
+HEADROOM = 2.0
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Which quantities of which table's rows stand beside each other, and which rows are left out."""
+    """Which quantities a figure shows side by side, for the rows of which table, and which rows it leaves out."""
 
     name: str
     problem: str
@@ -93,7 +94,7 @@ def draw(problem: str, curves: Curves, folder: Path) -> list[Path]:
 
 
 def spread(curves: list[Curve], quantity: str) -> tuple[list[int], list[float], list[float], list[float]]:
-    """(steps, least, median, largest over seeds), as far as all seeds go and NaN where a value is not finite."""
+    """(steps, least, median, largest over seeds), up to the end of the shortest run; NaN if a value is not finite."""
     length = min(len(curve.steps) for curve in curves)
     columns = list(zip(*(getattr(curve, quantity)[:length] for curve in curves), strict=True))
     rows = [
@@ -104,7 +105,7 @@ def spread(curves: list[Curve], quantity: str) -> tuple[list[int], list[float], 
 
 
 def _ceiling(curves: Curves, methods: list[Method], quantity: str) -> float | None:
-    """Above the highest value of the runs that did not diverge."""
+    """The upper limit of the axis: above the highest value of the runs that did not diverge."""
     calm = [
         value
         for method in methods

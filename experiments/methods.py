@@ -1,7 +1,7 @@
 """Every row of tables D.1-D.6 of Lau, Long, Su (2025) as data, and how an optimizer is built from it.
 
-Rows that the paper does not print carry the reason in ``why``. Polar optimizers are the library's and Adam is torch's;
-only Newton's method and alternating gradient descent live here. QDWH with 2 inner steps is the paper's truncated form.
+Rows that the paper does not print have a reason in ``why``. Polar optimizers are the library's and Adam is torch's; only
+Newton's method and alternating gradient descent are implemented here. QDWH with 2 inner steps is the paper's truncated form.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from experiments.problems import Problem, Quadratic
 from polargrad_dist import Muon, PolarGrad, PolarGradM
 
 Builder = Callable[[Problem, float], Optimizer]
-DECAY_EVERY = 25  # steps between two decays of the learning rate, on all three problems
+# Steps between two decays of the learning rate, on all three problems.
+DECAY_EVERY = 25
 
 
 class Newton(Optimizer):
@@ -58,12 +59,12 @@ class Method:
     """One optimizer on one problem.
 
     Args:
-        name: as the paper's table has it; a row of ours names what is different.
-        table: where it is printed, "D.1" to "D.6"; of ours, the table it stands beside.
+        name: as in the paper's table; an added row names what differs.
+        table: the table that prints it, "D.1" to "D.6"; for an added row, the table that it extends.
         lr: base learning rate γ₀.
-        build: makes the optimizer for a problem and that rate.
+        build: builds the optimizer for a problem and that rate.
         decay: factor on the learning rate every 25 steps, 1 for none.
-        why: reason of a row that the paper does not print, else empty.
+        why: reason for a row that the paper does not print, else empty.
     """
 
     name: str
@@ -75,11 +76,11 @@ class Method:
 
     @property
     def rate(self) -> str:
-        """γ₀ as tables and legends show it: 4e-8, not 4e-08."""
+        """γ₀ as shown in tables and legends: 4e-8, not 4e-08."""
         return f"{self.lr:g}".replace("e-0", "e-")
 
     def optimizer(self, problem: Problem) -> tuple[Optimizer, StepLR]:
-        """The optimizer of a problem's parameters, and the schedule to step after each of its steps."""
+        """The optimizer of a problem's parameters, and the schedule to advance after each of its steps."""
         optimizer = self.build(problem, self.lr)
         return optimizer, StepLR(optimizer, DECAY_EVERY, self.decay)
 
@@ -103,7 +104,7 @@ def _polargradm(beta: float, *, polar_first: bool) -> Builder:
 
 
 def _muon(oracle: str, steps: int | None) -> Builder:
-    # The authors' has no shape factor in these problems.
+    # The authors' Muon has no shape factor in these problems.
     return lambda problem, lr: Muon(_matrices(problem), lr, scale="none", oracle=oracle, steps=steps)
 
 
@@ -123,15 +124,13 @@ def _altgd(problem: Problem, lr: float) -> Optimizer:
 _POLAR_FIRST = _polargradm(0.95, polar_first=True)
 _MOMENTUM_FIRST = _polargradm(0.9, polar_first=False)
 
-_EDGE = "just under the largest stable rate of the exact factor, which 3e-8 is 10 % below"
-_DIVERGES = "the printed rate of the truncated factor, with the exact one"
-_EARLY = "the printed rate is slow at first with batch gradients that are sums over the batch"
+_EDGE = "just below the largest stable rate of the exact factor; 3e-8 is 10 % below it"
+_DIVERGES = "the printed rate of the truncated factor, used with the exact one"
+_EARLY = "the printed rate starts slowly if batch gradients are sums over the batch"
 
-_LARGEST = "AltGD's printed rate, at which the authors' code converges"
+_LARGEST = "AltGD's printed rate, with which the authors' code converges"
 
-_HOMOGENIZED = (
-    "the isotropic curvature model's spectrum in place of the polar factor, at a rate that suits it"
-)
+_HOMOGENIZED = "the isotropic curvature model's spectrum instead of the polar factor, at a suitable rate"
 
 QUADRATIC = [
     Method("PolarGrad (QDWH)", "D.1", 4e-8, _polargrad()),

@@ -1,4 +1,4 @@
-"""Independent runs dealt to processes of one thread each, with one progress bar over the steps of all."""
+"""Runs independent tasks in processes with one thread each, with one progress bar over all steps."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from experiments.methods import METHODS
 from experiments.problems import PROBLEMS
 from experiments.workers import SPAWN, worker_pool
 
-EVERY = {"quadratic": 10, "logistic": 25, "completion": 10}  # steps between records
+# Steps between records.
+EVERY = {"quadratic": 10, "logistic": 25, "completion": 10}
 
 
 @dataclass(frozen=True)
 class Task:
-    """One run; numbers and names only, so that a process can be handed it."""
+    """One run; only numbers and names, so that it can be sent to a process."""
 
     problem: str
     method: int
@@ -28,7 +29,8 @@ class Task:
     steps: int
 
 
-_done: Any = None  # steps finished by all processes, shared
+# Steps finished by all processes; shared memory.
+_done: Any = None
 
 
 def _share(counter: Any) -> None:
@@ -49,7 +51,7 @@ def _follow(task: Task) -> Curve:
 
 
 def curves_of(tasks: list[Task], jobs: int) -> list[Curve]:
-    """The curves of all tasks, in their order, from ``jobs`` processes (1: this one), with progress on stderr."""
+    """The curves of all tasks, in order, computed by ``jobs`` processes (1: this one), with progress on stderr."""
     total = sum(task.steps for task in tasks)
     counter = SPAWN.Value("l", 0)
     with tqdm(total=total, unit="step", disable=None, smoothing=0.05) as bar:
@@ -72,7 +74,7 @@ def curves_of(tasks: list[Task], jobs: int) -> list[Curve]:
 
 
 def _waiting(futures: list[Future[Curve]]) -> Iterator[int]:
-    """Twice a second the number of finished runs, until all are; raises what a run raised at once."""
+    """Yields the number of finished runs twice a second until all are; raises a run's error immediately."""
     pending = set(futures)
     while pending:
         finished, pending = wait(pending, 0.5, FIRST_COMPLETED)

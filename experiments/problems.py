@@ -1,7 +1,7 @@
 """The three matrix problems of sections 5.1-5.3 of Lau, Long, Su (2025), sizes and data as in its appendix D.
 
-Each holds its data, its parameters and closed-form gradients; none knows an optimizer. Formulas are the printed ones,
-in particular labels in {0, 1} for the logistic problem. Objectives are evaluated in fp64, whatever the parameters are.
+Each has its data, its parameters and closed-form gradients; none knows an optimizer. The formulas are those of the paper,
+in particular labels in {0, 1} for the logistic problem. Objectives are evaluated in fp64, whatever the parameters' dtype.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 class Problem(ABC):
     """A function of one or two matrices.
 
-    Attributes: ``params`` by name, ``optimum`` the least value of the objective or None where it is not known.
+    Attributes: ``params`` by name; ``optimum``, the minimum of the objective, or None if it is unknown.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Problem(ABC):
 
     @abstractmethod
     def gradients(self) -> None:
-        """Sets ``grad`` of every parameter; a stochastic problem draws a minibatch for it."""
+        """Sets ``grad`` of every parameter; a stochastic problem draws a minibatch."""
 
     @abstractmethod
     def loss(self) -> float:
@@ -34,10 +34,10 @@ class Problem(ABC):
 
     @abstractmethod
     def gap(self) -> float | None:
-        """Objective minus optimum, without cancellation; None where the optimum is not known."""
+        """Objective minus optimum, without cancellation; None if the optimum is unknown."""
 
     def residual(self) -> Tensor | None:
-        """The residual matrix whose condition number the paper follows; None where it follows none."""
+        """The residual matrix whose condition number the paper shows; None if it shows none."""
         return None
 
 
@@ -65,9 +65,10 @@ class Quadratic(Problem):
         )
         self.params = {"X": self.X}
         A, B, C = self.A.double(), self.B.double(), self.C.double()
-        Qa, self._Ra = torch.linalg.qr(A)  # A = Qa Ra
-        Qb, self._Rb = torch.linalg.qr(B.mT)  # B = Rbᵀ Qbᵀ
-        core = Qa.mT @ C @ Qb  # Ra X* Rbᵀ
+        # A = Qa Ra, B = Rbᵀ Qbᵀ, and core = Ra X* Rbᵀ.
+        Qa, self._Ra = torch.linalg.qr(A)
+        Qb, self._Rb = torch.linalg.qr(B.mT)
+        core = Qa.mT @ C @ Qb
         left = torch.linalg.solve_triangular(self._Ra, core, upper=True)
         self.minimizer = torch.linalg.solve_triangular(self._Rb.mT, left, upper=False, left=False)
         self.optimum = 0.5 * float(C.square().sum() - core.square().sum())
@@ -92,7 +93,7 @@ class Quadratic(Problem):
         return self.optimum + self.gap()
 
     def newton(self, G: Tensor) -> Tensor:
-        """(AᵀA)⁻¹G(BBᵀ)⁻¹ of a gradient G (m, n), the direction that the inverse Hessian gives."""
+        """(AᵀA)⁻¹G(BBᵀ)⁻¹ for a gradient G (m, n): the inverse Hessian times G."""
         left = torch.cholesky_solve(G.double(), self._Ra, upper=True)
         return torch.cholesky_solve(left.mT, self._Rb, upper=True).mT.to(G.dtype)
 
@@ -100,8 +101,8 @@ class Quadratic(Problem):
 class Logistic(Problem):
     """f(X) = Σ_i Σ_j log(1 + exp(−c_ij (a_i X B)_j)), X (m, n), A (N, m), B (n, q), C (N, q): section 5.2.
 
-    A and B standard Gaussian; c_ij is 1 where a standard Gaussian exceeds 0.5 and 0 elsewhere, as printed, so that
-    an entry with label 0 costs log 2 whatever X is. Gradients are sums over ``batch`` rows drawn with replacement.
+    A and B are standard Gaussian; c_ij is 1 where a standard Gaussian exceeds 0.5 and 0 elsewhere, as printed, so an
+    entry with label 0 costs log 2 whatever X is. Gradients are sums over ``batch`` rows drawn with replacement.
     """
 
     name = "logistic"
@@ -125,7 +126,7 @@ class Logistic(Problem):
         self._rows = torch.Generator().manual_seed(seed + 1)
 
     def gradients(self) -> None:
-        """Aᵀ(−C ⊙ σ(−C ⊙ AXB))Bᵀ over the rows of a minibatch, or over all where ``batch`` is None."""
+        """Aᵀ(−C ⊙ σ(−C ⊙ AXB))Bᵀ over the rows of a minibatch, or over all rows if ``batch`` is None."""
         A, C = self.A, self.C
         if self._batch is not None:
             rows = torch.randint(len(A), (self._batch,), generator=self._rows)

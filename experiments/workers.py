@@ -1,4 +1,4 @@
-"""Processes that work for this one, and end when it does, however it ends."""
+"""Worker processes that end when this process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SPAWN = multiprocessing.get_context("spawn")
 def worker_pool(count: int, start: Callable[..., None] | None = None, *arguments: Any) -> ProcessPoolExecutor:
     """``count`` fresh processes, each of which calls ``start(*arguments)`` first.
 
-    A process that is killed leaves the workers of a pool waiting for tasks, or busy with one, for ever: these watch it.
+    If a process is killed, the workers of an ordinary pool wait for tasks, or work on one, forever. These watch their parent.
     """
     return ProcessPoolExecutor(count, SPAWN, _begin, (start, arguments))
 

@@ -30,7 +30,7 @@ def test_a_section_that_fails_or_hangs_fails_alone(tmp_path, monkeypatch, capsys
     assert bench.main(["--reduced", "--out", str(tmp_path / "found.json")]) == 1
     found = json.loads((tmp_path / "found.json").read_text())
     assert "benchmarks.gpu.nonsense" in found["nonsense"]["failed"]
-    assert found["methods"]["failed"] == "took more than its 0.04 s"
+    assert found["methods"]["failed"] == "took longer than its limit of 0.04 s"
     assert "sections failed: ['nonsense', 'methods']" in capsys.readouterr().out
 
 

@@ -10,6 +10,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 CHOOSING = (ROOT / "docs" / "choosing-rules.md").read_text()
+COMPARISON = (ROOT / "docs" / "comparison.md").read_text()
 
 
 def test_the_first_example_trains():
@@ -51,6 +52,31 @@ def test_the_example_of_groups_builds_its_optimizers():
 def test_every_page_and_configuration_it_names_exists():
     for path in re.findall(r"\]\(([\w./-]+)\)", README) + re.findall(r"(configs/[\w.-]+\.yaml)", README):
         assert (ROOT / path).exists(), path
+
+
+def short_answers(page: str) -> dict[str, dict[str, str]]:
+    """For each feature in a page's comparison tables and each project: the text before a bracket or semicolon, plain."""
+    answers: dict[str, dict[str, str]] = {}
+    for table in re.findall(r"^\| \| polargrad-dist \|(?:.+\n)+", page, re.MULTILINE):
+        header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+        for feature, *cells in rows:
+            plain = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", cell).replace("*", "") for cell in cells]
+            feature = feature.replace("*", "")
+            assert feature not in answers, f"two rows for {feature}"
+            short = [re.split(r" \(|;", cell)[0] for cell in plain]
+            answers[feature] = dict(zip(header[1:], short, strict=True))
+    return answers
+
+
+def test_the_comparison_table_repeats_the_short_answers_of_the_comparison_page():
+    shown, page = short_answers(README), short_answers(COMPARISON)
+    projects = ["polargrad-dist", "torch.optim.Muon", "dion", "authors' code", "torchtitan"]
+    assert len(shown) >= 10
+    for feature, answers in shown.items():
+        assert list(answers) == projects
+        assert page.get(feature) == answers, feature
+    (checked,) = set(re.findall(r"^\|[^|]+\| (\d{4}-\d\d-\d\d) \|", COMPARISON, re.MULTILINE))
+    assert f"Checked on {checked}." in README
 
 
 def test_importing_the_library_does_not_import_torch():

@@ -1,1 +1,1 @@
-"""The proof on one GPU, in ten minutes: `python -m benchmarks.gpu` (docs/gpu.md)."""
+"""Checks and measurements on one GPU, in ten minutes: `python -m benchmarks.gpu` (docs/gpu.md)."""

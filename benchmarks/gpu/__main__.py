@@ -1,7 +1,7 @@
-"""`python -m benchmarks.gpu [--reduced] [--out FILE] [SECTION ...]`: one table, and which goal each line met.
+"""`python -m benchmarks.gpu [--reduced] [--out FILE] [SECTION ...]`: prints a table of figures and goals.
 
-Every section is a process of its own with a time limit: it fails, hangs or runs out of memory alone, and what the
-sections before it found is in the file already. ``--reduced`` runs all of them in small on a CPU, so that they cannot rot.
+Every section is a separate process with a time limit: if it fails, hangs or runs out of memory, the results of the earlier
+sections are already in the file. ``--reduced`` runs small sizes on a CPU, so that continuous integration covers all of it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-# Seconds that a section may take.
+# Time limit of each section, in seconds.
 SECTIONS = {
     "methods": 70,
     "steps": 170,
@@ -32,7 +32,7 @@ SECTIONS = {
 
 
 def work(section: str, reduced: bool, out: Path) -> None:
-    """One section, in this process; writes its lines."""
+    """Runs one section in this process and writes its lines."""
     from benchmarks.gpu.measure import Setting, machine
 
     setting = Setting.of(reduced)
@@ -41,8 +41,9 @@ def work(section: str, reduced: bool, out: Path) -> None:
 
 
 def run_section(section: str, reduced: bool) -> dict[str, Any]:
-    """One section in a process of its own: its lines, or how it failed."""
-    limit = SECTIONS[section] * (4 if reduced else 1)  # a machine that tests something else beside it is slow
+    """Runs one section in a separate process: its lines, or how it failed."""
+    # Continuous integration runs other tests on the same machine, which slows this one down.
+    limit = SECTIONS[section] * (4 if reduced else 1)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "lines.json"
@@ -58,7 +59,7 @@ def run_section(section: str, reduced: bool) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-            return {"failed": f"took more than its {limit:g} s", "lines": [], "seconds": limit}
+            return {"failed": f"took longer than its limit of {limit:g} s", "lines": [], "seconds": limit}
         found: dict[str, Any] = {"lines": []}
         if process.returncode or not out.exists():
             last = complaint.strip().splitlines()[-8:] or [f"exit code {process.returncode}"]
@@ -69,11 +70,11 @@ def run_section(section: str, reduced: bool) -> dict[str, Any]:
 
 
 def options_from(args: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("sections", nargs="*", help=f"some of {', '.join(SECTIONS)}; all by default")
+    parser.add_argument("sections", nargs="*", help=f"some of {', '.join(SECTIONS)}; default: all")
     parser.add_argument("--reduced", action="store_true", help="small sizes on a CPU")
     parser.add_argument(
         "--out", type=Path, default=Path("bench-gpu.json"), help="JSON, written after each section"
@@ -86,7 +87,7 @@ def options_from(args: list[str] | None) -> argparse.Namespace:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Runs the sections; 1 if one failed or missed a goal, 2 without a GPU."""
+    """Runs the sections; returns 1 if one failed or missed a goal, 2 without a GPU."""
     options = options_from(args)
     if options.worker:
         work(options.worker[0], options.reduced, Path(options.worker[1]))
@@ -95,7 +96,7 @@ def main(args: list[str] | None = None) -> int:
 
     if not options.reduced and Setting.of(False).device.type == "cpu":
         print(
-            "no GPU is visible to torch, expected one: add --reduced for the small form on a CPU",
+            "torch finds no GPU, expected one: add --reduced to run small sizes on a CPU",
             file=sys.stderr,
         )
         return 2

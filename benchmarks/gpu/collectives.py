@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64)
 
 
 def run(setting: Setting) -> list[Line]:
-    """1 for each that gives back what it was given. One rank proves types and calls, not order or overlap."""
+    """1 for each collective that returns its input. A single rank checks dtypes and calls, not order or overlap."""
     with group_of_one(setting):
         lines = [
             Line(SECTION, str(dtype).removeprefix("torch."), name, float(right), "", "1", right)
@@ -79,7 +79,7 @@ def collectives(dtype: torch.dtype, setting: Setting) -> dict[str, bool]:
 
 
 def offloaded(setting: Setting) -> Line:
-    """A model under FSDP2 whose parameters live on the CPU: three steps, and the loss has to fall."""
+    """A model under FSDP2 with parameters on the CPU: the loss must fall in three steps."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 

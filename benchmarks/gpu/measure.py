@@ -1,6 +1,6 @@
-"""What the sections share: one line of the report, timing on a device, launches, the rates a device is made for.
+"""Shared by the sections: a line of the report, timing on a device, launches, and a device's published rates.
 
-Needs torch alone, so that a bare GPU machine can run it from a checkout.
+Needs only torch, so that a bare GPU machine can run it from a checkout.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-# fp64 flop/s of tensor cores, as published; by what the device's name holds.
+# Published fp64 flop/s of tensor cores, by a part of the device's name.
 FP64_PEAKS = {
     "H100 PCIe": 51e12,
     "H100": 67e12,
@@ -27,7 +27,7 @@ FP64_PEAKS = {
 
 @dataclass
 class Line:
-    """One figure. ``met`` says whether it keeps its goal; None where there is no goal, or none on this device."""
+    """One figure. ``met`` says whether it meets its goal; None if there is no goal, or none on this device."""
 
     section: str
     case: str
@@ -40,7 +40,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a section runs: ``reduced`` takes small sizes, for a CPU in continuous integration."""
+    """How a section runs: ``reduced`` selects small sizes, for a CPU in continuous integration."""
 
     device: torch.device
     reduced: bool
@@ -51,12 +51,12 @@ class Setting:
         return cls(torch.device("cuda", 0) if gpu else torch.device("cpu"), reduced)
 
     def goal(self, text: str, holds: bool) -> dict[str, Any]:
-        """``goal`` and ``met`` of a line that only a GPU can meet: without one, the goal is shown and not judged."""
+        """``goal`` and ``met`` of a line for GPUs only: without a GPU, the goal is shown but not judged."""
         return {"goal": text, "met": holds if self.device.type == "cuda" else None}
 
 
 def fp64_peak(device: torch.device) -> float | None:
-    """Published flop/s of fp64 products; None for a device that is not listed."""
+    """Published flop/s of fp64 products; None if the device is not listed."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -64,7 +64,7 @@ def fp64_peak(device: torch.device) -> float | None:
 
 
 def machine(setting: Setting) -> dict[str, str]:
-    """What the figures were measured on."""
+    """The machine and versions of the measurement."""
     gpu = setting.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(setting.device)
@@ -79,9 +79,9 @@ def machine(setting: Setting) -> dict[str, str]:
 
 
 def seconds(run: Callable[[], Any], setting: Setting, rounds: int = 5, warm: int = 2) -> float:
-    """Median seconds of a call, after ``warm`` calls that do not count; on a GPU by events, the queue being empty.
+    """Median seconds of a call, after ``warm`` calls that do not count; on a GPU by events, from an empty queue.
 
-    On a CPU, which other programs may share, they are the process's own.
+    On a CPU, which other programs may share, it is CPU time of this process.
     """
     rounds, warm = (1, 1) if setting.reduced else (rounds, warm)
     for _ in range(warm):
@@ -104,7 +104,7 @@ def seconds(run: Callable[[], Any], setting: Setting, rounds: int = 5, warm: int
 
 
 def launches_and_idle(run: Callable[[], Any], setting: Setting) -> tuple[int, float]:
-    """(kernels started by one call, share of its time in which the GPU does nothing). On a CPU: operations, 0."""
+    """(kernels started by one call, share of its time in which the GPU is idle); on a CPU (operations, 0)."""
     from torch.profiler import ProfilerActivity, profile
 
     gpu = setting.device.type == "cuda"
@@ -123,7 +123,7 @@ def launches_and_idle(run: Callable[[], Any], setting: Setting) -> tuple[int, fl
 
 
 def table(lines: list[Line]) -> str:
-    """A Markdown table; the last column says which goals were met."""
+    """A Markdown table; the last column says whether the goal was met."""
     rows = ["| section | case | figure | | goal | met |", "| --- | --- | --- | --- | --- | --- |"]
     for line in lines:
         met = {True: "yes", False: "**no**", None: "not judged" if line.goal else ""}[line.met]

@@ -1,4 +1,4 @@
-"""Section 1: every polar method against an fp64 SVD on the CPU while waiting for the GPU is an error; FlexAttention, bf16."""
+"""Section 1: every polar method against an fp64 SVD on the CPU, with waiting an error; FlexAttention; bf16."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.gpu.measure import Line, Setting
 from polargrad_dist.polar import gram_matrix, gram_qdwh, inverse_sqrt, norm_bound, norm_parts, polar
 
 SECTION = "methods"
-# How far U may be from the SVD's, ‖U − U*‖_F/√n in the mean over the batch; None: judged against the same method in fp64.
+# Allowed distance of U from the SVD's, mean ‖U − U*‖_F/√n over the batch; None: compared with the same method in fp64.
 METHODS: dict[str, tuple[dict[str, object], float | None]] = {
     "auto": ({}, 1e-5),
     "gram by products": ({"method": "gram", "root": "products"}, 1e-6),
@@ -28,7 +28,7 @@ METHODS: dict[str, tuple[dict[str, object], float | None]] = {
 
 @contextmanager
 def waiting_is_an_error(setting: Setting) -> Iterator[None]:
-    """Any call that makes the host wait for the GPU raises inside."""
+    """Inside, any call that makes the host wait for the GPU raises."""
     if setting.device.type != "cuda":
         yield
         return
@@ -46,13 +46,13 @@ def polar_factor(a: Tensor) -> Tensor:
 
 
 def distance(U: Tensor, best: Tensor) -> float:
-    """‖U − U*‖_F/√n in the mean over a batch."""
+    """The mean of ‖U − U*‖_F/√n over a batch."""
     difference = torch.linalg.matrix_norm(U.double().cpu() - best)
     return float(difference.mean()) / min(best.shape[-2:]) ** 0.5
 
 
 def run(setting: Setting) -> list[Line]:
-    """Accuracy and waiting of every method, tall, square and wide; the row-sharded forms; attention."""
+    """Accuracy and waiting of every method for tall, square and wide matrices; row-sharded forms; attention."""
     shapes = (
         [(2, 64, 32), (2, 32, 48)] if setting.reduced else [(4, 2048, 512), (4, 768, 768), (4, 512, 2048)]
     )
@@ -84,7 +84,7 @@ def run(setting: Setting) -> list[Line]:
 
 
 def row_sharded(name: str, a: Tensor, setting: Setting) -> list[Line]:
-    """The roots of a Gram matrix that a rank would be sent."""
+    """The roots of a Gram matrix that an owner would receive."""
     there = a.to(setting.device)
     S = gram_matrix(there)
     forms: dict[str, tuple[Callable[[], Tensor], Tensor]] = {
@@ -106,7 +106,7 @@ def row_sharded(name: str, a: Tensor, setting: Setting) -> list[Line]:
 
 
 def low_bits(setting: Setting) -> Line:
-    """Weights split into bf16 and what it rounds off, and joined again: on the device the same bits as on the CPU."""
+    """Weights split into bf16 and low bits and joined again: the device must give the same bits as the CPU."""
     from polargrad_dist.optim.elements import join_bf16, split_bf16
 
     values = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))

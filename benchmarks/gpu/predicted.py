@@ -1,4 +1,4 @@
-"""What `--dry_run` says of a run on one GPU, held against what was measured."""
+"""Compares the predictions of `--dry_run` for one GPU with measurements."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from polargrad_dist.trainer import TrainerConfig
 from polargrad_dist.trainer.devices import device_of, known
 from polargrad_dist.trainer.estimate import estimate
 
-# How far off the prediction may be.
+# The allowed relative error of the predictions.
 MEMORY, TIME = 0.10, 0.25
-STAND_IN = "NVIDIA H100 80GB HBM3"  # for which time is predicted where there is no known GPU
+# Time is predicted for this GPU if the one here is not known.
+STAND_IN = "NVIDIA H100 80GB HBM3"
 
 
 def predictions(
@@ -26,7 +27,7 @@ def predictions(
     memory: float,
     seconds: float,
 ) -> list[Line]:
-    """The predicted peak of memory and time of a step; on a GPU also how ``memory`` (bytes) and ``seconds`` compare."""
+    """The predicted peak memory and step time; on a GPU also their ratios to ``memory`` (bytes) and ``seconds``."""
     found = estimate(partial(build_model, model), optimizer, trainer, 1)
     predicted = found.memory.total
     device = known(setting.device) or device_of(STAND_IN)

@@ -1,7 +1,7 @@
-"""Section 3: `optimizer.step` as each of 8 ranks on one GPU, beside AdamW and, on the same matrices, torch's Muon.
+"""Section 3: `optimizer.step` as each of 8 ranks on one GPU, against AdamW and, on the same matrices, torch's Muon.
 
-A group of PyTorch's "fake" backend has 8 ranks of which this process is one: it does that rank's work, and nothing travels.
-So the longest of the 8 is what a step costs beside its communication, which this section says nothing about.
+A group of PyTorch's "fake" backend has 8 ranks of which this process is one: it does that rank's work, without any
+communication. So the longest of the 8 is the cost of a step without communication, which this section does not measure.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from polargrad_dist.optim.elements import shrinking
 
 SECTION = "ranks"
 WORLD = 8
-# Forward and backward of 65,536 tokens on an H100 in modded-nanoGPT's record, which the shares below are of.
+# Forward and backward of 65,536 tokens on an H100 in modded-nanoGPT's record; the shares below are relative to it.
 STEP = 0.148
 
 
 class Case(NamedTuple):
-    """A model and its rules: the largest share of a training step that they may cost over AdamW, and the most kernels."""
+    """A model and its rules, with limits: the share of a training step that they add to AdamW, and the kernels."""
 
     architecture: Any
     name: str
@@ -42,7 +42,7 @@ class Case(NamedTuple):
 
 
 def cases() -> tuple[Case, ...]:
-    """The paper's three models; of the larger ones the first and the last rank stand for all."""
+    """The paper's three models; for the larger ones only the first and the last rank are run."""
     ends, exact, truncated = adamw_rule(), polarsgdm_rule(), polarsgdm_rule(oracle="qdwh", steps=2)
     every, some = tuple(range(WORLD)), (0, WORLD - 1)
     return (
@@ -61,7 +61,7 @@ def cases() -> tuple[Case, ...]:
 
 
 def run(setting: Setting) -> list[Line]:
-    """Model by model: fused AdamW, torch's Muon, then ours as each rank, or as one of them in the reduced form."""
+    """For each model: fused AdamW, torch's Muon, then this optimizer as each rank, or as one rank in the reduced form."""
     lines: list[Line] = []
     for architecture, group in groupby(cases(), lambda case: case.architecture):
         model = with_gradients(architecture, setting)
@@ -86,7 +86,7 @@ def with_gradients(architecture: Any, setting: Setting) -> nn.Module:
 
 
 def torch_muon(architecture: str, model: nn.Module, setting: Setting) -> list[Line]:
-    """torch.optim.Muon on the hidden matrices, all of them on one GPU, where this torch has it."""
+    """torch.optim.Muon on all hidden matrices on one GPU, if this version of torch has it."""
     if not hasattr(torch.optim, "Muon"):
         return []
     blocks = [p for block in model.blocks for p in block.parameters() if p.ndim == 2]  # type: ignore[union-attr]
@@ -95,7 +95,7 @@ def torch_muon(architecture: str, model: nn.Module, setting: Setting) -> list[Li
         Line(
             SECTION,
             architecture,
-            "torch.optim.Muon, hidden matrices, undealt",
+            "torch.optim.Muon, all hidden matrices on one rank",
             1e3 * seconds(theirs.step, setting),
             "ms",
         )
@@ -124,7 +124,7 @@ def as_each_rank(case: Case, adamw: float, model: nn.Module, setting: Setting) -
 
 
 def whole_step(optimizer: PolarGrad) -> None:
-    """As the trainer makes it: the norm, a flag on the device, clipping while gradients are read."""
+    """A step as in the trainer: the norm, a flag on the device, clipping while gradients are read."""
     norm = optimizer.clip_grad_norm_(float("inf"))
     optimizer.step(ok=norm.isfinite(), shrink=shrinking(norm, 1.0))
 
@@ -141,7 +141,7 @@ def fake_group(rank: int) -> Iterator[None]:
         out.fill_(1.0)
         return Done()
 
-    # The fake backend refuses to receive more than it sends, and leaves what it would receive undefined.
+    # The fake backend refuses to receive more than it sends, and leaves the received data undefined.
     exchange = mock.patch.object(dist, "all_to_all_single", side_effect=receive)
     dist.init_process_group("fake", rank=rank, world_size=WORLD, store=FakeStore())
     try:

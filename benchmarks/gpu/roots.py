@@ -1,4 +1,4 @@
-"""Section 4: what a root of a Gram matrix costs, by eigendecomposition, products, truncated QDWH and SVD; DGEMM's rate."""
+"""Section 4: cost of a Gram matrix's root by eigendecomposition, products, truncated QDWH and SVD; DGEMM's rate."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from polargrad_dist.polar import gram_matrix, gram_qdwh, inverse_sqrt, norm_boun
 SECTION = "roots"
 GOAL_SIZES, SMALL_SIZES = (768, 1024), (32, 48)
 SPEEDUP = 8.0
-LARGE = 1536  # from here one round of each, and no batch of nine
+# From this size on, one round of each and no batch of nine.
+LARGE = 1536
 
 
 def run(setting: Setting) -> list[Line]:
-    """Seconds of each root at each size and batch, and how much faster products are than eigh."""
+    """Seconds of each root at each size and batch, and the speedup of products over eigh."""
     lines = []
     for n in sizes(setting):
         lines.append(dgemm(n, setting))
@@ -31,7 +32,7 @@ def sizes(setting: Setting) -> tuple[int, ...]:
 
 
 def batches(n: int, setting: Setting) -> tuple[int, ...]:
-    """How many matrices of a size at a time."""
+    """The batch sizes for matrices of a size."""
     if setting.reduced:
         return 1, 5
     return (1, 5, 9) if n < LARGE else (1, 5) if n < 4096 else (1,)
@@ -61,7 +62,8 @@ def at_size(n: int, batch: int, setting: Setting) -> list[Line]:
         "fp32 SVD of A": lambda: torch.linalg.svd(A32, full_matrices=False),
     }
     if n >= 4096:
-        del methods["fp32 SVD of A"]  # minutes
+        # It would take minutes.
+        del methods["fp32 SVD of A"]
     rounds = 5 if n < LARGE else 1
     times = {name: seconds(call, setting, rounds, warm=1) for name, call in methods.items()}
     case = f"{batch} x {n}"

@@ -1,7 +1,7 @@
 """Section 7: would compiled rounds, or a CUDA graph of them, be faster? `python -m benchmarks.gpu.rounds` runs it alone.
 
-The library runs the rounds of its oracles eagerly. Newton-Schulz and Polar Express are products and nothing else, on which a
-compiler can save little; between the products of the root are small operations, and on a GPU each kernel's start costs.
+The library runs the rounds of its oracles eagerly. Newton-Schulz and Polar Express consist of products only, where a compiler
+can save little. The root has small operations between its products, and on a GPU each launch costs time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from polargrad_dist.polar import gram_matrix, inverse_sqrt, polar_express_coeffi
 from polargrad_dist.polar.polynomial import HALF_SAFETY, MUON, run_polynomials
 
 SECTION = "rounds"
-WORTH = 1.1  # times faster at the models' sizes, from which the library should do it
+# From this speedup on, at the models' sizes, the library should adopt it.
+WORTH = 1.1
 Rounds = Callable[[Tensor], Any]
 
 
@@ -43,8 +44,8 @@ ROUNDS: dict[str, Rounds] = {
 
 
 def run(setting: Setting) -> list[Line]:
-    """Each kind of rounds at each size and batch: eager, compiled, as a CUDA graph; then what that means for the library."""
-    # No compiler in the reduced form, which only shows that everything runs.
+    """Each kind of rounds at each size and batch: eager, compiled, as a CUDA graph; then the consequence for the library."""
+    # The reduced form does not compile: it only checks that everything runs.
     backend = "eager" if setting.reduced else "inductor"
     dynamic = None if setting.device.type == "cpu" else True
     compiled = {
@@ -69,14 +70,14 @@ def run(setting: Setting) -> list[Line]:
 
 
 def kinds(setting: Setting) -> dict[str, Rounds]:
-    """What is compiled: on a CPU the polynomials multiply blocks in place, at the models' sizes, which no compiler takes."""
+    """What is compiled; on a CPU only the root: there the polynomials multiply blocks in place, which do not compile."""
     if setting.device.type == "cuda" or setting.reduced:
         return ROUNDS
     return {"root by products": root}
 
 
 def cases(setting: Setting) -> list[tuple[int, int]]:
-    """(size, batch) of each; a CPU would need minutes for those of the models."""
+    """The (size, batch) pairs; a CPU would need minutes for the models' sizes."""
     if setting.reduced:
         return [(SMALL_SIZES[0], 5)]
     if setting.device.type == "cpu":
@@ -85,7 +86,7 @@ def cases(setting: Setting) -> list[tuple[int, int]]:
 
 
 def operands(n: int, batch: int, setting: Setting) -> dict[str, Tensor]:
-    """What each kind of rounds is given: (batch, n, n)."""
+    """The input of each kind of rounds: (batch, n, n)."""
     A = torch.randn(batch, 2 * n, n, device=setting.device)
     X = A[:, :n] / torch.linalg.matrix_norm(A[:, :n], keepdim=True)
     if setting.device.type == "cuda":
@@ -102,7 +103,7 @@ def forms(rounds: Rounds, compiled: Rounds, x: Tensor, setting: Setting) -> dict
 
 
 def recorded(call: Callable[[], Any]) -> Callable[[], None]:
-    """The kernels of a call, started together."""
+    """A CUDA graph of a call: starts all its kernels together."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):

@@ -1,4 +1,4 @@
-"""Section 2: whole training steps of the paper's models at full size: loss, forward and backward, optimizer, memory, MFU."""
+"""Section 2: whole training steps of the paper's models at full size: loss, forward, backward, optimizer, memory, MFU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECTION = "steps"
 
 
 class Run(NamedTuple):
-    """One model and micro-batch. ``record`` is the published time of a step of it on one of 8 H100, in seconds."""
+    """One model and micro-batch. ``record`` is the published time of its step on one of 8 H100, in seconds."""
 
     architecture: Any
     sequences: int
@@ -47,7 +47,7 @@ TINY = {"vocab_size": 256, "width": 64, "layers": 4, "heads": 2, "max_sequence_l
 
 
 def run(setting: Setting) -> list[Line]:
-    """Every model in turn; memory is given back in between."""
+    """Measures each model; memory is freed in between."""
     lines: list[Line] = []
     for case in REDUCED if setting.reduced else FULL:
         lines += measure(case, setting)
@@ -127,7 +127,7 @@ def on_a_gpu(
     idle: float,
     setting: Setting,
 ) -> list[Line]:
-    """Memory, idle share, utilization and the record's time."""
+    """Memory, idle share, utilization, and time against the record."""
     lines = [
         Line(SECTION, name, "peak memory", memory / 2**30, "GiB"),
         Line(SECTION, name, "GPU idle during the optimizer step", idle, ""),
@@ -154,7 +154,7 @@ def on_a_gpu(
 
 
 def losses(name: str, case: Run, model: LanguageModel, tokens: torch.Tensor, setting: Setting) -> list[Line]:
-    """The head and the loss with gradients alone, on random hidden states, compiled and not."""
+    """Only the head and the loss with gradients, on random hidden states, compiled and eager."""
     weight = model.get_output_embeddings().weight
     dtype = torch.bfloat16 if setting.device.type == "cuda" else torch.float32
     hidden = torch.randn(
@@ -181,7 +181,7 @@ def losses(name: str, case: Run, model: LanguageModel, tokens: torch.Tensor, set
 
 
 def adamw(model: LanguageModel, setting: Setting) -> float:
-    """Seconds of a step of torch's AdamW on the same parameters, fused on a GPU."""
+    """Seconds of a step of torch's AdamW on the same parameters; fused on a GPU."""
     baseline = torch.optim.AdamW(
         (p for p in model.parameters() if p.grad is not None), lr=0.0, fused=setting.device.type == "cuda"
     )

@@ -1,4 +1,4 @@
-"""Section 5: the trainer on synthetic shards: 20 steps, an exact resume, a loss that is NaN once, memory that runs out."""
+"""Section 5: the trainer on synthetic shards: 20 steps, an exact resume, one NaN loss, out of memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SEQUENCES, FILLING = 8, 32
 
 
 def run(setting: Setting) -> list[Line]:
-    """Each case in a run directory of its own, on one rank."""
+    """Runs each case in its own run directory, on one rank."""
     from polargrad_dist.trainer import join
 
     world = join(setting.device.type)
@@ -42,7 +42,7 @@ def run(setting: Setting) -> list[Line]:
 
 
 def twenty_steps(folder: Path, world: Any, setting: Setting) -> list[Line]:
-    """A run, and the same once more from the checkpoint in its middle: every weight has to have the same bits."""
+    """A run, repeated from the checkpoint in its middle: every weight must have the same bits."""
     sequences = SEQUENCES if setting.reduced else FILLING
     if setting.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -83,7 +83,7 @@ def one_bad_loss(folder: Path, world: Any, setting: Setting) -> list[Line]:
 
 
 def oracle_out_of_memory(folder: Path, world: Any, setting: Setting) -> list[Line]:
-    """An oracle finds no memory once, after a save: the run ends with that error, and goes on from the checkpoint."""
+    """An oracle runs out of memory once, after a save: the run ends with that error, and continues from the checkpoint."""
     from polargrad_dist.optim.matrix import RULES
 
     direction, calls = RULES["polar"].direction, []
@@ -103,14 +103,15 @@ def oracle_out_of_memory(folder: Path, world: Any, setting: Setting) -> list[Lin
     kept = sorted(path.name for path in (folder / "oracle" / "checkpoints").glob("step-*"))
     weights = fit(folder, "oracle", world, setting)
     on = raised and kept == [f"step-{SAVED:08}"] and all(bool(w.isfinite().all()) for w in weights)
-    what = "ends the run, which goes on from the checkpoint before"
+    what = "ends the run, which continues from the last checkpoint"
     return [Line(SECTION, "an oracle out of memory", what, float(on), "", "1", on)]
 
 
 def batch_too_large(folder: Path, world: Any, setting: Setting) -> list[Line]:
-    """A batch for which there is no memory ends the run before its first step; the same run directory takes smaller ones."""
+    """A batch that does not fit ends the run before its first step; the same run directory then takes a smaller one."""
     gpu, raised = setting.device.type == "cuda", False
-    if gpu:  # the weights and no more
+    # Memory for the weights and no more.
+    if gpu:
         free = torch.cuda.mem_get_info(setting.device)[1]
         torch.cuda.set_per_process_memory_fraction(min(1.0, 3e9 / free), setting.device)
     try:
@@ -140,9 +141,9 @@ def fit(
     spoilt: int | None = None,
     crowded: bool = False,
 ) -> list[Tensor]:
-    """Trains, or resumes, in ``folder/name``; the weights at the end, on the CPU.
+    """Trains, or resumes, in ``folder/name``; returns the final weights on the CPU.
 
-    spoilt: the forward pass whose loss is NaN. crowded: the first one finds no memory, as on a GPU that is full.
+    spoilt: the forward pass whose loss is NaN. crowded: the first forward pass runs out of memory, as on a full GPU.
     """
     from data import DataConfig, open_data
     from data.shards import write_shard
@@ -176,7 +177,7 @@ def fit(
 def configured(
     run_dir: Path, setting: Setting, sequences: int, micro_batch: int
 ) -> tuple[ModelConfig, TrainerConfig]:
-    """GPT-2 small, and a run of it."""
+    """GPT-2 small, and the configuration of a run."""
     from polargrad_dist.trainer.checkpoint import CheckpointConfig
     from polargrad_dist.trainer.config import EvaluationConfig, LoggingConfig
 

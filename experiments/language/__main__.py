@@ -1,5 +1,5 @@
-"""`python -m experiments.language paper` (sections 5.4, 5.5, E.1 in small), `race` (on equal terms), `defaults` (whether
-every default rate is good), `rates` (how the best ones move with width, length, batch and vocabulary)."""
+"""`python -m experiments.language paper` (sections 5.4, 5.5, E.1 at small size), `race` (on equal terms), `defaults` (whether
+every default rate is good), `rates` (how the best rates change with width, length, batch and vocabulary)."""
 
 from __future__ import annotations
 
@@ -17,25 +17,33 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.language", description=__doc__)
     parser.add_argument("what", choices=["paper", "race", "defaults", "rates"])
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=None, help="0 1 2; of the race 2 3 4, after sweeps on 0 and 1"
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=None,
+        help="default: 0 1 2; for the race 2 3 4, after sweeps on 0 and 1",
     )
     parser.add_argument(
         "--steps",
         type=int,
         default=None,
-        help="of the paper's runs or the race's sweeps, 160; of the defaults, 300",
+        help="default: 160 for the paper's runs and the race's sweeps, 300 for the defaults",
     )
     parser.add_argument(
-        "--widths", type=int, nargs="+", default=None, help="of the race, 64 128; of the defaults, 64 128 256"
+        "--widths",
+        type=int,
+        nargs="+",
+        default=None,
+        help="default: 64 128 for the race, 64 128 256 for the defaults",
     )
     parser.add_argument(
-        "--lengths", type=int, nargs="+", default=None, help="of the race; default: steps and 4 x steps"
+        "--lengths", type=int, nargs="+", default=None, help="for the race; default: steps and 4 x steps"
     )
     parser.add_argument(
         "--only",
         nargs="+",
         default=None,
-        help="of the paper's experiments, the racers, the families or the sets of rules, these",
+        help="run only these of the paper's experiments, the racers, the families or the sets of rules",
     )
     parser.add_argument(
         "--workers", type=int, default=workers_here(), help="runs at a time, each on one thread"
@@ -53,7 +61,7 @@ def main() -> int:
         "rates": list(rates.RULES),
     }[args.what]
     if strange := set(args.only or ()) - set(known):
-        raise ConfigError(f"--only names {min(strange)!r}, expected some of: {', '.join(known)}")
+        raise ConfigError(f"--only has {min(strange)!r}, expected some of: {', '.join(known)}")
     if steps < 40 or args.workers < 1:
         raise ConfigError(
             f"--steps is {steps} and --workers {args.workers}, expected at least 40 and at least 1"
@@ -68,7 +76,7 @@ def main() -> int:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"--out {out} cannot be written ({error.strerror}): choose another folder"
+            f"--out is {out}, which cannot be written ({error.strerror}): choose another folder"
         ) from error
     if args.what == "paper":
         report = paper.run(args.only or known, out, seeds, steps, args.workers)

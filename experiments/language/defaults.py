@@ -1,8 +1,8 @@
-"""Whether the default rules train: every role's learning rate swept around its default, the other roles left alone.
+"""Checks that the default rules train: sweeps each role's learning rate around its default; the others stay unchanged.
 
-`OptimizerConfig()` as it stands, on the built-in corpus, for models of both families at several widths. Five rates per role,
-a factor of 2 apart, and further ones while the best is the smallest or largest; three seeds. A default is good where its loss
-is within `GOOD` of the best.
+It uses `OptimizerConfig()` on the built-in corpus, for models of both families at several widths. Each role has five rates, a
+factor of 2 apart, and further ones while the best is the smallest or largest; three seeds. A default is good if its loss is
+within `GOOD` of the best.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 from experiments.language.runner import SMALL, Curves, Job, run_all
 from polargrad_dist.optim import OptimizerConfig
 
-GOOD = 0.05  # nats per token
+# Nats per token.
+GOOD = 0.05
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 FARTHEST = 2.0**6
 FAMILIES = {
@@ -32,14 +33,14 @@ COMMON: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Place:
-    """A model and a length of training."""
+    """A model and a training length."""
 
     family: str
     width: int
     steps: int
 
     def job(self, role: str, factor: float, seed: int, out: Path) -> Job:
-        """A training with one role's default rate times ``factor``."""
+        """A run with one role's default rate times ``factor``."""
         config = OptimizerConfig()
         rules: dict[str, Any] = {}
         for each in FAMILIES[self.family]:
@@ -65,7 +66,7 @@ class Place:
 def run(
     out: Path, families: list[str], widths: list[int], steps: int, seeds: list[int], workers: int
 ) -> dict[str, Any]:
-    """For every family, width and role: mean final loss by factor of the default rate. JSON-able."""
+    """For every family, width and role, the mean final loss by factor of the default rate; JSON-able."""
     report: dict[str, Any] = {"steps": steps, "seeds": seeds, "places": []}
     for family in families:
         for width in widths:
@@ -99,7 +100,7 @@ def _swept(place: Place, seeds: list[int], out: Path, workers: int) -> dict[str,
 
 
 def _beyond(found: dict[float, float]) -> float | None:
-    """The next factor to try where the best is on an edge, unless that is too far away to matter."""
+    """The next factor to try if the best is on an edge, unless it would be too far away to matter."""
     best = min(found, key=lambda factor: found[factor])
     if best in (smallest := min(found), max(found)) and 1 / FARTHEST < best < FARTHEST:
         return best / 2 if best == smallest else best * 2
@@ -107,7 +108,7 @@ def _beyond(found: dict[float, float]) -> float | None:
 
 
 def table(report: dict[str, Any]) -> str:
-    """For people: by model and role the default rate, its loss less the best, and where that lies."""
+    """A text table: for each model and role the default rate, its loss minus the best, and the best factor."""
     config = OptimizerConfig()
     lines = [f"{'model':<18}{'role':<14}{'default':>9}{'loss':>9}{'best':>9}{'at':>9}{'worse by':>10}"]
     for place in report["places"]:

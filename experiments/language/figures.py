@@ -1,4 +1,4 @@
-"""Pictures of the language-model experiments: medians over seeds, with their range as a band."""
+"""Pictures of the language-model experiments: medians over seeds, with the range as a band."""
 
 from __future__ import annotations
 
@@ -50,20 +50,21 @@ def draw(title: str, embed: str, head: str, curves: dict[str, list[Curves]], pat
 
 
 def draw_race(title: str, racers: dict[str, list[list[tuple[int, float]]]], path: Path) -> None:
-    """Validation losses by step of every racer, each a list of runs' curves, in one SVG that suits light and dark pages.
+    """Validation loss by step of every racer, each a list of runs' curves, in one SVG for light and dark pages.
 
-    The first racer's mean end is a dotted line. The axis begins where most of the first drop is over, and leaves out what
-    diverged.
+    A dotted line marks the first racer's mean final loss. The axis starts below most of the initial drop, and leaves out
+    diverged runs.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    # Text stays text, and the same picture gives the same file.
     plt.rcParams["svg.fonttype"], plt.rcParams["svg.hashsalt"] = (
         "none",
         "race",
-    )  # text, and the same file every time
+    )
     figure, axis = plt.subplots(figsize=(7.2, 4.2), constrained_layout=True)
     _panel(axis, f"{title}: validation loss, nats per token", racers)
     ends = [run[-1][1] for runs in racers.values() for run in runs if run and math.isfinite(run[-1][1])]
@@ -88,7 +89,8 @@ def _panel(
     axis: Any, title: str, lines: dict[str, list[list[tuple[int, float]]]], logarithmic: bool = False
 ) -> None:
     for name, runs in lines.items():
-        if logarithmic:  # of a head that starts at zero, the embedding's first gradient is zero too
+        # If the head starts at zero, the embedding's first gradient is zero too.
+        if logarithmic:
             runs = [[(step, value) for step, value in run if value > 0] for run in runs]
         runs = [dict(run) for run in runs if run]  # type: ignore[misc]
         if not runs:

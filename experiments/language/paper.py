@@ -1,6 +1,6 @@
-"""Sections 5.4, 5.5 and E.1 of Lau, Long, Su (2025), scaled down: the same configurations, models and rules, smaller sizes.
+"""Sections 5.4, 5.5 and E.1 of Lau, Long, Su (2025), scaled down: same configurations, models and rules, smaller sizes.
 
-Two sets of learning rates are run where it matters: the printed ones, and ones that suit the small models.
+If it matters, two sets of learning rates are run: the printed ones, and some that suit the small models.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from experiments.language.runner import SMALL, Curves, Job, run_all
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a figure: a full-size configuration and what is changed in it."""
+    """One line of a figure: a full-size configuration and changes to it."""
 
     name: str
     config: str
@@ -24,7 +24,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One section: its entries, common sizes, and the figures of the paper that its picture stands beside."""
+    """One section: its entries, common sizes, and the figures of the paper that its picture corresponds to."""
 
     title: str
     figures: str
@@ -34,7 +34,7 @@ class Experiment:
     head: str
 
     def jobs(self, name: str, out: Path, seeds: list[int], steps: int) -> dict[tuple[str, int], Job]:
-        """(entry, seed) to its training."""
+        """The run of each (entry, seed)."""
         length = {
             "trainer.steps": steps,
             "trainer.evaluation.every": max(1, steps // 10),
@@ -55,7 +55,7 @@ class Experiment:
         }
 
 
-# Rates that the race's sweep (same sizes) found best, to two digits.
+# The best rates of the race's sweep (same sizes), to two digits.
 QWEN_ADAMW = {"optimizer.hidden.lr": 6e-3, "optimizer.embed.lr": 0.03, "optimizer.scalar.lr": 3e-3}
 QWEN_MUON = {"optimizer.hidden.lr": 0.03, "optimizer.hidden.scale": "muon", "optimizer.scalar.lr": 3e-3}
 
@@ -83,7 +83,7 @@ def _qwen() -> Experiment:
     )
 
 
-# One run each at a few rates, seed 0: the printed ones are a tenth of these and less, for gradients of the full-size models.
+# From one run each at a few rates, seed 0. The printed rates, for full-size gradients, are at most a tenth of these.
 GPT2_ADAM = {"optimizer.head.lr": 0.03}
 GPT2_POLAR = {
     "small": {"optimizer.embed.lr": 50.0, "optimizer.head.lr": 0.4},
@@ -119,7 +119,7 @@ EXPERIMENTS = {
 
 
 def run(names: list[str], out: Path, seeds: list[int], steps: int, workers: int) -> dict[str, Any]:
-    """Trains, draws one picture per experiment into ``out``, and returns the final losses as JSON-able figures."""
+    """Trains, draws one picture per experiment into ``out``, and returns the final losses, JSON-able."""
     report: dict[str, Any] = {}
     for name in names:
         experiment = EXPERIMENTS[name]

@@ -1,9 +1,10 @@
 """A race on equal terms: the same model, text, batch and schedule, and for each optimizer the same number of trial runs.
 
-At each width a sweep of short runs on two seeds: a grid of two learning rates (hidden matrices; embedding and head), then
-further trials at the best pair's open edges, else between the grid's points; then momenta of both. Rules of a near kin
-begin at its best and try two neighbouring rates. What was found runs at both lengths, on three other seeds; main racers also
-run shorter complete schedules, which tell how long a run must be to end at AdamW's mean loss.
+At each width there is a sweep of short runs on two seeds: a grid of two learning rates (hidden matrices; embedding and head),
+then further trials beyond the grid if the best pair is on its edge, else between its points; then momenta of both. A variant
+of a racer starts at that racer's best point and tries two neighbouring rates. The best points run at both lengths, on three
+other seeds. Main racers also run shorter complete schedules, which tell how long a run must be to reach AdamW's mean final
+loss.
 """
 
 from __future__ import annotations
@@ -20,18 +21,21 @@ from experiments.language.figures import draw_race
 from experiments.language.runner import SMALL, Curves, Job, run_all
 
 SHARES = (0.6, 0.8, 1.0)
-FURTHER = 4  # trials of rates after the grid, and of momenta after their first four
+# Trials of rates after the grid, and of momenta after their first four.
+FURTHER = 4
 TARGET = "AdamW"
 SWEEP_SEEDS = (0, 1)
-LOOKS = 16  # validations of a run at full length
-Point = tuple[float, float, float, float]  # rates of hidden matrices and ends, momenta of both
+# Validations of a run at full length.
+LOOKS = 16
+# Rates of hidden matrices and of embedding and head, then the momenta of both.
+Point = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
 class Racer:
-    """An optimizer and its grid: rates of the hidden matrices, rates of embedding and head; momenta at first.
+    """An optimizer and its grid: rates of the hidden matrices, rates of embedding and head; initial momenta.
 
-    ``kin`` names the racer whose best point a rule begins at, its hidden rate times ``factor``.
+    ``kin`` names the racer at whose best point a variant starts, with its hidden rate times ``factor``.
     """
 
     name: str
@@ -96,7 +100,7 @@ COMMON: dict[str, Any] = {
 def job(
     racer: Racer, point: Point, width: int, steps: int, seed: int, out: Path, validate_every: int = 0
 ) -> Job:
-    """One training of a racer; validated every so many steps, and at its end."""
+    """One run of a racer; validated every so many steps, and at its end."""
     where = "-".join(f"{x:.4g}" for x in point)
     name = f"{width}/{racer.name}/{where}/{steps}-{seed}".replace(" ", "-")
     sizes = {"model.width": width, "model.heads": width // 16}
@@ -109,7 +113,7 @@ def job(
 
 @dataclass
 class Sweep:
-    """One racer's trials: mean final losses by point, and which point to try next."""
+    """One racer's trials: mean final losses by point, and the next point to try."""
 
     racer: Racer
     tried: dict[Point, float] = field(default_factory=dict)
@@ -119,11 +123,11 @@ class Sweep:
         return min(self.tried, key=lambda point: self.tried[point])
 
     def grid(self) -> list[Point]:
-        """The first nine."""
+        """The first nine points."""
         return [(h, e, *self.racer.momenta) for h in self.racer.hidden for e in self.racer.ends]
 
     def edges(self, axes: tuple[int, ...]) -> list[Point]:
-        """Beyond the best point, along each of the axes on whose edge it lies."""
+        """Points beyond the best one, along each of these axes on whose edge it is."""
         best, out = self.best, []
         for axis in axes:
             values = sorted({p[axis] for p in self.tried})
@@ -133,7 +137,7 @@ class Sweep:
 
     @property
     def on_an_edge(self) -> bool:
-        """Whether the best is the largest or smallest that was tried of something; a momentum of 0 has nothing below."""
+        """Whether the best point has the largest or smallest value tried on some axis; nothing is below momentum 0."""
         axes = (0, 1, 2, 3) if self.racer.kin is None else (0,)
         values = [sorted({point[axis] for point in self.tried}) for axis in axes]
         return any(
@@ -148,7 +152,7 @@ class Sweep:
         return values[1] / values[0]
 
     def further(self, axes: tuple[int, ...]) -> Point:
-        """One more trial: over an edge, else half a step from the best on the side that was tried least."""
+        """One more trial: beyond an edge, else half a step from the best on the side with fewer trials."""
         if edges := self.edges(axes):
             return edges[0]
         for shrink in itertools.count(1):
@@ -160,7 +164,7 @@ class Sweep:
 
 
 def moved(point: Point, axis: int, up: bool, ratio: float) -> Point:
-    """A point with a rate times, or a momentum's distance from 1 over, ``ratio`` or its inverse; rounded to be told apart."""
+    """A point with a rate times ``ratio``, or a momentum's distance from 1 divided by it, or the inverse; rounded."""
     value = point[axis]
     if axis < 2:
         value = value * ratio if up else value / ratio
@@ -175,7 +179,7 @@ Trained = Callable[[dict[Any, Job], str], dict[Any, Curves]]
 
 
 def sweep(racers: list[Racer], width: int, steps: int, out: Path, trained: Trained) -> dict[str, Sweep]:
-    """Sweeps of equal budget: 9 + `FURTHER` pairs of rates, 4 + `FURTHER` pairs of momenta, each on two seeds."""
+    """Sweeps with equal budgets: 9 + `FURTHER` pairs of rates, 4 + `FURTHER` pairs of momenta, each on two seeds."""
     found = {r.name: Sweep(r) for r in racers if r.kin is None}
     others = {r.name: r for r in racers if r.kin is not None}
 
@@ -223,8 +227,8 @@ def run(
 ) -> dict[str, Any]:
     """Sweeps at ``steps`` and races at every length and width; JSON-able points, curves, losses, steps to AdamW's loss.
 
-    Draws each race's validation losses into ``out``.
-    Runs that have ended are not run again: the same command goes on after an interruption.
+    Draws each race's validation losses into ``out``. Finished runs are not repeated, so the same command continues after an
+    interruption.
     """
 
     def trained(jobs: dict[Any, Job], stage: str) -> dict[Any, Curves]:
@@ -248,7 +252,7 @@ def run(
 def judge(
     swept: dict[str, Sweep], width: int, length: int, seeds: list[int], out: Path, trained: Trained
 ) -> dict[str, Any]:
-    """What the best points come to on other seeds, at one width and length."""
+    """The results of the best points on other seeds, at one width and length."""
     points = {name: s.best for name, s in swept.items()}
     shorter = {
         name: [length]
@@ -283,9 +287,9 @@ def judge(
 
 
 def steps_to(target: float, curve: list[tuple[int, float]]) -> float | None:
-    """Length of the complete run that ends at ``target``, between measured (length, final loss) pairs on a logarithmic axis.
+    """The length of a complete run that ends at ``target``, interpolated between (length, final loss) pairs, log scale.
 
-    None when the longest ends above the target; the shortest length where that one is already below. Diverged runs are
+    None if the longest run ends above the target; the shortest length if that run already ends below it. Diverged runs are
     left out.
     """
     curve = sorted(point for point in curve if math.isfinite(point[1]))

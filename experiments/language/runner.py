@@ -1,7 +1,7 @@
-"""Runs many small trainings through `train.py`'s own code, a few at a time, and reads their curves back.
+"""Runs many small trainings through `train.py`'s own code, a few at a time, and reads their curves.
 
-A run that is complete already, with the same arguments and configuration file, is not run again, and one that was
-interrupted goes on; what another experiment left in its folder is removed.
+A complete run with the same arguments and configuration file is not repeated, and an interrupted one is continued. A run
+that another experiment left in the same folder is removed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from polargrad_dist.trainer.metrics import record_in
 STARTED, DONE = "started.json", "done.json"
 ROOT = Path(__file__).resolve().parents[2]
 
-# What makes a full-size configuration small: everything else of it stays.
+# Changes that make a full-size configuration small; everything else is kept.
 SMALL: dict[str, Any] = {
     "data.source": "builtin",
     "data.tokenizer.name": "bpe",
@@ -51,7 +51,7 @@ SMALL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Job:
-    """One training: a configuration file with overrides, by their dotted keys, as the command line takes them."""
+    """One run: a configuration file with overrides by dotted keys, as on the command line."""
 
     config: str
     overrides: tuple[tuple[str, str], ...]
@@ -59,7 +59,7 @@ class Job:
 
     @classmethod
     def of(cls, config: str, folder: Path, *overrides: Mapping[str, Any]) -> Job:
-        """Later overrides win over earlier ones."""
+        """Builds a job; later overrides take precedence."""
         merged: dict[str, Any] = {}
         for some in overrides:
             merged |= some
@@ -68,7 +68,7 @@ class Job:
 
     @property
     def arguments(self) -> list[str]:
-        """What train.py's command line would be given."""
+        """The arguments for train.py's command line."""
         out = [
             "--config",
             str(ROOT / "configs" / f"{self.config}.yaml"),
@@ -81,14 +81,14 @@ class Job:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes it this training and no other."""
+        """What identifies this run."""
         text = (ROOT / "configs" / f"{self.config}.yaml").read_bytes()
         return {"arguments": self.arguments, "configuration": hashlib.sha256(text).hexdigest()}
 
 
 @dataclass
 class Curves:
-    """What a run logged: (step, value) pairs; ``diagnostics`` by parameter, part and figure. Empty where it diverged."""
+    """A run's logged (step, value) pairs; ``diagnostics`` by parameter, part and figure. Empty if it diverged."""
 
     train: list[tuple[int, float]] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
@@ -96,7 +96,7 @@ class Curves:
 
     @property
     def final(self) -> float:
-        """Last validation loss, nats per token; infinite for a run that diverged."""
+        """The last validation loss in nats per token; infinite for a run that diverged."""
         last = self.validation[-1][1] if self.validation else math.inf
         return last if math.isfinite(last) else math.inf
 
@@ -122,9 +122,9 @@ class Curves:
 
 
 def run_all(jobs: Iterable[Job], workers: int, description: str) -> dict[Job, Curves]:
-    """Trains all jobs that are not complete, ``workers`` at a time on one thread each, and returns everyone's curves.
+    """Trains all jobs that are not complete, ``workers`` at a time with one thread each, and returns all curves.
 
-    Raises the first ``PolarGradError`` that is a mistake in a configuration; a run that diverges is a result.
+    Raises the first ``PolarGradError`` about a configuration. A run that diverges is a result, not an error.
     """
     from tqdm import tqdm
 
@@ -132,7 +132,8 @@ def run_all(jobs: Iterable[Job], workers: int, description: str) -> dict[Job, Cu
     waiting = [job for job in jobs if _written(job, DONE) != job.identity]
     bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc=description, unit="run")
     with bar, worker_pool(workers) as pool:
-        for some in (waiting[:1], waiting[1:]):  # the first alone: it prepares the data that all share
+        # The first runs alone: it prepares the data that all share.
+        for some in (waiting[:1], waiting[1:]):
             for finished in as_completed([pool.submit(_train, job) for job in some]):
                 finished.result()
                 bar.update()
@@ -140,7 +141,7 @@ def run_all(jobs: Iterable[Job], workers: int, description: str) -> dict[Job, Cu
 
 
 def _written(job: Job, name: str) -> dict[str, Any] | None:
-    """The identity that a folder's run was started, or ended, with."""
+    """The identity with which a folder's run was started or finished."""
     try:
         return json.loads((job.folder / name).read_text())["identity"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -173,18 +174,18 @@ def _train(job: Job) -> None:
     else:
         if outcome.exit_code:
             raise PolarGradError(
-                f"{job.folder} was stopped at step {outcome.step}: run the same command again to go on"
+                f"{job.folder} was stopped at step {outcome.step}: run the same command again to continue"
             )
     (job.folder / DONE).write_text(json.dumps({"ended": ended, "identity": job.identity}))
 
 
 def workers_here() -> int:
-    """One run per core."""
+    """The number of cores: one run per core."""
     return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and range of a few values."""
+    """The mean and range of a few values, as text."""
     finite = [v for v in values if math.isfinite(v)]
     if len(finite) < len(values):
         return f"{len(values) - len(finite)} of {len(values)} diverged"

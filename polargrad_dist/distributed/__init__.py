@@ -1,1 +1,1 @@
-"""Who computes which matrix, and how matrices travel between ranks."""
+"""Which rank computes which matrix, and how matrices are sent between ranks."""

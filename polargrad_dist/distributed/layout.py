@@ -1,8 +1,8 @@
-"""Where the elements of a parameter lie, and which of them are matrices: pure geometry of shapes, for every rank at once.
+"""How a parameter is sharded or replicated, and which parts of it are matrices: pure geometry of shapes, for all ranks.
 
-A *layout* cuts a tensor over ranks one mesh dimension after another, as DTensor's ``Shard`` does; ranks that store the same
-elements hold *copies*, and cut them once more into *optimizer shards*. A *split* says which rectangles of a parameter are
-matrices. Both know no process group and no values, so that a plan for 512 ranks can be made on a laptop.
+A *layout* shards a tensor over ranks one mesh dimension after another, as DTensor's ``Shard`` does. Ranks that store the same
+elements hold *copies*, and divide them into *optimizer shards*. A *split* says which blocks of a parameter are matrices.
+Neither knows process groups or values, so a plan for 512 ranks can be made on a laptop.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from functools import cached_property, lru_cache
 from polargrad_dist.errors import ConfigError
 
 Box = tuple[tuple[int, int], ...]
-"""Half-open ranges, one of each dimension."""
+"""Half-open ranges, one for each dimension."""
 
 
 def chunk(length: int, parts: int, index: int) -> tuple[int, int]:
-    """The half-open range of part ``index`` when ``length`` rows are cut as ``torch.chunk`` and DTensor cut them."""
+    """The half-open range of part ``index`` if ``length`` rows are split as by ``torch.chunk`` and DTensor."""
     size = -(-length // parts)
     return min(length, index * size), min(length, (index + 1) * size)
 
 
 def volume(box: Box) -> int:
-    """Elements in a box."""
+    """The number of elements in a box."""
     return math.prod(last - first for first, last in box)
 
 
 def overlap(a: Box, b: Box) -> Box:
-    """The part of ``a`` that lies in ``b``, counted from the beginning of ``a``."""
+    """The intersection of ``a`` and ``b``, relative to the beginning of ``a``."""
     out = []
     for (first, last), (low, high) in zip(a, b, strict=True):
         start = min(max(first, low), last)
@@ -47,9 +47,9 @@ def slices(box: Box) -> tuple[slice, ...]:
 class Layout:
     """A tensor of ``shape`` on the ranks of a mesh.
 
-    The mesh has ``sizes``, the dimensions that cut the tensor first, in the order in which they cut, those that hold copies
-    last; ``cuts`` gives the tensor's dimension that each cuts, None for copies. ``cut`` is the dimension along which copies
-    are cut into optimizer shards, None where each works out all that it stores. Places count through the mesh row by row.
+    ``sizes`` are the mesh dimensions: first those that shard the tensor, in the order in which they do, then those that hold
+    copies. ``cuts`` gives the tensor dimension that each shards, None for copies. ``cut`` is the dimension along which copies
+    are divided into optimizer shards, None if each copy updates all that it stores. Places count the mesh row by row.
     """
 
     shape: tuple[int, ...]
@@ -63,7 +63,7 @@ class Layout:
 
     @cached_property
     def copies(self) -> int:
-        """How many ranks store the same elements; their places follow one another."""
+        """How many ranks store the same elements; their places are consecutive."""
         return math.prod(size for size, cut in zip(self.sizes, self.cuts, strict=True) if cut is None)
 
     @property
@@ -93,17 +93,17 @@ class Layout:
         return tuple(box)
 
     def counted(self, place: int) -> bool:
-        """Whether what this place works out is counted here, and not at another copy that works out the same."""
+        """Whether this place counts its result, rather than another copy that computes the same."""
         return self.cut is not None or place % self.copies == 0
 
     @cached_property
     def longest(self) -> list[int]:
-        """Elements of the longest optimizer shard among the copies of each block of the tensor."""
+        """Elements of the longest optimizer shard, among the copies of each block of the tensor."""
         sizes = list(map(volume, self.shards))
         return [max(sizes[first : first + self.copies]) for first in range(0, self.world, self.copies)]
 
     def gathered(self, place: int) -> int:
-        """Elements that a place receives when the copies share their shards, padded to the longest."""
+        """Elements that a place receives when copies exchange their shards, padded to the longest."""
         if self.copies == 1 or self.cut is None:
             return 0
         return self.copies * self.longest[place // self.copies]
@@ -111,9 +111,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class Stretches(Layout):
-    """A tensor whose elements, in the order of memory, are cut anywhere: ``bounds`` are the first and last of each place.
+    """A tensor whose elements are split anywhere, in memory order; ``bounds`` are the first and last of each place.
 
-    ``shape`` is (elements,). DeepSpeed's ZeRO cuts so, in the middle of rows; no place holds copies.
+    ``shape`` is (elements,). DeepSpeed's ZeRO splits in this way, also within rows; no place holds copies.
     """
 
     bounds: tuple[tuple[int, int], ...] = ()
@@ -134,9 +134,9 @@ def laid_out(
     cuts: tuple[int | None, ...],
     among: tuple[int, ...],
 ) -> Layout:
-    """The layout whose optimizer shards are cut along the dimension of ``among`` that divides best, the first of equals.
+    """The layout that divides copies into optimizer shards along the dimension of ``among`` that divides most evenly.
 
-    With an empty ``among`` copies are not cut.
+    Of several such dimensions it takes the first. With an empty ``among`` copies are not divided.
     """
     plain = Layout(shape, sizes, cuts)
     if plain.copies == 1 or not among:
@@ -152,9 +152,9 @@ Cut3 = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 class Split:
     """The matrices of a parameter of ``stack * rows * cols`` elements, each stepped as one.
 
-    ``runs`` cuts each of the ``stack`` slices, along its columns where ``transposed``, else along its rows, into equal
-    blocks: (first, blocks, size of a block). A transposed parameter stores the transposes of its matrices. Of a ``flattened``
-    one, which is a single matrix, ranks hold `Stretches`: it is cut as one column of all its elements.
+    ``runs`` splits each of the ``stack`` slices into equal blocks, along its columns if ``transposed``, else along its rows:
+    (first, blocks, size of a block). A transposed parameter stores the transposes of its matrices. A ``flattened`` parameter
+    is a single matrix of which ranks hold `Stretches`: it is treated as one column of all its elements.
     """
 
     stack: int
@@ -175,14 +175,14 @@ class Split:
         flatten: bool = False,
         transposed: bool = False,
     ) -> Split:
-        """Reads a parameter's shape: 2-D one matrix, 3-D a stack of experts, more (or ``flatten``) a convolution.
+        """Reads a parameter's shape: 2-D is one matrix, 3-D a stack of experts, more (or ``flatten``) a convolution.
 
-        Raises ``ConfigError`` when the splits do not add up to the rows (``transposed``: columns).
+        Raises ``ConfigError`` if the splits do not add up to the rows (``transposed``: columns).
         """
         if len(shape) < 2 or math.prod(shape) == 0:
             raise ConfigError(
                 f"{name} has shape {tuple(shape)}, expected a matrix with at least one element: "
-                "give the optimizer the model itself, which tells what is a matrix, or put this into a group with "
+                "pass the model itself, whose modules tell what is a matrix, or put this parameter into a group with "
                 "algorithm 'adamw'"
             )
         stack, rows, cols = (1, shape[0], math.prod(shape[1:])) if flat(shape, flatten) else tuple(shape)
@@ -191,11 +191,15 @@ class Split:
         length, what = (cols, "columns") if transposed else (rows, "rows")
         if num_heads:
             if length % num_heads:
-                raise ConfigError(f"{name} has {length} {what}, which num_heads={num_heads} does not divide")
+                raise ConfigError(
+                    f"{name} has num_heads={num_heads}, expected a divisor of its {length} {what}"
+                )
             split_sizes = (length // num_heads,) * num_heads
         sizes = tuple(split_sizes or (length,))
         if sum(sizes) != length or min(sizes) < 1:
-            raise ConfigError(f"{name} has {length} {what}, but split_sizes {sizes} add up to {sum(sizes)}")
+            raise ConfigError(
+                f"{name} has split_sizes {sizes}, which add up to {sum(sizes)}, expected its {length} {what}"
+            )
         runs: list[tuple[int, int, int]] = []
         first = 0
         for size in sizes:
@@ -229,9 +233,9 @@ class Split:
 
 
 def rectangle(box: Box, shape: Sequence[int], stacked: bool) -> Cut3:
-    """A box of a tensor's dimensions as ranges of (slice, row, column): 3-D ``stacked``, else the first against the rest.
+    """A box of a tensor as ranges of (slice, row, column): 3-D if ``stacked``, else the first dimension by all others.
 
-    A stretch of elements, whatever the shape, is a range of rows of one column.
+    A range of elements, whatever the shape, is a range of rows of one column.
     """
     if stacked:
         return box[0], box[1], box[2]
@@ -243,10 +247,10 @@ def rectangle(box: Box, shape: Sequence[int], stacked: bool) -> Cut3:
 
 
 def flat(shape: Sequence[int], flatten: bool) -> bool:
-    """Whether a parameter is one matrix, its first dimension against the rest."""
+    """Whether a parameter is one matrix, its first dimension by all others."""
     return len(shape) != 3 or flatten
 
 
 def cuttable(shape: Sequence[int], flatten: bool) -> tuple[int, ...]:
-    """The dimensions along which a matrix parameter may be cut over ranks, so that each part is a rectangle."""
+    """The dimensions along which a matrix parameter may be sharded such that each part is a rectangle."""
     return (0, 1) if flat(shape, flatten) else (0, 1, 2)

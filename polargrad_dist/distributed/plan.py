@@ -1,7 +1,7 @@
-"""Who computes which matrix, and what that costs: pure functions of names, shapes, rules and ranks.
+"""Which rank computes which matrix, and what that costs: pure functions of names, shapes, rules and ranks.
 
-A plan knows no process group and no tensor's values, so that it can be made for 512 ranks on a laptop, on meta tensors.
-Matrices are dealt longest first over all shapes together (Graham's LPT rule, at most 4/3 of the best possible largest load).
+A plan knows neither process groups nor values, so one for 512 ranks can be made on a laptop, on meta tensors.
+Matrices of all shapes are assigned longest first (Graham's LPT rule: at most 4/3 of the smallest possible largest load).
 """
 
 from __future__ import annotations
@@ -21,23 +21,28 @@ from polargrad_dist.errors import ConfigError
 from polargrad_dist.words import counted
 
 TALL_ROLES = ("embed", "value_embed", "head")
-SMALL = 1 << 16  # elements up to which an elementwise parameter is worked out by everyone who stores it
-UNEVEN = 1.1  # where whole matrices lie more unevenly than this, they travel to be dealt anew
-NUMBERS = 2  # per matrix, fp64, beside its direction: scale, and whether it may be stepped
-SUMS = 3  # per matrix whose step waits for them, fp64: |W|^2, <W, S>, |S|^2 of weights and steps
-ROOT_NUMBERS = 4  # beside a root: nuclear norm, largest and smallest singular value, whether it may be used
+# Up to this many elements, every rank that stores an elementwise parameter updates all of it.
+SMALL = 1 << 16
+# If whole matrices are stored more unevenly than this, they are sent to newly assigned owners.
+UNEVEN = 1.1
+# Sent in fp64 with each matrix's direction: its scale, and whether it may be stepped.
+NUMBERS = 2
+# Summed in fp64 for each matrix whose step waits for it: |W|^2, <W, S>, |S|^2 of weights and steps.
+SUMS = 3
+# Sent with a root: scale, largest and smallest singular value, whether it may be used.
+ROOT_NUMBERS = 4
 
 
 @dataclass
 class Entry:
     """One parameter in the plan.
 
-    ``kind`` is ``owner`` (whole matrices, each at one place), ``tall`` (its rows stay, their n x n problem goes to one place)
-    or ``elementwise``. ``ranks`` gives the global rank of each place of its layout, ``owners`` the place of each matrix;
-    ``bounded`` tells that a norm travels beside a tall matrix's Gram matrix, and a root that is not symmetric back;
-    ``kept`` counts the elements of state that each matrix's owner keeps;
-    ``centred`` says that a tall matrix's mean row is taken out, ``pauses`` that steps wait for sums over ranks
-    (`sum_rows`), ``travels`` whether some matrix does not lie whole in its owner's optimizer shard.
+    ``kind`` is ``owner`` (each matrix is assembled at one place), ``tall`` (rows stay, the n x n problem is sent to one
+    place) or ``elementwise``. ``ranks`` gives the global rank of each place of the layout, ``owners`` the place that owns
+    each matrix. ``bounded``: a norm is sent with a tall matrix's Gram matrix, and a root that is not symmetric is returned.
+    ``kept`` counts the elements of state that each matrix's owner keeps. ``centred``: a tall matrix's mean row is subtracted.
+    ``pauses``: steps wait for sums over ranks (`sum_rows`). ``travels``: some matrix is not whole in its owner's optimizer
+    shard.
     """
 
     name: str
@@ -64,7 +69,7 @@ class Entry:
 
     @property
     def key(self) -> tuple[str, tuple[int, ...]]:
-        """What tells it from every other parameter of the world: stages and experts may share a name, not ranks."""
+        """Identifies a parameter among all: stages and experts may share a name, but not ranks."""
         return self.name, self.ranks
 
     @property
@@ -77,7 +82,7 @@ class Entry:
 
     @property
     def momentum_dtype(self) -> torch.dtype:
-        """The type in which momenta travel: an exact oracle would take the rounding of bf16 for directions."""
+        """The dtype in which momenta are sent: an exact oracle would treat rounding errors of bf16 as directions."""
         return self.state_dtype if self.wide else self.dtype
 
     @property
@@ -105,14 +110,13 @@ class Entry:
         return [rectangle(box, self.shape, stacked) for box in self.layout.shards]
 
     def candidates(self) -> list[tuple[int, ...]]:
-        """The places among which each matrix may be dealt: where it lies whole, if that is even enough, else all."""
+        """The places that may own each matrix: the one that stores it whole, if that is even enough, else all."""
         assert self.split is not None
         everywhere = tuple(range(self.layout.world))
         if self.layout.world > 1 and self.kind == "owner" and not self.in_order:
             homes = whole_at(self.layout, self.split)
-            if isinstance(
-                self.layout, Stretches
-            ):  # the elements of all parameters together are cut evenly, not each
+            # Here the elements of all parameters together are divided evenly, not those of each.
+            if isinstance(self.layout, Stretches):
                 return [everywhere if home is None else (home,) for home in homes]
             counts = Counter(homes)
             if None not in counts and max(counts.values()) * self.layout.world <= UNEVEN * len(homes):
@@ -122,7 +126,7 @@ class Entry:
 
 @lru_cache(maxsize=4096)
 def whole_at(layout: Layout, split: Split) -> list[int | None]:
-    """The one place in whose optimizer shard each matrix lies whole, None where there is none or several."""
+    """The one place whose optimizer shard contains each matrix whole; None if there is none, or several."""
     shards = [rectangle(box, layout.shape, split.stacked) for box in layout.shards]
     homes: list[int | None] = []
     for matrix in split.matrices:
@@ -132,12 +136,12 @@ def whole_at(layout: Layout, split: Split) -> list[int | None]:
 
 
 def deal(entries: Sequence[Entry], loads: dict[int, float]) -> None:
-    """Gives each matrix its owner: the costliest first (then the largest, then by name) to the least loaded rank.
+    """Assigns an owner to each matrix: the costliest first (then the largest, then by name) to the least loaded rank.
 
-    ``loads`` are flops already dealt to each global rank, updated in place. Matrices that lie whole at one place stay there.
-    Those whose rule keeps state at the owner are dealt in order, so that alike ones are one stack cut evenly over the ranks.
-    A parameter that lies alike on several meshes (experts, copied from mesh to mesh) is dealt alike on each: the same batches
-    give copies the same bits.
+    ``loads`` are flops already assigned to each global rank, updated in place. Matrices stored whole at one place stay there.
+    Those whose rule keeps state at the owner are assigned in order, so that those of one shape are a stack divided evenly
+    over the ranks. A parameter with the same layout on several meshes (copies of experts) gets the same owners on each: equal
+    batches give copies the same bits.
     """
     whole = [e for e in entries if e.kind != "elementwise"]
     firsts: dict[tuple, Entry] = {}
@@ -174,7 +178,8 @@ def deal(entries: Sequence[Entry], loads: dict[int, float]) -> None:
             heapq.heapify(heaps[e.ranks])
         heap = heaps[e.ranks]
         while heap[0][:2] != (now := (loads[e.ranks[heap[0][2]]], sizes[e.ranks[heap[0][2]]])):
-            heapq.heapreplace(heap, (*now, heap[0][2]))  # it was dealt something from another mesh meanwhile
+            # The rank has been assigned a matrix of another mesh in the meantime.
+            heapq.heapreplace(heap, (*now, heap[0][2]))
         place = heap[0][2]
         give(e, i, place)
         heapq.heapreplace(heap, (loads[e.ranks[place]], sizes[e.ranks[place]], place))
@@ -183,12 +188,12 @@ def deal(entries: Sequence[Entry], loads: dict[int, float]) -> None:
             e.travels = e.layout.world > 1 and e.owners != whole_at(e.layout, e.split)
     if lost := [e.name for e in whole if min(e.owners) < 0]:
         raise ConfigError(
-            f"{lost[0]} has a matrix that no rank can own, expected one of the ranks that store it"
+            f"{lost[0]} has a matrix that no rank can own, expected an owner among the ranks that store it"
         )
 
 
 def in_order(entries: Iterable[Entry]) -> dict[tuple, list[tuple[Entry, int]]]:
-    """Matrices whose rule keeps state at the owner, alike ones together, in an order that no placement changes."""
+    """Matrices whose rule keeps state at the owner, grouped by shape, in an order that does not depend on the layout."""
     alike: dict[tuple, list[tuple[Entry, int]]] = defaultdict(list)
     for e in entries:
         if e.in_order:
@@ -198,14 +203,14 @@ def in_order(entries: Iterable[Entry]) -> dict[tuple, list[tuple[Entry, int]]]:
     for members in alike.values():
         if len({e.ranks for e, _ in members}) > 1:
             raise ConfigError(
-                f"{members[0][0].name} and {members[-1][0].name} are alike but on different meshes, and their rule keeps "
-                "state per matrix: give them to different parameter groups"
+                f"{members[0][0].name} and {members[-1][0].name} have one shape but different meshes, and their rule keeps "
+                "state per matrix, expected one mesh: put them into different parameter groups"
             )
     return alike
 
 
 def sum_rows(entries: Iterable[Entry]) -> dict[tuple[Any, int], int]:
-    """Where the sums of each matrix that waits for some lie, by (key, matrix), and behind them those of each role."""
+    """Positions of the sums of each matrix that waits for some, by (key, matrix); the sums of each role follow."""
     waiting = [e for e in entries if e.pauses]
     rows: dict[tuple[Any, int], int] = {}
     for e in waiting:
@@ -218,7 +223,7 @@ def sum_rows(entries: Iterable[Entry]) -> dict[tuple[Any, int], int]:
 
 @dataclass
 class Plan:
-    """Owners, balance, bytes and traffic of a world of ranks: those of ``ranks``, the first ``world`` without."""
+    """Owners, balance, memory and traffic for the given ``ranks``; by default, the first ``world``."""
 
     world: int
     gradients: str = "all_reduced"
@@ -228,7 +233,7 @@ class Plan:
     ranks: tuple[int, ...] | None = None
 
     def add(self, items: Sequence[Entry]) -> None:
-        """Deals further parameters on top of what is dealt already; nobody's owner changes."""
+        """Assigns owners to further parameters; earlier owners do not change."""
         deal(items, self.loads)
         self.entries.extend(items)
 
@@ -248,7 +253,7 @@ class Plan:
                 yield e, index[rank]
 
     def memory(self) -> list[dict[str, int]]:
-        """Bytes that each rank keeps through the run: parameters, gradients, optimizer state."""
+        """Bytes that each rank holds throughout the run: parameters, gradients, optimizer state."""
         rows = []
         for rank in self._ranks:
             parameters = states = 0
@@ -264,8 +269,8 @@ class Plan:
     def traffic(self) -> dict[str, int]:
         """Bytes per step on the busiest rank of each collective that the optimizer starts.
 
-        Counted as the buffers handed to it: what a rank sends, for an all-gather what it receives. What DDP or FSDP
-        moves for the gradients (2P and 3P in their own counts) comes on top.
+        It counts the buffers passed to it: what a rank sends, or, for an all-gather, what it receives. The traffic of DDP or
+        FSDP (2P and 3P in their own counts) comes on top.
         """
         if self.world == 1:
             return {}

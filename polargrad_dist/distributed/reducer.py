@@ -1,7 +1,7 @@
-"""Gradients reduced, while backward still runs, straight into the optimizer shards: P bytes instead of DDP's 2P.
+"""Reduces gradients during backward, straight into the optimizer shards: P bytes instead of DDP's 2P.
 
-Takes the place of DDP's all-reduce for replicated parameters. Every rank starts the same reductions in the same order
-(last parameter first) whatever gradients it has: one that is missing on some rank counts as zeros there.
+Replaces DDP's all-reduce for replicated parameters. Every rank starts the same reductions in the same order (last parameter
+first), whatever gradients it has: a gradient that is missing on a rank counts as zeros.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from polargrad_dist.distributed.plan import Entry
 from polargrad_dist.distributed.transport import Started, Traffic
 from polargrad_dist.errors import PolarGradError
 
-_hooks = WeakTensorKeyDictionary()  # parameter to the handle of its hook
+# Parameter to the handle of its hook.
+_hooks = WeakTensorKeyDictionary()
 
 
 @dataclass
 class Reduced:
-    """A parameter whose gradient is reduced here; ``copies`` are the places of its group's ranks, in their order."""
+    """A parameter whose gradient is reduced here; ``copies`` are the places of its group's ranks, in group order."""
 
     p: torch.Tensor
     entry: Entry
@@ -33,11 +34,11 @@ class Reduced:
 
 
 class ShardReducer:
-    """Hooks on replicated parameters that average each gradient where it is needed, by buckets.
+    """Hooks on replicated parameters that average gradients into optimizer shards, bucket by bucket.
 
-    Afterwards `shard` gives the average in this rank's optimizer shard. ``p.grad`` is then a NaN that takes no memory and
-    cannot be written to, so that whoever still reads or clips it notices. Parameters that every rank works out whole are
-    averaged everywhere, in one all-reduce.
+    `shard` then gives the average in this rank's optimizer shard. ``p.grad`` is then a NaN that takes no memory and cannot
+    be written to, so that code that still reads or clips it fails visibly. Parameters that every rank updates whole are
+    averaged on all ranks, by one all-reduce.
     """
 
     def __init__(
@@ -62,7 +63,8 @@ class ShardReducer:
         self.enabled = True
         self._reset()
         for i, r in enumerate(self.all):
-            if r.p in _hooks:  # of an optimizer built earlier on the same model: two would average twice
+            # A hook of an earlier optimizer on the same model: two hooks would average twice.
+            if r.p in _hooks:
                 _hooks[r.p].remove()
             _hooks[r.p] = r.p.register_post_accumulate_grad_hook(lambda _, i=i: self._arrived(i))
 
@@ -78,7 +80,7 @@ class ShardReducer:
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Backward passes inside only accumulate, as all but the last micro-batch of a step must."""
+        """Backward passes inside only accumulate; use it for all but the last micro-batch of a step."""
         self.enabled, before = False, self.enabled
         try:
             yield
@@ -104,7 +106,7 @@ class ShardReducer:
             self._next += 1
 
     def _launch(self, bucket: list[int]) -> None:
-        """Starts reducing a bucket: row j of what is sent is the shards of copy j, padded to the longest."""
+        """Starts reducing a bucket: row j of the message has the shards of copy j, padded to the longest."""
         first = self.all[bucket[0]].p
         lengths = [max(map(volume, self.all[i].entry.layout.shards)) for i in bucket]
         flat = torch.zeros(self.copies, sum(lengths), dtype=first.dtype, device=first.device)
@@ -128,22 +130,22 @@ class ShardReducer:
         )
 
     def _spend(self, p: torch.Tensor) -> None:
-        """Gives the memory of a gradient that has been sent free."""
+        """Frees the memory of a gradient that has been sent."""
         p.grad = self._spent[p] = torch.full((), torch.nan, dtype=p.dtype, device=p.device).expand(p.shape)
 
     def finish(self) -> None:
-        """Starts what backward did not reach, waits for everything. Idempotent until `clear`.
+        """Starts the reductions that backward did not reach, and waits for all. Idempotent until `clear`.
 
-        ``present`` then tells which parameters had a gradient on this rank: the others have zeros by now.
+        ``present`` then says which parameters had a gradient on this rank; the others have zeros by now.
         """
         if self.done:
             return
         for sent, r in zip(self._sent, self.all, strict=True):
             if sent and r.p.grad is not self._spent[r.p]:
                 raise PolarGradError(
-                    f"the gradient of {r.entry.name} was written again after it had been sent to the optimizer shards: call "
-                    "the model itself and no DistributedDataParallel around it, clip with optimizer.clip_grad_norm_, and "
-                    "call optimizer.finish_reductions() before anything else touches gradients"
+                    f"the gradient of {r.entry.name} was changed after it had been sent to the optimizer shards, expected no "
+                    "change: call the bare model, not DistributedDataParallel, clip with optimizer.clip_grad_norm_, and "
+                    "call optimizer.finish_reductions() before other code changes gradients"
                 )
         arrived = zip(self.all, self._sent, self._here, strict=True)
         self.present = {r.p: here if sent else r.p.grad is not None for r, sent, here in arrived}
@@ -174,7 +176,7 @@ class ShardReducer:
                 self._spend(p)
 
     def clear(self) -> None:
-        """Makes ready for the next step's backward; what is still on its way is waited for first."""
+        """Prepares for the next step's backward; first waits for reductions in flight."""
         for _, started in self._flying:
             if isinstance(started, Started):
                 started.wait()

@@ -1,8 +1,8 @@
-"""Buckets of parameters that are stepped together, and the one order in which all ranks start and await their collectives.
+"""Buckets of parameters that are stepped together, and the order in which all ranks start and await their collectives.
 
-Equal bucket order is not enough: with two buckets on their way and overlapping groups, a rank that has no part in a bucket
-would start a later one earlier than its neighbours, and collectives on a shared group would be paired wrongly. So every rank
-works out the list of (bucket, stage) over all buckets of all meshes, and runs its own entries in that order.
+Equal bucket order is not enough: with two buckets in flight and overlapping groups, a rank that has no part in a bucket would
+start a later one before its peers do, and collectives on a shared group would be paired wrongly. So every rank computes the
+list of (bucket, stage) over all buckets of all meshes, and runs its own entries in that order.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from polargrad_dist.distributed.layout import volume
 from polargrad_dist.distributed.plan import Entry
 
-WINDOW = 2  # buckets on their way at a time
-SHARE = 4  # of the bucket's bytes, what an owner computes at a time: the rest is what it needs beside them, twice over
-ROWS = 4096  # rows of a tall matrix that are multiplied at a time, at least, where nothing is shared
+# Buckets in flight at a time.
+WINDOW = 2
+# An owner computes 1/SHARE of the bucket's bytes at a time; the rest covers the other memory of a step.
+SHARE = 4
+# Without copies, at least this many rows of a tall matrix are multiplied at a time.
+ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Portion:
-    """What is stepped, and shared between copies, at a time: these items of a bucket, these rows of each one's shard."""
+    """What is stepped and sent to copies at a time: some items of a bucket, some rows of each item's shard."""
 
     items: slice
     rows: slice
@@ -39,7 +42,7 @@ class Portion:
 
 @dataclass
 class Bucket:
-    """Alike parameters that travel together: of one kind, group, shape, dtype, layout and split."""
+    """Parameters that are communicated together: of one kind, group, shape, dtype, layout and split."""
 
     items: list[Item]
     like: Entry
@@ -47,7 +50,7 @@ class Bucket:
 
     @property
     def shares(self) -> bool:
-        """Whether copies are brought up to date by an all-gather."""
+        """Whether an all-gather updates the copies."""
         return self.like.layout.copies > 1 and self.like.layout.cut is not None
 
     @property
@@ -65,7 +68,8 @@ class Bucket:
 def in_buckets(entries: Sequence[Entry], present: Sequence[bool], limit: int) -> list[Bucket]:
     """The buckets of the parameters that have gradients, so that a step needs about three times ``limit`` bytes.
 
-    Tall matrices come first, since their small problems travel while others compute; then elementwise ones, then the largest.
+    Tall matrices come first, because their small problems are in flight while others compute; then elementwise parameters,
+    then matrices, the largest first.
     """
     limit = max(1, limit // SHARE)
     alike: dict[tuple, list[int]] = defaultdict(list)
@@ -91,7 +95,7 @@ def in_buckets(entries: Sequence[Entry], present: Sequence[bool], limit: int) ->
 
 
 def _filled(entries: Sequence[Entry], numbers: list[int], limit: int) -> list[list[Item]]:
-    """Alike parameters as the items of one bucket after another."""
+    """Distributes parameters of one kind over buckets, as items."""
     like = entries[numbers[0]]
     if like.kind != "owner":
         items = [Item(number, 0, 1) for number in numbers]
@@ -124,7 +128,7 @@ def _filled(entries: Sequence[Entry], numbers: list[int], limit: int) -> list[li
 
 
 def _slabs(e: Entry, limit: int) -> list[tuple[int, int]]:
-    """Ranges of slices of a stack whose matrices fit into a bucket; all of it where it is cut between its slices."""
+    """Ranges of slices of a stack whose matrices fit into a bucket; the whole stack if it is sharded by slices."""
     assert e.split is not None
     stack = e.split.stack
     whole = all(box[0] == (0, stack) for box in e.rectangles)
@@ -135,7 +139,7 @@ def _slabs(e: Entry, limit: int) -> list[tuple[int, int]]:
 
 
 def _portions(items: list[Item], like: Entry, limit: int) -> list[Portion]:
-    """Cuts a bucket into what is shared at a time: several items, or some rows of one."""
+    """Divides a bucket into what is sent to copies at a time: several items, or some rows of one."""
     copies, itemsize = like.layout.copies, like.itemsize
     rows = max(last - first for _, (first, last), _ in like.rectangles)
     if copies == 1 or like.layout.cut is None:
@@ -155,7 +159,7 @@ def _portions(items: list[Item], like: Entry, limit: int) -> list[Portion]:
 
 
 def in_order(stages: Sequence[int]) -> list[int]:
-    """The order in which coroutines of so many stages are resumed, `WINDOW` of them on their way: their numbers."""
+    """The order, as coroutine numbers, in which coroutines with these numbers of stages are resumed, `WINDOW` at a time."""
     order: list[int] = []
     running: deque[tuple[int, int]] = deque()
     waiting = deque((number, count) for number, count in enumerate(stages) if count)

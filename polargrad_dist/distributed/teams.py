@@ -20,13 +20,13 @@ from polargrad_dist.errors import ConfigError
 
 
 def local(x: torch.Tensor) -> torch.Tensor:
-    """What this rank stores of a tensor, writing through."""
+    """This rank's part of a tensor, as a view."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 @dataclass(frozen=True)
 class Placing:
-    """How a parameter lies on a mesh: `Layout`'s sizes and cuts, the global rank of each place, and where it was read."""
+    """A parameter's placement on a mesh: `Layout`'s sizes and cuts, the global rank of each place, and the mesh."""
 
     sizes: tuple[int, ...] = ()
     cuts: tuple[int | None, ...] = ()
@@ -36,7 +36,7 @@ class Placing:
 
 
 def placing(name: str, p: torch.Tensor, group: dist.ProcessGroup | None) -> Placing:
-    """How ``p`` lies: a DTensor by its placements, any other as copies on the ranks of ``group``.
+    """The placement of ``p``: a DTensor's own; any other tensor is copied on the ranks of ``group``.
 
     Raises ``ConfigError`` for placements that cannot be stepped.
     """
@@ -48,7 +48,7 @@ def placing(name: str, p: torch.Tensor, group: dist.ProcessGroup | None) -> Plac
     dims = [dim for dim, size in enumerate(mesh.shape) if size > 1]
     for dim in dims:
         _check(name, placements, dim, mesh)
-    # DTensor applies strided shards last: FSDP2 cuts what tensor parallelism, a later mesh dimension, has cut before.
+    # DTensor applies strided shards last: FSDP2 shards what tensor parallelism, a later mesh dimension, has sharded.
     dims.sort(
         key=lambda dim: (isinstance(placements[dim], Replicate), isinstance(placements[dim], _StridedShard))
     )
@@ -90,9 +90,9 @@ def _check(name: str, placements: tuple[Placement, ...], dim: int, mesh: DeviceM
 
 @dataclass(eq=False)
 class Team:
-    """The ranks that store a parameter, and this rank among them: ``place`` is its place in the layout.
+    """The ranks that store a parameter; ``place`` is this rank's place in the layout.
 
-    ``group`` joins all of them, ``copies`` those that store the same elements; None where that is this rank alone.
+    ``group`` has all of them, ``copies`` those that store the same elements; None if that is this rank alone.
     """
 
     found: Placing
@@ -134,9 +134,9 @@ class Team:
     def state(
         self, here: torch.Tensor, layout: Layout, p: torch.Tensor, extra: Sequence[int] = ()
     ) -> torch.Tensor:
-        """This rank's part of a state, as a DTensor over the optimizer shards of ``p``; plain where all is here.
+        """This rank's part of a state, as a DTensor over the optimizer shards of ``p``; a plain tensor if all of it is here.
 
-        ``extra`` are further dimensions that the state has beyond those of the parameter.
+        ``extra`` are dimensions of the state in addition to those of the parameter.
         """
         if layout.world == 1 or (
             layout.copies == layout.world and layout.cut is None and not isinstance(p, DTensor)
@@ -149,7 +149,7 @@ class Team:
         return dtensor(here, self.mesh, [Shard(cut) for cut in layout.state_cuts if cut is not None], shape)
 
     def stacked(self, here: torch.Tensor, count: int) -> torch.Tensor:
-        """``count`` alike things, of which each rank keeps its stretch, as a DTensor cut along the first dimension."""
+        """A stack of ``count`` entries, of which each rank keeps its part, as a DTensor sharded along the first dimension."""
         if self.group is None:
             return here
         mesh = DeviceMesh.from_group(self.group, self.device_type)
@@ -172,13 +172,13 @@ def dtensor(here: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Any], sha
 
 
 class Groups:
-    """Process groups by their ranks: those that exist, or new ones, which all their ranks must ask for in one order."""
+    """Process groups by their ranks: existing ones, or new ones, which all their ranks must request in one order."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
     def learn(self, found: Placing, given: dist.ProcessGroup | None) -> None:
-        """Takes up the groups that a parameter's mesh brings along."""
+        """Registers the groups of a parameter's mesh."""
         if given is not None:
             self._known.setdefault(tuple(sorted(dist.get_process_group_ranks(given))), given)
         if dist.is_available() and dist.is_initialized() and dist.group.WORLD is not None:
@@ -189,7 +189,7 @@ class Groups:
                 self._known.setdefault(tuple(sorted(dist.get_process_group_ranks(group))), group)
 
     def of(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
-        """The group of these ranks; None for one alone."""
+        """The group of these ranks; None for a single rank."""
         key = tuple(sorted(ranks))
         if len(key) == 1:
             return None
@@ -199,7 +199,7 @@ class Groups:
 
 
 def widest(found: Sequence[Placing], given: dist.ProcessGroup | None) -> tuple[int, ...]:
-    """The ranks that have to agree: all that store anything, by the widest mesh; all there are where meshes only overlap."""
+    """The ranks that must agree: those of the widest mesh if it contains all others, else all ranks."""
     sets = {frozenset(placing.ranks) for placing in found}
     if given is not None:
         sets.add(frozenset(dist.get_process_group_ranks(given)))

@@ -1,7 +1,7 @@
-"""How matrices, weights and small agreements travel between ranks; knows no update rule.
+"""Sends matrices, weights and small agreements between ranks; knows no update rule.
 
-Every collective here has a size and a place in the order that all ranks know beforehand: none depends on a gradient's
-presence, on an empty shard or on who owns what. `Traffic` counts what was started, for tests and for ``stats()``.
+All ranks know the size and order of every collective in advance: neither depends on which gradients exist, on empty shards
+or on who owns what. `Traffic` counts what was started, for tests and for ``stats()``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 @dataclass
 class Started:
-    """A collective on its way; its input is kept alive until it has been read."""
+    """A collective in flight; its input is kept alive until it has been read."""
 
     out: torch.Tensor
     work: Any
@@ -39,7 +39,7 @@ class Started:
 
 
 class Traffic:
-    """Starts collectives asynchronously, and counts calls and bytes of each kind since the last `clear`."""
+    """Starts collectives asynchronously, and counts the calls and bytes of each kind since the last `clear`."""
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
@@ -52,7 +52,7 @@ class Traffic:
     def all_to_all(
         self, x: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
     ) -> Started:
-        """Stretches of flat ``x`` to the group's ranks in turn, of so many elements; what they send comes back."""
+        """Sends consecutive parts of flat ``x``, of the given sizes, to the group's ranks; returns what they send."""
         x = x.contiguous()
         self.calls["all_to_all"] += 1
         self.bytes["all_to_all"] += x.nbytes
@@ -67,37 +67,37 @@ class Traffic:
         return Started(out, _all_gather(out.view(-1), x.reshape(-1), group=group, async_op=True), x)
 
     def reduce_scatter(self, x: torch.Tensor, group: dist.ProcessGroup) -> Started:
-        """The sum of row i of every rank's (ranks, n) at rank i."""
+        """At rank i, the sum of row i of every rank's (ranks, n)."""
         out = x.new_empty(x.shape[1:])
         self.calls["reduce_scatter"] += 1
         self.bytes["reduce_scatter"] += x.nbytes
         return Started(out, _reduce_scatter(out.view(-1), x.view(-1), group=group, async_op=True), x)
 
     def reduce(self, x: torch.Tensor, dst: int, group: dist.ProcessGroup) -> Started:
-        """The sum of ``x`` at one rank of the group, in place; elsewhere it is garbage."""
+        """At one rank of the group, the sum of ``x``, in place; undefined on the others."""
         self.calls["reduce"] += 1
         self.bytes["reduce"] += x.nbytes
         return Started(x, dist.reduce(x, group=group, group_dst=dst, async_op=True))
 
     def all_reduce(self, x: torch.Tensor, group: dist.ProcessGroup) -> Started:
-        """The sum of ``x`` everywhere, in place."""
+        """On all ranks, the sum of ``x``, in place."""
         self.calls["all_reduce"] += 1
         self.bytes["all_reduce"] += x.nbytes
         return Started(x, dist.all_reduce(x, group=group, async_op=True))
 
     def broadcast(self, x: torch.Tensor, src: int, group: dist.ProcessGroup) -> Started:
-        """One rank's ``x`` everywhere, in place."""
+        """On all ranks, one rank's ``x``, in place."""
         self.calls["broadcast"] += 1
         self.bytes["broadcast"] += x.nbytes
         return Started(x, dist.broadcast(x, group=group, group_src=src, async_op=True))
 
 
 class Exchange:
-    """The matrices of a bucket on their way between the shards of all ranks and their owners, there and back.
+    """Exchanges the matrices of a bucket between the shards of all ranks and the owners, in both directions.
 
     ``boxes`` are the shards of each rank of the group within every item of the bucket, as ranges of (slice, row, column),
-    ``owned`` the matrices that each owns: (item, number within ``split``). ``rank`` is this one's place in both. Shards are
-    stacked: (items, slices, rows, columns). Pieces go rank by rank, in the order of the matrices at their owner.
+    ``owned`` the matrices that each owns: (item, number within ``split``). ``rank`` is this rank's index in both. Shards are
+    stacked: (items, slices, rows, columns). Pieces are sent rank by rank, in the order of the matrices at their owner.
     """
 
     def __init__(
@@ -112,19 +112,18 @@ class Exchange:
         self.traffic, self.group, self.split = traffic, group, split
         self.owned, mine, here = owned, owned[rank], boxes[rank]
         self.shapes = [split.stored_shape(j) for _, j in mine]
-        # The same pieces go to an owner and come back: of all matrices what lies here, of those owned here what lies where.
+        # The same pieces are sent to owners and back: this rank's part of each matrix, each rank's part of those owned here.
         parts = [[(i, overlap(here, split.matrices[j])) for i, j in own] for own in owned]
         self.pieces = [[(i, slices(part)) for i, part in own] for own in parts]
         self.here = self.pieces[rank]
         self.gaps = [[overlap(split.matrices[j], box) for _, j in mine] for box in boxes]
         self.sent = [sum(volume(part) for _, part in own) for own in parts]
         self.received = [sum(map(volume, cuts)) for cuts in self.gaps]
-        self.numbers = [
-            8 * NUMBERS * len(own) for own in owned
-        ]  # bytes that each owner sends beside its directions
+        # Bytes that each owner sends in addition to its directions.
+        self.numbers = [8 * NUMBERS * len(own) for own in owned]
         axes = [axis for axis in range(3) if len({box[axis] for box in boxes}) > 1]
         in_turn = [ij for own in owned for ij in own]
-        # Then all pieces are of one shape, in the order of ranks, and put together by moving one dimension.
+        # If true, all pieces have one shape and come in rank order, and moving one dimension assembles them.
         self.even = (
             len({tuple(b - a for a, b in box) for box in boxes}) == 1
             and list(boxes) == sorted(boxes)
@@ -133,7 +132,7 @@ class Exchange:
         )
         self.axis = axes[0] if axes else 0
         self.piece = [b - a for a, b in here][1:]
-        # Whether shards that hold whole matrices are nothing but matrices of one shape, one after the other.
+        # Whether shards with whole matrices consist of consecutive matrices of one shape.
         self.in_a_row = (
             bool(mine) and len(split.runs) == 1 and not (split.transposed and split.runs[0][1] > 1)
         )
@@ -149,7 +148,7 @@ class Exchange:
         return self.traffic.all_to_all(flat, self.sent, self.received, self.group)
 
     def matrices(self, received: torch.Tensor) -> list[torch.Tensor]:
-        """What is owned here put together, matrices of one shape as (k, m, n), in at least fp32."""
+        """Assembles the matrices owned here, those of one shape as (k, m, n), in at least fp32."""
         wide = torch.promote_types(received.dtype, torch.float32)
         if self.even:
             parts = received.view(len(self.gaps), len(self.shapes), *self.piece).movedim(0, self.axis)
@@ -159,8 +158,7 @@ class Exchange:
         return [batch.to(wide) for batch in batches]
 
     def to_shards(self, D: list[torch.Tensor], numbers: torch.Tensor) -> Started:
-        """Starts sending each rank its pieces of the directions D, behind the numbers (matrices, NUMBERS) of what is owned
-        here."""
+        """Starts sending each rank its pieces of the directions D, after this owner's numbers (matrices, NUMBERS)."""
         bits, ranks = numbers.reshape(-1).view(D[0].dtype), len(self.gaps)
         if self.even:
             stored = D[0].flatten(1).unsqueeze(-1) if self.split.flattened else D[0]
@@ -193,7 +191,7 @@ class Exchange:
         return D, numbers
 
     def whole_here(self, A: torch.Tensor) -> list[torch.Tensor]:
-        """The matrices of shards that hold them whole, as `matrices`: views where they follow one another."""
+        """The matrices of shards that hold them whole, as from `matrices`: views if they are consecutive."""
         if self.in_a_row:
             return [A.reshape(-1, *self.shapes[0])]
         batches = self._room(A)
@@ -203,7 +201,7 @@ class Exchange:
         return batches
 
     def as_shards(self, D: list[torch.Tensor], shape: torch.Size) -> torch.Tensor:
-        """The directions of `whole_here` as shards."""
+        """The directions for `whole_here`, as shards."""
         if self.in_a_row:
             return D[0].reshape(shape)
         out = D[0].new_zeros(shape)
@@ -213,19 +211,19 @@ class Exchange:
         return out
 
     def _room(self, like: torch.Tensor) -> list[torch.Tensor]:
-        """Room for what is owned here, matrices of one shape together; one empty batch where there are none."""
+        """Empty batches for the matrices owned here, one per shape; a single batch of none if there are none."""
         kinds = list(dict.fromkeys(self.shapes)) or [(1, 1)]
         return [like.new_empty(self.shapes.count(shape), *shape) for shape in kinds]
 
     def _gap_views(self, batches: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Of what is owned here, rank by rank, the pieces that lie there; of a flattened matrix stretches of elements."""
+        """Each rank's pieces of the matrices owned here, rank by rank; for a flattened matrix, ranges of elements."""
         stored = [batch.flatten(1).unsqueeze(-1) if self.split.flattened else batch for batch in batches]
         matrices = [matrix.unsqueeze(0) for batch in stored for matrix in batch]
         return [m[slices(cut)] for cuts in self.gaps for m, cut in zip(matrices, cuts, strict=True)]
 
 
 def _copy(flat: torch.Tensor, views: list[torch.Tensor], *, into_views: bool) -> None:
-    """The views in turn from stretches of ``flat``, or the other way round."""
+    """Copies consecutive parts of ``flat`` into the views, or the views into ``flat``."""
     if views:
         pieces = zip(flat.split([v.numel() for v in views]), views, strict=True)
         stretches = [piece.view(v.shape) for piece, v in pieces]
@@ -233,7 +231,7 @@ def _copy(flat: torch.Tensor, views: list[torch.Tensor], *, into_views: bool) ->
 
 
 class Late:
-    """A copy of a tensor on its way to the host; from a GPU through pinned memory, so that nothing waits for its queue."""
+    """A copy of a tensor to the host, in flight; from a GPU through pinned memory, so that nothing waits for its queue."""
 
     def __init__(self, x: torch.Tensor):
         self._event: Any = None
@@ -246,7 +244,7 @@ class Late:
             self._host = x.clone()
 
     def tolist(self) -> list[Any]:
-        """The numbers, as nested lists; waits until the work that was queued before the copy is done."""
+        """The numbers as nested lists; waits for the work that was queued before the copy."""
         if self._event is not None:
             self._event.synchronize()
         return self._host.tolist()
@@ -255,8 +253,8 @@ class Late:
 class Agreement:
     """Small collectives of host data over all ranks of the optimizer, which never wait for a GPU's queue.
 
-    On GPUs they need gloo: where the group has it for CPU tensors it serves itself, else a twin of it is made here, with its
-    timeout, so that construction is a collective.
+    On GPUs they need gloo. If the group has gloo for CPU tensors, it is used itself; else a second group of the same ranks
+    and timeout is created here, which makes construction a collective.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
@@ -292,11 +290,12 @@ class Agreement:
 
 
 def _host_twin(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
-    """The group itself where gloo serves its CPU tensors, as with "cpu:gloo,cuda:nccl"; else one of the same ranks."""
+    """The group itself if it has gloo for CPU tensors, as "cpu:gloo,cuda:nccl" does; else a new one of the same ranks."""
     try:
         if group._get_backend(torch.device("cpu")).name() == "gloo":
             return group
-    except RuntimeError:  # it has no backend for CPU tensors
+    # The group has no backend for CPU tensors.
+    except RuntimeError:
         pass
     backend = group._get_backend(device)
     timeout = getattr(getattr(backend, "options", None), "_timeout", None)
@@ -307,9 +306,9 @@ def _host_twin(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGr
 def group_of_its_ranks(
     ranks: list[int], timeout: timedelta | None = None, backend: str | None = None
 ) -> dist.ProcessGroup:
-    """A new group that its own ranks make, without the others.
+    """A new group, created by its own ranks only.
 
-    Where init_process_group was given a ``device_id`` NCCL would split it off the default group, which takes all ranks.
+    If init_process_group was given a ``device_id``, NCCL would split it off the default group, which takes all ranks.
     """
     default = dist.group.WORLD
     assert default is not None
@@ -322,7 +321,7 @@ def group_of_its_ranks(
 
 
 def pack_triangle(s: torch.Tensor) -> torch.Tensor:
-    """A symmetric n x n matrix as n(n+1)/2 elements: two triangles side by side, as LAPACK's rectangular full packed."""
+    """A symmetric n x n matrix as n(n+1)/2 elements: two triangles side by side, LAPACK's rectangular full packed form."""
     n = s.shape[0]
     half = (n + 1) // 2
     odd = n % 2

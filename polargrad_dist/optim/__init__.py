@@ -1,4 +1,4 @@
-"""The optimizer family, routing of a model's parameters, learning-rate schedules."""
+"""The optimizer family, routing of a model's parameters, and learning-rate schedules."""
 
 from polargrad_dist.optim.family import Muon, PolarGradM, PolarHB, PolarMuon, PolarSGDM
 from polargrad_dist.optim.matrix import Direction, Polar, register_rule

@@ -1,4 +1,4 @@
-"""What has to be alike on all ranks: how gradients are placed, the numbers of groups, weights and gradients of copies.
+"""Checks that ranks agree: on the placement of gradients, the numbers of groups, and the weights and gradients of copies.
 
 Every function is a collective.
 """
@@ -17,12 +17,13 @@ from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.checks import numbers
 from polargrad_dist.optim.world import World
 
-RATES_CHECKED = 50  # steps between looks at whether all ranks have the same learning rates
-COPIES_CHECKED = 20 * RATES_CHECKED  # and at whether copies are still equal
+# Steps between checks that all ranks have the same learning rates, and that copies are still equal.
+RATES_CHECKED = 50
+COPIES_CHECKED = 20 * RATES_CHECKED
 
 
 def redistribute(world: World) -> None:
-    """Brings gradients that are placed otherwise than their parameters (sequence parallelism) to where those are."""
+    """Redistributes gradients whose placement differs from their parameter's (sequence parallelism) to the parameter's."""
     if world.agreement is None:
         return
     here = torch.zeros(len(world.entries), dtype=torch.int32)
@@ -35,8 +36,8 @@ def redistribute(world: World) -> None:
     if int(world.agreement.largest(torch.tensor([len(unlike)]))):
         name = unlike[0] if unlike else world.entries[int(somewhere.nonzero()[0])].name
         raise ConfigError(
-            f"the gradient of {name} is placed in one way on some ranks and in another, or missing, on others: give "
-            "every rank the same computation, or zero gradients"
+            f"the gradient of {name} is missing or has another placement on some ranks, expected the same placement on "
+            "all: run the same computation on every rank, or give zero gradients"
         )
     for m in sorted(world.members, key=lambda m: m.index):
         if here[m.index]:
@@ -44,16 +45,16 @@ def redistribute(world: World) -> None:
 
 
 def check_alike(world: World, groups: Sequence[Mapping[str, Any]], step: int) -> None:
-    """At the first two steps and every `RATES_CHECKED`: what differs between ranks would go on doing so in silence.
+    """Checks, at the first two steps and every `RATES_CHECKED` steps, that ranks have not silently diverged.
 
-    Raises ``ConfigError`` on all of them.
+    Raises ``ConfigError`` on all ranks.
     """
     if world.agreement is None:
         return
     if (unlike := other_numbers(world, world.agreement, groups)) is not None:
         raise ConfigError(
             f"the learning rate or another number of parameter group {unlike.group} differs between ranks, expected "
-            "the same on all: step the same scheduler on every rank"
+            "the same on all ranks: step the same scheduler on every rank"
         )
     if step > 2 and step % COPIES_CHECKED:
         return
@@ -62,18 +63,18 @@ def check_alike(world: World, groups: Sequence[Mapping[str, Any]], step: int) ->
         return
     if what == 0:
         raise ConfigError(
-            f"{name} differs between ranks that should hold copies of it: give them the same weights before the first "
-            "step (DistributedDataParallel does so when it wraps the model, fully_shard does not)"
+            f"{name} differs between ranks that hold copies of it, expected equal weights: give the ranks the same weights "
+            "before the first step (DistributedDataParallel does so when it wraps the model, fully_shard does not)"
         )
     raise ConfigError(
-        f"the gradient of {name} differs between ranks that hold copies of it: wrap the model in "
-        "DistributedDataParallel, average the gradients before step(), or use gradients='reduce_scatter'; where only "
+        f"the gradient of {name} differs between ranks that hold copies of it, expected equal gradients: wrap the model "
+        "in DistributedDataParallel, average the gradients before step(), or use gradients='reduce_scatter'; if only "
         "some ranks train together, give their process_group"
     )
 
 
 def other_numbers(world: World, agreement: Agreement, groups: Sequence[Mapping[str, Any]]) -> Entry | None:
-    """The first parameter whose group has other numbers on another rank; ranks may have other groups than their peers."""
+    """The first parameter whose group has different numbers on another rank; ranks may have different groups."""
     nowhere = torch.iinfo(torch.int64).min
     found = torch.full((2, len(world.entries)), nowhere)
     digests = {id(group): zlib.crc32(repr(numbers(group)).encode()) for group in groups}

@@ -1,6 +1,6 @@
-"""What goes around a whole optimizer, whatever it is: EMA-Nesterov's look-ahead, and an average of the last weights.
+"""Wrappers around a whole optimizer of any kind: EMA-Nesterov's look-ahead, and an average of the last weights.
 
-Both keep one fp32 tensor per parameter, placed as the parameter is, and know nothing of rules, ranks or gradients.
+Both keep one fp32 tensor per parameter, placed like the parameter, and know nothing of rules, ranks or gradients.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class LookaheadConfig:
     """EMA-Nesterov around the whole optimizer.
 
     Args:
-        beta: how far to look ahead along the average of past moves, times the learning rate's factor; 0 for never.
-        decay: of that average.
-        start: first step that looks ahead; the average is kept from the run's first on.
-        end: first step that does so no longer; null for none.
+        beta: how far to look ahead along the average of past moves, times the learning rate's factor; 0 disables it.
+        decay: decay of that average per step.
+        start: first step that looks ahead; the average is kept from the first step of the run.
+        end: first step that no longer looks ahead; null for no end.
     """
 
     beta: float = 0.0
@@ -35,12 +35,12 @@ class LookaheadConfig:
 
 @dataclass
 class AverageConfig:
-    """An average of the last weights, which is validated, sampled from and exported in place of the weights.
+    """An average of the last weights, used instead of the weights for validation, samples and export.
 
     Args:
-        start: step after which it begins, with the weights of that step; null for no average.
-        horizon: steps over which it forgets: its decay is 1 - 1/horizon.
-        weight: share of the average in what is used, the last weights being the rest.
+        start: step after which the average begins, with the weights of that step; null for no average.
+        horizon: number of steps it averages over: its decay is 1 - 1/horizon.
+        weight: share of the average in the weights that are used; the last weights make up the rest.
     """
 
     start: int | None = None
@@ -49,7 +49,7 @@ class AverageConfig:
 
 
 def check_around(lookahead: LookaheadConfig, average: AverageConfig) -> None:
-    """Raises ``ConfigError`` for a value that makes no sense."""
+    """Raises ``ConfigError`` for an invalid value."""
     for name, value, good, expected in (
         ("lookahead.beta", lookahead.beta, 0 <= lookahead.beta < 100, "a number in [0, 100)"),
         ("lookahead.decay", lookahead.decay, 0 <= lookahead.decay < 1, "a number in [0, 1)"),
@@ -78,7 +78,7 @@ class EmaNesterov:
 
     @torch.no_grad()
     def look_ahead(self, step: int, factor: float) -> None:
-        """Goes to y. ``step`` counts from 0; ``factor`` is the learning rate's, of its largest."""
+        """Moves the weights to y. ``step`` counts from 0; ``factor`` is the learning rate over its maximum."""
         self._before = {name: local(p).detach().clone() for name, p in self.parameters.items()}
         end = self.config.end
         if self.config.start <= step and (end is None or step < end):
@@ -88,7 +88,7 @@ class EmaNesterov:
 
     @torch.no_grad()
     def stepped(self) -> None:
-        """Takes the whole move into the average, once the optimizer has stepped."""
+        """Adds the whole move to the average, after the optimizer's step."""
         for name, p in self.parameters.items():
             move = local(p).detach().float() - self._before[name].float()
             local(self.moves[name]).lerp_(move, 1 - self.config.decay)
@@ -96,14 +96,14 @@ class EmaNesterov:
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Goes back to x: the step is skipped."""
+        """Moves the weights back to x, for a skipped step."""
         for name, p in self.parameters.items():
             local(p).detach().copy_(self._before[name])
         self._before = {}
 
 
 class Average:
-    """a = (1 - 1/horizon) a + x/horizon from the step ``start`` on; used is (1 - weight) x + weight a.
+    """a = (1 - 1/horizon) a + x/horizon from the step ``start`` on; the result is (1 - weight) x + weight a.
 
     modded-nanoGPT's optimization track: 0.6 of an average over 150 steps, from step 2,400 on, 2,720 steps to 3.28 instead of
     2,750 (3.2786, n = 10).
@@ -119,7 +119,7 @@ class Average:
 
     @torch.no_grad()
     def stepped(self, step: int) -> None:
-        """Takes in the weights after ``step`` steps."""
+        """Adds the weights after ``step`` steps to the average."""
         if not self.active(step):
             return
         share = 1.0 if step == max(1, self.config.start or 0) else 1 / self.config.horizon
@@ -128,7 +128,7 @@ class Average:
 
     @contextmanager
     def used(self, step: int, moved: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Puts the average into the parameters for a while; ``moved`` is called whenever they have changed."""
+        """Puts the averaged weights into the parameters inside the context; calls ``moved`` after each change."""
         if not self.active(step):
             yield
             return

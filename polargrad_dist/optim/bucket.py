@@ -1,8 +1,8 @@
-"""A bucket's step: a coroutine that yields each collective it starts, and is resumed with what came back.
+"""A bucket's step: a coroutine that yields each collective it starts, and is resumed with the result.
 
-`Owned` sends matrices whole to their owners and takes directions back; of a `Tall` matrix the rows stay and an n x n problem
-travels; `Elementwise` needs no other element. All of them step weights, and share them with those who hold copies, as `Batch`
-does. How matrices are cut and put together is in `distributed.transport`, what a rule makes of them in `matrix`.
+`Owned` sends whole matrices to their owners and receives directions. Of a `Tall` matrix the rows stay, and only an n x n
+problem is sent. `Elementwise` updates each element on its own. All share `Batch`'s code that steps weights and sends them to
+ranks with copies. `distributed.transport` cuts and assembles matrices; `matrix` has the rules.
 """
 
 from __future__ import annotations
@@ -32,17 +32,20 @@ from polargrad_dist.optim.matrix import Direction, decay_and_step, relative, rul
 from polargrad_dist.polar import RowFactor, gram_matrix, norm_bound, norm_parts
 from polargrad_dist.polar.oracle import is_finite, rows_at_once
 
-# A bucket's step: it yields each collective that it starts, None for a pause, and is resumed with what came back.
+# A bucket's step: it yields each collective that it starts, or None for a pause, and is resumed with the result.
 Steps = Generator[Started | None, Tensor, None]
 CPU = torch.device("cpu")
-# A GPU has memory for larger pieces, and each costs it a dozen launches.
+# A GPU has memory for larger buckets, and each bucket costs it a dozen launches.
 CPU_BUCKET, GPU_BUCKET = 32 << 20, 256 << 20
 
 
 @dataclass(eq=False)
 class Member:
-    """A parameter: its plan entry, its group and its number, the ranks that store it, its state; ``index`` counts all of the
-    world's. What is here of a tensor like it is seen as (slices, rows, columns), its *canonical* view."""
+    """A parameter with its plan entry, group, ranks and state.
+
+    ``number`` is the group's, ``index`` the parameter's among those of all ranks. The *canonical* view of this rank's part of
+    the parameter, or of a tensor like it, is (slices, rows, columns).
+    """
 
     index: int
     entry: Entry
@@ -62,20 +65,20 @@ class Member:
         self.elementwise = [*self.rule.states(self.group), *low_bits]
 
     def window(self, place: int) -> Cut3:
-        """The optimizer shard of a place within what that place stores."""
+        """The optimizer shard of a place, relative to what that place stores."""
         stored = rectangle(self.entry.layout.stored[place], self.entry.shape, self.stacked)
         shard = self.entry.rectangles[place]
         return tuple((a - at, b - at) for (a, b), (at, _) in zip(shard, stored, strict=True))  # type: ignore[return-value]
 
     @cached_property
     def shard(self) -> tuple[slice, ...] | None:
-        """This rank's optimizer shard as an index of what it stores; None where that is all of it."""
+        """This rank's optimizer shard as an index into what it stores; None if that is all of it."""
         layout = self.entry.layout
         whole = layout.copies == 1 or layout.cut is None
         return None if whole else slices(self.window(self.team.place))
 
     def canonical(self, x: Tensor, part: tuple[slice, ...] | None = None) -> Tensor:
-        """What is here of ``x`` as (slices, rows, columns), or a part of that; writes through."""
+        """This rank's part of ``x`` as (slices, rows, columns), or a part of that: a view."""
         x = (x.to_local() if isinstance(x, DTensor) else x).detach()
         if not self.stacked:
             x = x.flatten(1).unsqueeze(0) if x.ndim > 1 else x.view(1, -1, 1)
@@ -87,13 +90,13 @@ class Member:
         return self.canonical(here.view(torch.int16).squeeze(-1) if key == "low_bits" else here)
 
     def owner_state(self, shape: tuple[int, int]) -> dict[str, Tensor]:
-        """What the rule keeps with whole matrices, of those of this shape owned here: (matrices, ...) for each name."""
+        """The rule's state for the matrices of this shape that this rank owns: (matrices, ...) for each name."""
         home, names = self.owner_homes[shape]
         return {key: local(home.state[name]) for key, name in names.items()}
 
     @property
     def misplaced(self) -> bool:
-        """Whether the gradient is placed otherwise than the parameter."""
+        """Whether the gradient's placement differs from the parameter's."""
         grad, p = self.p.grad, self.p
         both = isinstance(grad, DTensor) and isinstance(p, DTensor)
         return both and tuple(grad.placements) != tuple(p.placements)  # type: ignore[union-attr, attr-defined]
@@ -101,10 +104,11 @@ class Member:
 
 @dataclass
 class Travel:
-    """How things travel in a step: counted by ``traffic``, in ``dtype`` (None: the parameters'), ``device`` computes.
+    """How a step communicates and computes.
 
-    ``wish`` is the bytes of a collective, None for what suits the device. ``ok`` (0-d bool on the device) says whether the
-    step is to happen at all, None for yes; ``shrink`` (0-d) multiplies all gradients, None for 1.
+    ``traffic`` starts and counts collectives, ``dtype`` is what they send (None: the parameters' dtype), and ``device``
+    computes. ``wish`` is the bytes per collective, None for the device's default. ``ok`` (0-d bool on the device) says
+    whether the step takes place, None for yes; ``shrink`` (0-d) multiplies all gradients, None for 1.
     """
 
     traffic: Traffic
@@ -117,38 +121,39 @@ class Travel:
     numbers: dict[float, Tensor] = field(default_factory=dict)
 
     def number(self, value: float) -> Tensor:
-        """A number of the groups as a 0-d fp64 tensor on the device: a kernel would be compiled anew for each float."""
+        """A number of a group as a 0-d fp64 tensor on the device: with floats, each value would compile a new kernel."""
         if value not in self.numbers:
             self.numbers[value] = torch.full((), value, dtype=torch.float64, device=self.device)
         return self.numbers[value]
 
     @property
     def limit(self) -> int:
-        """Bytes of a collective."""
+        """Bytes per collective."""
         return self.wish or (CPU_BUCKET if self.device.type == "cpu" else GPU_BUCKET)
 
     @property
     def backend(self) -> str | None:
-        """What compiles elementwise steps: inductor on a GPU, where every launch and every pass over memory counts."""
+        """The compiler of elementwise steps: inductor on a GPU, where every launch and every pass over memory counts."""
         return "inductor" if self.device.type == "cuda" else None
 
     def shrunk(self, grads: list[Tensor]) -> list[Tensor]:
-        """Gradients of one dtype as the step takes them."""
+        """Gradients of one dtype, times ``shrink``."""
         if self.shrink is None:
             return grads
         return list(torch._foreach_mul(grads, self.shrink.to(grads[0].device, grads[0].dtype)))
 
     def averaged(self, m: Tensor, grads: Sequence[Tensor], group: dict[str, Any]) -> Tensor:
-        """Momentum of stacked shards m (k, slices, rows, columns), updated in place where the step happens.
+        """Momentum of stacked shards m (k, slices, rows, columns), or its look-ahead.
 
-        Or its look-ahead, with Nesterov momentum.
+        m is updated in place if the step takes place.
         """
         assert self.ok is not None
         stack = torch.stack(list(grads)) if len(grads) > 1 else grads[0].unsqueeze(0)
         shrink = self.number(1.0) if self.shrink is None else self.shrink
         numbers = self.number(group["beta"]), shrink, self.ok
-        nesterov = bool(group["nesterov"])
-        return run_compiled(selected_ema, self.backend, m, stack, *numbers, nesterov, dynamic=True)
+        return run_compiled(
+            selected_ema, self.backend, m, stack, *numbers, bool(group["nesterov"]), dynamic=True
+        )
 
     def stepped(
         self,
@@ -166,7 +171,7 @@ class Travel:
         return run_compiled(selected_step, self.backend, *options, dynamic=True)
 
     def gradient(self, member: Member) -> Tensor:
-        """The reduced gradient of a parameter's optimizer shard, zeros where this rank has none: (slices, rows, columns)."""
+        """The reduced gradient of a parameter's optimizer shard, or zeros if there is none: (slices, rows, columns)."""
         if self.reducer is not None:
             return member.canonical(self.reducer.shard(member.p))
         grad = member.p.grad
@@ -179,7 +184,7 @@ class Batch:
     """This rank's shards of a bucket's parameters, stacked: (items, slices, rows, columns)."""
 
     def __init__(self, bucket: Bucket, members: Sequence[Member], travel: Travel):
-        """``members`` are the bucket's parameters, item by item; this rank is of their team."""
+        """``members`` are the bucket's parameters, item by item; this rank is in their team."""
         self.bucket, self.members, self.travel = bucket, list(members), travel
         first = self.first = members[0]
         self.entry, self.team, self.rule, self.group = first.entry, first.team, first.rule, first.group
@@ -190,10 +195,10 @@ class Batch:
         self.loose: list[tuple[list[Tensor], Tensor]] = []
         self._kept: dict[str, Tensor] = {}
         self._indices: dict[tuple[int, ...], Tensor] = {}
-        # What compiles elementwise steps; nothing does where the weights are offloaded.
+        # The compiler of elementwise steps; None if the weights are offloaded.
         self.backend = travel.backend if first.device == travel.device else None
         self.shares = bucket.shares
-        # Which matrix row i of the numbers is of; which row each (item, slice, row, column) takes, None for item by item.
+        # The matrix that row i of the numbers belongs to; the row of each (item, slice, row, column), None for one per item.
         self.arrival: list[tuple[int, int]] = [(0, 0)]
         self.index: Tensor | None = None
         self.places: Tensor | None = None
@@ -202,10 +207,10 @@ class Batch:
 
     def run(self, facts: Facts) -> Steps:
         """The bucket's step."""
-        raise AssertionError("each kind of bucket has its own")
+        raise AssertionError("each kind of bucket overrides this")
 
     def _join(self, keys: Sequence[str]) -> None:
-        """Stacks these states: their own memory where they lie together, else copies that are written back."""
+        """Stacks these states: a view if they are adjacent in memory, else copies that are written back."""
         for key in keys:
             views = [m.held(key)[self.slab] for m in self.members]
             self.states[key], together = joined(views)
@@ -213,7 +218,7 @@ class Batch:
                 self.loose.append((views, self.states[key]))
 
     def _find_copies(self) -> None:
-        """The shards of all who store the same elements, within what each stores, in the order of their group."""
+        """Finds the shards of all ranks that store the same elements, relative to what each stores, in group order."""
         order = self.team.copy_order
         self.boxes = [self.first.window(place) for place in order]
         shapes = {tuple(b - a for a, b in box) for box in self.boxes}
@@ -225,16 +230,16 @@ class Batch:
         self.axis = axes[0] if len(shapes) == len(axes) == 1 and order == sorted(order) else None
 
     def momentum(self) -> Tensor:
-        """What the rule's direction is given: the momentum of this rank's shards, stacked."""
+        """The input of the rule's direction: the momentum of this rank's shards, stacked."""
         group, travel = self.group, self.travel
-        # The copies may be of an earlier step: state has been loaded, or stepped in another bucket, since.
+        # The copies may be out of date: the state may since have been loaded, or stepped in another bucket.
         for views, stack in self.loose:
             torch._foreach_copy_(list(stack.unbind(0)), views)
         grads = [travel.gradient(m)[self.slab] for m in self.members]
         if self.backend is not None and travel.ok is not None and self.rule.has_plain_momentum(group):
             self._kept = {}
             return travel.averaged(self.states["momentum"], grads, group)
-        # Copies, where the step may turn out not to happen.
+        # Copies, if the step may still be skipped.
         kept = {} if travel.ok is None else self.states
         self._kept = {key: state.clone() for key, state in kept.items() if key != "low_bits"}
         stack = (torch.stack(grads) if len(grads) > 1 else grads[0].unsqueeze(0)).to(self.first.state_dtype)
@@ -243,13 +248,13 @@ class Batch:
         return self.rule.momentum(self.states, stack, group)
 
     def spread(self, numbers: Tensor) -> Tensor:
-        """Numbers of each matrix in the order of `arrival`, to be broadcast against (items, slices, rows, columns)."""
+        """Numbers of each matrix, in the order of `arrival`, shaped to broadcast against (items, slices, rows, columns)."""
         return numbers.view(-1, 1, 1, 1, *numbers.shape[1:]) if self.index is None else numbers[self.index]
 
     def advance(
         self, part: Portion, D: Tensor, ok: Tensor, scale: Tensor | None = None, shrink: Tensor | None = None
     ) -> Tensor | None:
-        """Steps the weights of a portion along its direction D, where ``ok``; returns what the copies are to be given.
+        """Steps the weights of a portion along its direction D, where ``ok``; returns what to send to copies, if any.
 
         ``ok``, ``scale`` and ``shrink`` are broadcast against D (items, slices, rows, columns). Without a ``scale`` D is the
         step itself; ``shrink`` multiplies the new weights.
@@ -271,7 +276,7 @@ class Batch:
         if compiled:
             new = self.travel.stepped(old, low, D if scale is not None else D.to(dtype), scale, ok, group)
         else:
-            # Several are a copy already, of which nobody needs the old values.
+            # A stack of several is a copy already, whose old values are not needed.
             fresh = len(weights) > 1 and self.travel.dtype is None
             x = join_bf16(old, low) if low is not None else old.to(dtype, copy=not fresh)
             before = None if sure else x.clone()
@@ -288,7 +293,7 @@ class Batch:
         return None
 
     def controlled(self, D: Tensor, scale: Tensor, ok: Tensor, facts: Facts) -> Steps:
-        """`advance` for all portions of the bucket's direction D, with a pause until the sums are known everywhere.
+        """`advance` for all portions of the bucket's direction D, with a pause until all ranks know the sums.
 
         ``scale`` and ``ok`` are broadcast against D (items, slices, rows, columns).
         """
@@ -318,7 +323,7 @@ class Batch:
                 self.arrived(part, (yield self.share(part, message)))
 
     def share(self, part: Portion, message: Tensor) -> Started:
-        """Starts giving this rank's shards, or their updates, to those who store copies: (copies, items, longest)."""
+        """Starts sending this rank's shards, or their updates, to ranks with copies: (copies, items, longest)."""
         longest = self.longest[id(part)]
         flat = message.to(self.travel.device).reshape(len(message), -1)
         if flat.shape[1] < longest:
@@ -327,14 +332,14 @@ class Batch:
         return self.travel.traffic.all_gather(flat, self.team.copies)
 
     def _portion_of(self, part: Portion, box: Cut3) -> Cut3:
-        """What a portion takes of a copy's shard, within what that copy stores."""
+        """A portion's part of a copy's shard, relative to what that copy stores."""
         depth, (top, bottom), across = box
         first, last, _ = part.rows.indices(bottom - top)
         depth = depth if self.slab == slice(None) else (self.slab.start, self.slab.stop)
         return depth, (top + first, top + max(first, last)), across
 
     def arrived(self, part: Portion, gathered: Tensor) -> None:
-        """Writes what all copies have worked out."""
+        """Writes the results of all copies into the parameters."""
         stored = [m.canonical(m.p) for m in self.members[part.items]]
         ours, theirs = [], []
         if self.axis is not None:
@@ -354,37 +359,38 @@ class Batch:
             torch._foreach_add_(ours, [x.to(ours[0].device, self.entry.dtype) for x in theirs])
 
     def _rows(self, rows: list[int]) -> Tensor:
-        """Rows of owner state as an index on the device, made once: a GPU would wait for one that comes from the host."""
+        """Rows of owner state as an index on the device, made once: copying it from the host would make a GPU wait."""
         key = tuple(rows)
         if key not in self._indices:
             self._indices[key] = torch.tensor(rows, dtype=torch.int64, device=self.travel.device)
         return self._indices[key]
 
     def _keep(self, held: dict[str, Tensor], rows: Tensor, after: dict[str, Tensor], ok: Tensor) -> None:
-        """Puts the next states of matrices owned here into these rows, where the step happens and ``ok`` (matrices,)."""
+        """Writes the next states of matrices owned here into these rows, if the step takes place and ``ok`` (matrices,)."""
         ok = ok if self.travel.ok is None else ok & self.travel.ok.to(ok.device)
         for key, value in held.items():
             may = ok.view(-1, *[1] * (value.ndim - 1))
             value[rows] = torch.where(may, after[key].to(value.dtype), value[rows])
 
     def _related(self, scale: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scales (matrices,) of any rule as the group's ``scale`` has them, and what has been seen of them."""
+        """A rule's scales (matrices,), relative to their early mean if the group's ``scale`` says so, and the next mean."""
         seen = state["nuclear_mean"]
-        if self.group["scale"] == "nuclear_relative":  # which a group may leave again
+        # A group may switch to another scale between steps.
+        if self.group["scale"] == "nuclear_relative":
             scale, seen = relative(scale.double(), seen)
         return scale, {"nuclear_mean": seen}
 
     def _share_nuclear(self, norms: Tensor | None, scale: Tensor, ok: Tensor, facts: Facts) -> None:
-        """Adds the scaled nuclear norms of matrices that are owned here to what their role shares."""
+        """Adds the scaled nuclear norms of matrices that are owned here to their role's sum."""
         if norms is None:
             raise ConfigError(
-                f"the rule {self.group['algorithm']!r} gives no nuclear norms, expected them with scale 'nuclear_shared'"
+                f"the rule {self.group['algorithm']!r} returned no nuclear norms, expected them for scale 'nuclear_shared'"
             )
         assert facts.sums is not None
         facts.sums.add_nuclear(self.entry, torch.where(ok, norms * scale, 0))
 
     def settle(self) -> None:
-        """Undoes the states where the step was not to happen, and writes back those that do not lie together."""
+        """Restores the states if the step was skipped, and writes back stacked copies of states."""
         for key, old in self._kept.items():
             assert self.travel.ok is not None
             self.states[key].copy_(torch.where(self.travel.ok.to(old.device), self.states[key], old))
@@ -393,7 +399,7 @@ class Batch:
 
 
 class Owned(Batch):
-    """Alike matrix parameters: each matrix is whole for a moment at its owner; nothing travels where all lie whole there."""
+    """Matrix parameters of one kind and shape: each matrix is assembled at its owner, unless it is stored whole there."""
 
     def __init__(self, bucket: Bucket, members: Sequence[Member], travel: Travel):
         super().__init__(bucket, members, travel)
@@ -410,7 +416,8 @@ class Owned(Batch):
                 owned[self.members[i].entry.owners[j]].append((i, j))
         for matrices in owned.values():
             matrices.sort(key=lambda ij: (e.split.stored_shape(ij[1]), ij))  # type: ignore[union-attr]
-        slab = (item.first, item.last)  # the bucket's slices only
+        # The bucket's slices only.
+        slab = (item.first, item.last)
         boxes = [(slab, *e.rectangles[p][1:]) if self.slab != slice(None) else e.rectangles[p] for p in order]
         self.mine, rank = owned[self.place], order.index(self.place)
         self.exchange = Exchange(
@@ -421,7 +428,7 @@ class Owned(Batch):
             self.index = self._index(boxes[rank])
 
     def _index(self, here: Cut3) -> Tensor:
-        """Which row of the numbers each (item, slice, row, column) of this rank's shards takes; see `Batch.index`."""
+        """The row of the numbers for each (item, slice, row, column) of this rank's shards; see `Batch.index`."""
         split = self.entry.split
         assert split is not None
         several = len(split.matrices) > split.stack
@@ -448,7 +455,8 @@ class Owned(Batch):
         else:
             D, numbers = self.directed(exchange.whole_here(A.to(self.travel.device)), facts)
             direction = exchange.as_shards(D, shape)
-            numbers = numbers if self.mine else numbers.new_ones(1, NUMBERS)  # of no elements here
+            # A placeholder row: this rank's shards have no elements.
+            numbers = numbers if self.mine else numbers.new_ones(1, NUMBERS)
             del A, D
         scales, good = self.spread(numbers).to(self.first.device).unbind(-1)
         good, ok = good > 0, self.travel.ok
@@ -466,16 +474,17 @@ class Owned(Batch):
             self.settle()
 
     def directed(self, batches: list[Tensor], facts: Facts) -> tuple[list[Tensor], Tensor]:
-        """The rule, on this rank's matrices: their directions, and (matrices, NUMBERS) in fp64.
+        """Applies the rule to this rank's matrices: their directions, and (matrices, NUMBERS) in fp64.
 
-        A failure of the rule gives zeros that are not stepped, no exception: the other ranks must not be left waiting.
+        If the rule fails, the result is zeros that are not stepped, not an exception: the other ranks must not wait.
         """
         out, numbers, at = [], [batches[0].new_empty(0, NUMBERS, dtype=torch.float64)], 0
         for A in batches:
             owners = [self.members[i] for i, _ in self.mine[at : at + len(A)]]
             try:
                 D, figures = self._ruled(A, owners, at, facts) if owners else (A, numbers[0])
-            except Exception as error:  # whatever it is, all ranks raise it together after the step
+            # Any error is raised on all ranks together after the step.
+            except Exception as error:
                 facts.failed(owners[0].index, error)
                 D, figures = torch.zeros_like(A), A.new_zeros(len(A), NUMBERS, dtype=torch.float64)
             out.append(D)
@@ -484,7 +493,7 @@ class Owned(Batch):
         return out, torch.cat(numbers) if len(numbers) > 2 else numbers[1]
 
     def _ruled(self, A: Tensor, owners: list[Member], at: int, facts: Facts) -> tuple[Tensor, Tensor]:
-        """The rule on alike matrices A (k, m, n) of these parameters, the first of them number ``at`` of this rank's."""
+        """Applies the rule to matrices A (k, m, n) of these parameters; the first is number ``at`` of this rank's."""
         held: dict[str, Tensor] = {}
         if self.entry.in_order:
             rows = self._rows([self.members[i].owner_rows[j] for i, j in self.mine[at : at + len(A)]])
@@ -494,11 +503,11 @@ class Owned(Batch):
         if not isinstance(answer, Direction):
             kind = type(answer).__name__
             raise ConfigError(
-                f"the rule {self.group['algorithm']!r} gives a {kind}, expected a polargrad_dist.Direction"
+                f"direction() of the rule {self.group['algorithm']!r} returned a {kind}, expected a polargrad_dist.Direction"
             )
         if answer.D.shape != A.shape or answer.scale.shape != A.shape[:1]:
             raise ConfigError(
-                f"the rule {self.group['algorithm']!r} gives directions {tuple(answer.D.shape)} and scales "
+                f"the rule {self.group['algorithm']!r} returned directions {tuple(answer.D.shape)} and scales "
                 f"{tuple(answer.scale.shape)} for matrices {tuple(A.shape)}, expected {tuple(A.shape)} and {(len(A),)}"
             )
         scale, seen = self._related(answer.scale, state) if "nuclear_mean" in state else (answer.scale, {})
@@ -513,7 +522,7 @@ class Owned(Batch):
 
 
 class Tall(Batch):
-    """A tall matrix: its rows stay, its n x n problem goes to its owner."""
+    """A tall matrix: its rows stay where they are, and its n x n problem is sent to its owner."""
 
     def __init__(self, bucket: Bucket, members: Sequence[Member], travel: Travel):
         super().__init__(bucket, members, travel)
@@ -558,7 +567,8 @@ class Tall(Batch):
         numbers, ok = numbers.to(self.first.device), self.travel.ok
         good = numbers[3] > 0
         good = good if ok is None else good & ok.to(good.device)
-        precise = self.group["lower"] < 1e-4  # strict: directions that an fp32 product would lose
+        # Strict mode: an fp32 product would lose directions this small.
+        precise = self.group["lower"] < 1e-4
         factor, first, D = RowFactor(X, A.dtype, precise=precise), 0, A[:0]
         if e.pauses:
             D = factor.apply(A.to(device)).to(self.first.device)
@@ -566,7 +576,8 @@ class Tall(Batch):
         else:
             for part in self.bucket.portions:
                 start, stop, _ = part.rows.indices(len(A))
-                if stop > first + len(D):  # as many rows at a time as suit the device, however few are shared
+                # Multiply as many rows at a time as suit the device, however few are shared at a time.
+                if stop > first + len(D):
                     first = start
                     some = A[first : max(stop, first + rows_at_once(A))].to(device)
                     D = facts.timed(e.role, device, factor.apply, some).to(self.first.device)
@@ -590,7 +601,8 @@ class Tall(Batch):
             asked = S, e.shape[0], self.group, bound
             root, scales = facts.timed(e.role, S.device, self.rule.root, *asked)
             scales, after = self._related(scales, state) if "nuclear_mean" in state else (scales, {})
-        except Exception as error:  # as in `Owned.directed`
+        # As in `Owned.directed`.
+        except Exception as error:
             facts.failed(self.first.index, error)
             return torch.zeros_like(S), S.new_zeros(ROOT_NUMBERS)
         scale = scales[0]
@@ -604,7 +616,7 @@ class Tall(Batch):
 
 
 class Elementwise(Batch):
-    """Parameters that are stepped element by element: of any shapes, or alike ones where copies share the work."""
+    """Parameters that are stepped element by element: of any shape, or of one shape if copies share the work."""
 
     def run(self, facts: Facts) -> Steps:
         """The bucket's step."""
@@ -614,7 +626,7 @@ class Elementwise(Batch):
                 self.arrived(part, (yield self.share(part, message[part.items, :, part.rows])))
 
     def _updated(self, facts: Facts) -> Tensor | None:
-        """Steps the weights; returns what the copies are to be given, (items, 1, rows, columns)."""
+        """Steps the weights; returns what to send to copies, (items, 1, rows, columns), if any."""
         weights = [m.canonical(m.p, m.shard) for m in self.members]
         dtype, ok = self.first.state_dtype, self.travel.ok
         grads = self.travel.shrunk([self.travel.gradient(m).to(dtype) for m in self.members])
@@ -622,9 +634,8 @@ class Elementwise(Batch):
         facts.finite([m.index for m in self.members], finite)
         sure = finite.all() if ok is None else finite.all() & ok.to(finite.device)
         host = sure.device.type == "cpu" and ok is None
-        good = (
-            finite.tolist() if host else [True] * len(weights)
-        )  # a GPU skips the bucket, where it cannot look
+        # On a GPU the host cannot look, so a non-finite gradient skips the whole bucket.
+        good = finite.tolist() if host else [True] * len(weights)
         values = weights
         low: Tensor | None = None
         old: Tensor | None = None
@@ -638,7 +649,8 @@ class Elementwise(Batch):
             values = _like(x, weights)
         some = [i for i, w in enumerate(weights) if w.numel() and good[i]]
         for m, w in zip(self.members, weights, strict=True):
-            if not w.numel():  # its count is saved too, and loaded where the shard is not empty
+            # The step count of an empty shard is saved too, and may be loaded where the shard is not empty.
+            if not w.numel():
                 m.state["step"] += 1 if host else sure.to(m.state["step"])
         self.rule.update(
             [values[i] for i in some], [grads[i] for i in some],
@@ -648,7 +660,7 @@ class Elementwise(Batch):
         return None if old is None else self._written(weights, old, x, low)
 
     def _written(self, weights: list[Tensor], old: Tensor, x: Tensor, low: Tensor | None) -> Tensor | None:
-        """Puts new weights x, one behind the other, into the parameters, or returns what is to be shared."""
+        """Writes the concatenated new weights x into the parameters, or returns what to send to copies."""
         if self.shares and self.travel.dtype is not None and old.element_size() >= 4:
             return (x - old).to(self.travel.dtype).view(len(weights), *weights[0].shape)
         new = x.to(old.dtype) if low is None else run_compiled(split_bf16, self.backend, x, low, dynamic=True)
@@ -665,14 +677,14 @@ KINDS: dict[str, type[Batch]] = {"owner": Owned, "tall": Tall, "elementwise": El
 
 
 class Schedule(NamedTuple):
-    """This rank's buckets, and the orders in which they are resumed: up to the sums over ranks, and after."""
+    """This rank's buckets, and the orders in which they are resumed: before the sums over ranks, and after."""
 
     batches: list[Batch]
     orders: list[list[int]]
 
 
 def run(schedule: Schedule, facts: Facts, between: Callable[[], None] | None) -> None:
-    """Resumes the buckets in the first order, which brings some to a pause, calls ``between``, then takes the second."""
+    """Resumes the buckets in the first order, after which some pause, calls ``between``, and resumes them in the second."""
     running = [batch.run(facts) for batch in schedule.batches]
     started: list[Started | None] = [None] * len(running)
     for order in schedule.orders:
@@ -682,8 +694,10 @@ def run(schedule: Schedule, facts: Facts, between: Callable[[], None] | None) ->
             if on_its_way is not None:
                 on_its_way.work.wait()
                 arrived = on_its_way.out
-            del on_its_way  # and what it was sent from
-            with suppress(StopIteration):  # it has come to its end
+            # This also frees the buffer it was sent from.
+            del on_its_way
+            # The coroutine may have come to its end.
+            with suppress(StopIteration):
                 started[number] = running[number].send(arrived)  # type: ignore[arg-type]
             del arrived
         if between is not None and order is schedule.orders[0]:
@@ -691,13 +705,13 @@ def run(schedule: Schedule, facts: Facts, between: Callable[[], None] | None) ->
 
 
 def _like(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Stretches of ``flat`` in the shapes of these tensors."""
+    """Consecutive parts of ``flat`` in the shapes of these tensors."""
     pieces = flat.split([x.numel() for x in tensors])
     return [piece.view(x.shape) for piece, x in zip(pieces, tensors, strict=True)]
 
 
 def joined(views: Sequence[Tensor]) -> tuple[Tensor, bool]:
-    """Alike tensors stacked, and whether that is their own memory: it is where they lie one behind the other."""
+    """Tensors of one shape stacked, and whether the stack is a view: it is if they are adjacent in memory."""
     first = views[0]
     if len(views) == 1:
         return first.unsqueeze(0), True

@@ -1,4 +1,4 @@
-"""What the optimizer refuses, in one sentence each, before anything is built or moved."""
+"""What the optimizer refuses, with one sentence each, before anything is built or communicated."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GROUP_KEYS = (
     "params",
     "param_names",
 )
-# What owners, travel and state were laid out for; everything else of a group may change between steps.
+# Owners, communication and state depend on these; everything else in a group may change between steps.
 FIXED = (
     "algorithm",
     "momentum",
@@ -50,20 +50,20 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_keys(group: Mapping[str, Any], where: str) -> None:
-    """Raises ``ConfigError`` for a key that the group's rule does not read, with the nearest that it does."""
+    """Raises ``ConfigError`` for a key that the group's rule does not read, with the most similar one that it does."""
     known = (*GROUP_KEYS, *getattr(RULES.get(str(group.get("algorithm"))), "options", ()))
     for key in group:
         if key not in known:
-            # Roles are arguments of PolarGrad itself; "learning_rate" is nearer to nothing here than to what it means.
+            # Roles are arguments of PolarGrad itself. No key here is similar enough to "learning_rate".
             near = (
                 ["lr"] if key == "learning_rate" else difflib.get_close_matches(str(key), (*known, *ROLES), 1)
             )
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(known)}"
             raise ConfigError(f"{where} has the key {key!r}, which no rule reads: {hint}")
 
 
 def check_values(group: Mapping[str, Any], where: str) -> None:
-    """Raises ``ConfigError`` for a value of a group that makes no sense."""
+    """Raises ``ConfigError`` for an invalid value in a group."""
     if missing := [key for key in RULE_KEYS if key not in group]:
         raise ConfigError(f"{where} has lost its {missing[0]!r}, expected every key it had")
     heads, sizes = group["num_heads"], group["split_sizes"]
@@ -79,7 +79,7 @@ def check_values(group: Mapping[str, Any], where: str) -> None:
 
 
 def check_travel(comm_dtype: torch.dtype | str | None, bucket_mb: float | None) -> torch.dtype | None:
-    """The dtype in which things travel. Raises ``ConfigError`` for a name or a size that makes no sense."""
+    """The dtype that collectives send. Raises ``ConfigError`` for an invalid name or size."""
     dtype = getattr(torch, comm_dtype, comm_dtype) if isinstance(comm_dtype, str) else comm_dtype
     if dtype is not None and dtype not in FLOATS:
         raise ConfigError(f"comm_dtype is {comm_dtype!r}, expected null, a floating dtype or its name")
@@ -108,14 +108,14 @@ def check_parameter(name: str, p: torch.Tensor, gradients: str) -> None:
 
 
 def refuse_flat(name: str, p: torch.Tensor) -> None:
-    """Raises ``ConfigError`` for a parameter whose matrix has been flattened away by FSDP1 or DeepSpeed ZeRO."""
+    """Raises ``ConfigError`` for a parameter that FSDP1 or DeepSpeed ZeRO has flattened."""
     if type(p).__name__ == "FlatParameter" or getattr(p, "_is_flat_param", False):
         raise ConfigError(
-            f"{name} is an FSDP1 FlatParameter, its matrices are gone: shard with FSDP2's fully_shard instead"
+            f"{name} is an FSDP1 FlatParameter, expected a matrix: shard with FSDP2's fully_shard instead"
         )
     if hasattr(p, "ds_id"):
         raise ConfigError(
-            f"{name} is partitioned by DeepSpeed ZeRO 3, its matrix is gone: use ZeroPolarGrad of "
+            f"{name} is partitioned by DeepSpeed ZeRO 3, expected a matrix: use ZeroPolarGrad of "
             "polargrad_dist.integrations.deepspeed, or FSDP2's fully_shard"
         )
 
@@ -141,8 +141,8 @@ def refuse_zero(members: Sequence[Member], entries: Sequence[Entry], agreement: 
     for e in entries:
         if e.pauses and not all(seen[rows[e.key, i]] for i in range(len(e.costs))):
             raise ConfigError(
-                f"{e.name} holds a matrix of zeros with control 'hyperball', which keeps norms and so could never step it, "
-                "expected a start other than zero, or control 'decay'"
+                f"{e.name} holds a matrix of zeros with control 'hyperball', which keeps norms and could never step it, "
+                "expected nonzero weights: initialize it otherwise, or use control 'decay'"
             )
 
 
@@ -161,14 +161,14 @@ def numbers(group: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 class Watch:
-    """A parameter group as it was at construction, and its numbers when it was last found good."""
+    """A parameter group as it was at construction, and its numbers when they last passed the checks."""
 
     def __init__(self, number: int, group: Mapping[str, Any]):
         self.number, self.fixed, self.numbers = number, fixed_part(group), numbers(group)
         self.pauses, self.kept = rule_of(group).pauses(group), kept_states(group).keys()
 
     def complaint(self, group: Mapping[str, Any]) -> ConfigError | None:
-        """Of the group as it is now a value that makes no sense, or one that may not change."""
+        """The error for an invalid value in the group as it is now, or for one that must not change."""
         where = f"parameter group {self.number}"
         if missing := [key for key in FIXED if key not in group]:
             return ConfigError(f"{where} has lost its {missing[0]!r}, expected every key it had")
@@ -180,20 +180,20 @@ class Watch:
             if rule_of(group).pauses(group) != self.pauses:
                 return ConfigError(
                     f"{where} has scale {group['scale']!r} and floor {group['floor']}, which need other sums over ranks than "
-                    "before, expected scale 'nuclear_shared', or a floor above 0, at construction or never: build a new "
-                    "optimizer"
+                    "at construction, expected scale 'nuclear_shared', or a floor above 0, from construction on or never: "
+                    "build a new optimizer"
                 )
             if kept_states(group).keys() - self.kept:
                 return ConfigError(
-                    f"{where} has scale {group['scale']!r}, which keeps state with whole matrices, expected it at "
-                    "construction or never: build a new optimizer"
+                    f"{where} has scale {group['scale']!r}, which keeps state per matrix, expected it from construction on "
+                    "or never: build a new optimizer"
                 )
             self.numbers = now
         if (fixed := fixed_part(group)) != self.fixed:
             both = zip(FIXED, self.fixed, fixed, strict=True)
             key, old, new = next((k, a, b) for k, a, b in both if a != b)
             return ConfigError(
-                f"{key!r} of {where} became {new!r}, expected {old!r} as at construction: owners and state were laid out "
-                "for it, so build a new optimizer"
+                f"{key!r} of {where} became {new!r}, expected {old!r} as at construction: build a new optimizer, because "
+                "owners and state depend on it"
             )
         return None

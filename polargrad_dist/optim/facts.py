@@ -1,5 +1,7 @@
-"""What a step learns beside stepping: spectra, times, sums that other matrices wait for, and failures, which all ranks raise
-together: the same words everywhere, the cause where it happened."""
+"""Per-step statistics: spectra, times, sums that other matrices wait for, and failures.
+
+All ranks raise a failure together, with the same message; the cause is attached on the rank where it happened.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,9 @@ NOT_FINITE, FAILED, REFUSED, OUT_OF_MEMORY = range(1, 5)
 
 
 class Sums:
-    """|W|^2, <W, S> and |S|^2 of every matrix W and its step S that wait for them, and each role's nuclear norms.
+    """|W|^2, <W, S> and |S|^2 of the matrices W, with steps S, that wait for them, and each role's sum of nuclear norms.
 
-    ``rows`` says where (`plan.sum_rows`), ``counted`` which entry of a name counts: experts on several meshes are copies.
+    ``rows`` gives positions (`plan.sum_rows`); ``counted`` the entry of each name that counts: several meshes hold copies.
     """
 
     def __init__(self, rows: dict[tuple[Any, int], int], counted: dict[str, Any], device: torch.device):
@@ -33,12 +35,12 @@ class Sums:
         self.values = torch.zeros(len(rows), SUMS, dtype=torch.float64, device=device)
 
     def places(self, matrices: Sequence[tuple[Entry, int]]) -> Tensor:
-        """Where the sums of these matrices lie, int64; to be kept, since it is made on the host."""
+        """Positions of these matrices' sums, int64. Made on the host, so keep the result."""
         found = [self.rows[e.key, i] for e, i in matrices]
         return torch.tensor(found, dtype=torch.int64, device=self.values.device)
 
     def add(self, places: Tensor, values: Tensor) -> None:
-        """Adds what lies here of the matrices at these places: (matrices, 3)."""
+        """Adds this rank's part of the sums of the matrices at these places: (matrices, 3)."""
         self.values[places] += values.to(self.values)
 
     def add_nuclear(self, entry: Entry, norms: Tensor) -> None:
@@ -47,16 +49,16 @@ class Sums:
             self.values[self.rows[entry.role, 0], 0] += norms.sum().to(self.values)
 
     def nuclear(self, role: str) -> Tensor:
-        """What a role's scaled nuclear norms add up to, 0-d."""
+        """The sum of a role's scaled nuclear norms, 0-d."""
         return self.values[self.rows[role, 0], 0]
 
 
 @dataclass
 class Facts:
-    """Of the matrices that this rank owns: nuclear norm, largest and smallest singular value, residual ||U'U - I||.
+    """Statistics of this rank's own matrices: nuclear norm, largest and smallest singular value, residual ||U'U - I||.
 
-    Of the parameters in ``keep`` the owner also keeps what the oracle was given and gave: pairs (A, U), each (k, m, n), in
-    ``kept``, or of a tall matrix (A'A, X) with U = A X, in ``kept_gram``.
+    For the parameters in ``keep`` the owner also keeps the oracle's input and output: pairs (A, U), each (k, m, n), in
+    ``kept``, or (A'A, X) with U = A X, for a tall matrix, in ``kept_gram``.
     """
 
     keep: frozenset[int] = frozenset()
@@ -73,7 +75,7 @@ class Facts:
     _events: list[tuple[str, Any, Any]] = field(default_factory=list)
 
     def absorb(self, earlier: Facts) -> None:
-        """Takes in what an earlier part of the same step learnt."""
+        """Adds the statistics of an earlier part of the same step."""
         self.kept.update(earlier.kept)
         self.kept_gram.update(earlier.kept_gram)
         for role, seconds in earlier.seconds.items():
@@ -83,7 +85,7 @@ class Facts:
         self._events += earlier._events
 
     def timed(self, role: str, device: torch.device, function: Callable[..., Any], *args: Any) -> Any:
-        """What the function returns; adds the time of the device's work in it to a role, without waiting for a GPU."""
+        """Calls the function; adds the time of its work on the device to a role, without waiting for a GPU."""
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -105,7 +107,7 @@ class Facts:
         return self.seconds[role]
 
     def learnt(self, numbers: list[int], answer: Direction, ok: Tensor, A: Tensor) -> None:
-        """Takes what a rule told of the matrices A (k, m, n), each of the parameter of this number."""
+        """Records what a rule returned for the matrices A (k, m, n), each of one of the ``members``."""
         known = (answer.nuclear_norm, answer.sigma_max, answer.sigma_min, answer.residual)
         nothing = torch.full_like(answer.scale, NAN)
         columns = [nothing if x is None else x.to(nothing.dtype) for x in known]
@@ -117,7 +119,7 @@ class Facts:
                     self.kept[number].append((A[i : i + 1].clone(), answer.D[i : i + 1].clone()))
 
     def learnt_root(self, number: int, root: InverseSqrt, ok: Tensor, S: Tensor | None) -> None:
-        """Takes what the root of a tall matrix's Gram matrix told; S where it is to be kept."""
+        """Records the root of a tall matrix's Gram matrix S; S is given only if it is to be kept."""
         known = torch.stack(
             [root.nuclear_norm, root.sigma_max, root.sigma_min, torch.full_like(root.nuclear_norm, NAN)]
         )
@@ -127,11 +129,11 @@ class Facts:
             self.kept_gram[number] = (S, root.X)
 
     def finite(self, numbers: list[int], ok: Tensor) -> None:
-        """Takes whether the gradients of elementwise parameters are finite: ok (parameters,)."""
+        """Records whether the gradients of elementwise parameters are finite: ok (members,)."""
         self._flags.append((numbers, ok))
 
     def failed(self, number: int, error: Exception) -> None:
-        """Takes an error of a rule, which all ranks will raise together."""
+        """Records an error of a rule, which all ranks will raise together."""
         kind = FAILED
         if isinstance(error, torch.OutOfMemoryError):
             kind = OUT_OF_MEMORY
@@ -141,7 +143,7 @@ class Facts:
             self.failure, self.error = (kind, number), error
 
     def send(self) -> None:
-        """Sends what `worst` reads on its way to the host, one message per device."""
+        """Starts copying what `worst` reads to the host, one copy per device."""
         self.sent = []
         for device in dict.fromkeys(ok.device for _, ok in self._flags):
             flags = [(numbers, ok.reshape(-1)) for numbers, ok in self._flags if ok.device == device]
@@ -151,7 +153,7 @@ class Facts:
             self.sent.append(([number for numbers, _ in flags for number in numbers], Late(good)))
 
     def worst(self) -> tuple[int, int]:
-        """(kind, parameter) of the worst failure on this rank, (0, 0) without, as of a step that was not to happen.
+        """(kind, parameter) of the worst failure on this rank; (0, 0) if there is none, or if the step was skipped.
 
         Waits for the device's work up to `send`, and no further.
         """
@@ -164,8 +166,11 @@ class Facts:
         return self.failure
 
     def table(self, count: int) -> tuple[Tensor, Tensor]:
-        """Of ``count`` parameters, fp64 on the CPU: sums (count, 2) of nuclear norms and of matrices known, and largest
-        (count, 2) condition number and residual, -1 where unknown."""
+        """Statistics of ``count`` parameters, fp64 on the CPU.
+
+        (count, 2) sums of nuclear norms and numbers of matrices that have one, and (count, 2) largest condition numbers and
+        residuals, -1 where unknown.
+        """
         sums, largest = (
             torch.zeros(count, 2, dtype=torch.float64),
             torch.full((count, 2), -1.0, dtype=torch.float64),
@@ -182,7 +187,7 @@ class Facts:
     def stats(
         self, by: str, entries: Sequence[Entry], agreement: Agreement | None
     ) -> dict[str, dict[str, float]]:
-        """`PolarGrad.stats` of all ranks' facts. Two small collectives."""
+        """`PolarGrad.stats`, from the facts of all ranks. Two small collectives."""
         sums, largest = self.table(len(entries))
         roles = list(dict.fromkeys(e.role for e in entries))
         seconds = torch.tensor([self.total_seconds(role) for role in roles], dtype=torch.float64)
@@ -215,21 +220,25 @@ class Facts:
 
 
 def failure_of(kind: int, entry: Entry, cause: Exception | None, device: torch.device) -> Exception:
-    """The error for a failure of this kind at a parameter; ``cause`` was raised on the rank where it was."""
-    name, rest = entry.name, "its weights are as they were, the others have been stepped"
+    """The error for a failure of this kind at a parameter; ``cause`` is the original error, on the rank where it occurred."""
+    name, rest = entry.name, "its weights are unchanged; the other parameters have been stepped"
     if entry.kind == "elementwise" and any(cut is not None for cut in entry.layout.state_cuts):
-        rest = "that shard of it is as it was, the rest has been stepped"
+        rest = "that shard of it is unchanged; the rest has been stepped"
     if kind == NOT_FINITE:
         return PolarError(
             f"the gradient or momentum of {name} is not finite, so {rest}: restore the model and this optimizer from a "
-            "checkpoint, and step only when clip_grad_norm_ returns a finite norm"
+            "checkpoint, and step only if clip_grad_norm_ returns a finite norm"
         )
-    words = f"{type(cause).__name__}: {cause}" if cause is not None else "another rank's error tells why"
+    words = (
+        f"{type(cause).__name__}: {cause}"
+        if cause is not None
+        else "see the error of the rank where it happened"
+    )
     if kind == OUT_OF_MEMORY:
         return torch.OutOfMemoryError(
             f"the polar decomposition of {name} ran out of memory on {device.type}, so {rest} ({words}): lower "
             "bucket_mb or the batch"
         )
     if kind == REFUSED:
-        return ConfigError(f"{name} was not stepped, the others have been ({words})")
+        return ConfigError(f"{name} was not stepped; the other parameters have been ({words})")
     return PolarError(f"the rule of {name} failed, so {rest} ({words})")

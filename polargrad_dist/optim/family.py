@@ -1,4 +1,4 @@
-"""The family's names, each a `PolarGrad` with the defaults that the name stands for; of a model, for its hidden matrices.
+"""The family's names: each builds a `PolarGrad` with the name's defaults; for a model, its hidden matrices get them.
 
 The names of the paper have its scale, the nuclear norm of the momentum (``scale="nuclear"``), with which the best rate
 differs by orders of magnitude between models: their default of 1e-3 is where a sweep begins, not a rate that was found good.
@@ -8,7 +8,7 @@ differs by orders of magnitude between models: their default of 1e-3 is where a 
 Sources: algorithms C.1-C.4 of Lau, Long, Su (2025); Muon of Jordan et al. (2024) and Liu et al. (2025).
 """
 
-# ruff: noqa: N802 (functions that stand for classes carry the names of the field)
+# ruff: noqa: N802 (these functions stand for classes and have the names that the field uses)
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.optimizer import PolarGrad
 from polargrad_dist.optim.rules import Rule, expect_rate
 
-# What the default rule of hidden matrices has otherwise than PolarGrad's own defaults.
+# Where the default rule of hidden matrices differs from PolarGrad's own defaults.
 HIDDEN = {"nesterov": False, "scale": "nuclear", "oracle": "auto"}
 DEFAULT = Rule(lr=1e-3, scale="nuclear")
 DEFAULT_MUON = Rule(lr=0.02, scale="muon")
@@ -35,7 +35,7 @@ def _named(
     more: dict[str, Any],
     default: Rule = DEFAULT,
 ) -> PolarGrad:
-    """A name's rule for all parameters given; of a model, for its hidden matrices, the other roles keeping their own."""
+    """A name's rule for all given parameters, or for a model's hidden matrices; its other roles keep their rules."""
     if lr is None and not _all_rated(params):
         changed = {key: both[key] for both in (rule | more,) for key in ("algorithm", "scale") if key in both}
         expect_rate(name, "hidden", replace(default, **changed), default)
@@ -43,8 +43,8 @@ def _named(
     if isinstance(params, nn.Module):
         if "hidden" in more:
             raise ConfigError(
-                "hidden is the role whose rule this name sets, expected its fields as arguments of their own: "
-                "Muon(model, lr=0.02)"
+                "hidden is given, but it is the role whose rule this name sets, expected the fields of that rule as "
+                "arguments: Muon(model, lr=0.02)"
             )
         fields = {key: more.pop(key) for key in list(more) if key in Rule.__dataclass_fields__}
         return PolarGrad(params, hidden={"lr": lr, "momentum": "none"} | HIDDEN | rule | fields, **more)
@@ -71,7 +71,7 @@ def PolarGradM(
 def PolarSGDM(
     params: Any, lr: float | None = None, *, polar_first: bool = False, beta: float = 0.5, **more: Any
 ) -> PolarGrad:
-    """PolarGradM on stochastic gradients, with the small momentum that suits them (table D.9).
+    """PolarGradM for stochastic gradients, with the small momentum that suits them (table D.9).
 
     lr: multiplies the nuclear norm of the momentum. Defaults to 1e-3, where a sweep begins: the paper has 5 for embeddings
     and 0.02 for heads. The embeddings and heads of ``PolarGrad(model)`` have ``scale="nuclear_relative"`` and 1.0.

@@ -1,4 +1,4 @@
-"""Parameter groups as a user gives them, made complete: a model's by its roles, any other's by the defaults."""
+"""Completes parameter groups as a user gives them: a model's by its roles, others by the defaults."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ DEFAULTS = {key: value for key, value in _RULE.items() if key != "options"} | {
 def routed(
     model: nn.Module, gradients: str, given: dict[str, Any], common: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """A model's parameter groups, with changes to the rules of some roles."""
+    """A model's parameter groups, with changes to some roles' rules."""
     if common:
         key = min(common)
         raise ConfigError(
-            f"{key}={common[key]!r} was given with a model, whose roles have a rule each: say "
+            f"{key}={common[key]!r} was given with a model, expected it per role: set "
             f"hidden={{{key!r}: {common[key]!r}}} (or embed, head, value_embed, scalar), or "
             "use PolarGrad.from_config(model, OptimizerConfig(…))"
         )
     if gradients == "reduce_scatter" and isinstance(model, nn.parallel.DistributedDataParallel):
         raise ConfigError(
-            "gradients='reduce_scatter' was given a model in DistributedDataParallel, which reduces gradients itself: "
-            "give the bare model, or use gradients='all_reduced'"
+            "gradients='reduce_scatter' was given a model in DistributedDataParallel, which reduces gradients itself, "
+            "expected the bare model: pass that, or use gradients='all_reduced'"
         )
     config, options = OptimizerConfig(), {}
     for role, changes in given.items():
@@ -62,28 +62,28 @@ def routed(
 
 
 def completed(given: dict[str, Any], defaults: dict[str, Any], where: str, count: int) -> dict[str, Any]:
-    """A copy of a group with every key, its parameters a list and named; ``count`` parameters came before it."""
+    """A copy of a group with every key and a list of named parameters; ``count`` parameters come before it."""
     check_keys(defaults | given, where)
     params = [given["params"]] if isinstance(given["params"], torch.Tensor) else list(given["params"])
     if not params:
-        raise ConfigError("a parameter group is empty, expected at least one parameter in each")
+        raise ConfigError("a parameter group is empty, expected at least one parameter")
     names = given.get("param_names")
     named = [isinstance(p, tuple) and len(p) == 2 for p in params]
     for i, p in enumerate(params):
         tensor = p[1] if named[i] else p
         if not isinstance(tensor, torch.Tensor) or named[i] != named[0]:
             raise ConfigError(
-                f"{where} holds a {type(p).__name__} at place {i}, expected parameters only,"
-                " or pairs (name, parameter) only"
+                f"{where} holds a {type(p).__name__} at index {i}, expected only parameters,"
+                " or only pairs (name, parameter)"
             )
     if named[0]:
         names, params = [name for name, _ in params], [p for _, p in params]
     if names is None:
         names = [f"param.{count + i}" for i in range(len(params))]
     if len(names) != len(params):
-        raise ConfigError(f"{where} has {len(names)} names for {len(params)} parameters")
+        raise ConfigError(f"{where} has {len(names)} names for {len(params)} parameters, expected as many")
     if len(set(map(id, params))) < len(params):
-        raise ConfigError(f"{where} holds a parameter twice, expected each once")
+        raise ConfigError(f"{where} holds a parameter twice, expected each parameter once")
     options = getattr(RULES.get(given.get("algorithm", defaults["algorithm"])), "options", {})
     group = defaults | dict(options) | given | {"params": params, "param_names": list(names)}
     group["role"] = group["role"] or ("scalar" if group["algorithm"] == "adamw" else "hidden")

@@ -1,7 +1,7 @@
-"""Rules: what turns gradients into steps, as functions of whole matrices and of shards that know no rank.
+"""Rules, which turn gradients into steps: functions of whole matrices and of shards that know nothing about ranks.
 
-`Polar` is the family of the paper and Muon, and the base of rules of one's own (docs/rules.md); `AdamW` is torch's function.
-Before them stands what rules are composed of: momenta, scales, centring, row norms, the weights' decay. Sources: algorithms
+`Polar` is the rule of the paper's family and of Muon, and the base class of custom rules (docs/rules.md); `AdamW` calls
+torch's function. The parts of rules come first: momenta, scales, centring, row norms, weight decay. Sources: algorithms
 C.1-C.4 of Lau, Long, Su (2025); Muon's scale sqrt(max(1, m/n)) of Jordan et al. (2024), 0.2 sqrt(max(m, n)) of Liu et al.
 (2025, "Moonlight"), sqrt(d_out/d_in) of Bernstein and Newhouse (2024). "The benchmark" is modded-nanoGPT's optimization
 track; its figures are steps to a loss of 3.28, where tuned Muon needs 3,250.
@@ -49,7 +49,7 @@ def muon_factor(m: int, n: int) -> float:
     return math.sqrt(max(1.0, m / n))
 
 
-# The factor of an m x n direction whose matrix has the given nuclear norm, taken to the power alpha: 1 is PolarGrad, 0 the
+# The factor of an m x n direction whose matrix has the given nuclear norm, to the power alpha: 1 is PolarGrad, 0 the
 # direction alone (NVIDIA's Emerging-Optimizers has the same exponent; no figure is published). "nuclear_shared" gives s_l of
 # lr s_l (sum_k s_k |M_k|_nuc)^alpha, whose sum, over all matrices of a role, `lengths` multiplies in: steepest descent under
 # the largest of |W_l| / s_l, whose dual norm is that sum (Bernstein and Newhouse 2024, "Modular duality").
@@ -65,16 +65,17 @@ SCALES: dict[str, Scale] = {
 
 
 REFERENCE_STEPS = 100
-LONGEST = 10.0  # of a relative scale: a matrix whose first gradients were next to nothing would move by far too much
+# Largest relative scale: a matrix whose first gradients were tiny would otherwise move far too much.
+LONGEST = 10.0
 
 
 def relative(scale: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """PolarGrad's scale over its own mean of the matrix's first `REFERENCE_STEPS` steps, and what has been seen.
+    """PolarGrad's scale over its mean in the matrix's first `REFERENCE_STEPS` steps, and the updated mean.
 
-    ``scale`` is (k,), ``seen`` (k, 2) the mean and the number of steps in it. Step t has weight t in the mean, because the
-    first gradients say least; until the mean is complete the quotient is at most 1, then at most `LONGEST`. Scales of zero
-    are not counted: a matrix without a gradient yet would never move, or by far too much. The learning rate is then the
-    length of a typical early step, on any model, batch and vocabulary, and steps shrink with the gradient as PolarGrad's do.
+    ``scale`` is (k,); ``seen`` (k, 2) holds the mean and the number of steps in it. Step t has weight t, because the first
+    gradients say least. The quotient is at most 1 until the mean is complete, then at most `LONGEST`. Scales of zero are not
+    counted: a matrix that has had no gradient yet would otherwise never move, or far too much. So the learning rate is the
+    length of a typical early step for any model, batch and vocabulary, and steps shrink with the gradient, as PolarGrad's do.
     """
     mean, steps = seen.to(scale).unbind(-1)
     learning = (steps < REFERENCE_STEPS) & (scale > 0)
@@ -85,19 +86,19 @@ def relative(scale: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def centred(A: Tensor, transposed: bool) -> Tensor:
-    """Rows (k, m, n) less their mean row; of transposed matrices columns less their mean column.
+    """Subtracts the mean row of matrices (k, m, n); for transposed ones the mean column.
 
-    A - 1 (1'A)/m: a vector added to every row of a head moves no probability, so that the mean row of its gradient is
-    noise. Before the oracle, and after it again where rounding or truncation brought a mean back. Source: ``center_rows`` of
-    NVIDIA's Emerging-Optimizers, for embeddings, heads and routers; no figure is published.
+    A - 1 (1'A)/m: adding one vector to every row of a head changes no probability, so the mean row of its gradient is
+    noise. Applied before the oracle, and again after it, because rounding or truncation may restore a mean. Source:
+    ``center_rows`` of NVIDIA's Emerging-Optimizers, for embeddings, heads and routers; no figure is published.
     """
     return A - A.mean(-1 if transposed else -2, keepdim=True)
 
 
 def rows_normalized(D: Tensor, energy: Tensor, beta: float, transposed: bool) -> tuple[Tensor, Tensor]:
-    """NorMuon: v = beta v + (1 - beta) mean_j D_ij^2; D_ij / sqrt(v_i), brought back to D's Frobenius norm; and v.
+    """NorMuon: v = beta v + (1 - beta) mean_j D_ij^2; returns D_ij / sqrt(v_i), rescaled to D's Frobenius norm, and v.
 
-    D is (k, m, n) and v (k, m), of transposed matrices (k, n). Source: Li et al. (2025), "NorMuon". The benchmark: 3,250
+    D is (k, m, n) and v (k, m), or (k, n) for transposed matrices. Source: Li et al. (2025), "NorMuon". The benchmark: 3,250
     steps (3.2789, n = 20) at lr 0.035 and weight decay 0.025, where Muon needed 3,325 with the same.
     """
     X, dim = D.to(energy.dtype), -2 if transposed else -1
@@ -118,10 +119,10 @@ def decay_and_step(weights: list[Tensor], steps: list[Tensor], decay: float, cau
 
 
 class Direction(NamedTuple):
-    """What a rule makes of matrices (k, m, n): ``D`` (k, m, n), the ``scale`` (k,) of each, and the next owner state.
+    """A rule's result for matrices (k, m, n): ``D`` (k, m, n), the ``scale`` (k,) of each, and the next owner state.
 
-    ``nuclear_norm``, ``sigma_max``, ``sigma_min`` and ``residual`` (k,) are for statistics, None where not known. A matrix
-    whose ``nuclear_norm``, or else whose direction, is not finite is not stepped.
+    ``nuclear_norm``, ``sigma_max``, ``sigma_min`` and ``residual`` (k,) are for statistics, None if unknown. A matrix is not
+    stepped if its ``nuclear_norm`` is not finite, or, if that is unknown, its direction.
     """
 
     D: Tensor
@@ -136,7 +137,7 @@ class Direction(NamedTuple):
 class Polar:
     """Step = -lr · scale · U, with M = U H the polar decomposition of the momentum; the base class of matrix rules.
 
-    ``options`` are the keys, with defaults, that a group may set for this rule beside those of `Rule`. `momentum` and `apply`
+    ``options`` are the keys, with defaults, that a group may set in addition to those of `Rule`. `momentum` and `apply`
     are elementwise, on stacked shards (k, slices, rows, columns), and change their state in place; `direction` sees whole
     matrices, as on one device, and returns the next state of each.
     """
@@ -145,7 +146,7 @@ class Polar:
     options: Mapping[str, Any] = {}
 
     def describe(self, group: Group) -> str:
-        """The rule in a few words, for tables."""
+        """A short description of the rule, for tables."""
         steps = f":{group['steps']}" if group["steps"] else ""
         nesterov = "+nesterov" if group["nesterov"] else ""
         factor = "polar" if group["spectrum"] == "polar" else "homogenized"
@@ -156,11 +157,11 @@ class Polar:
         return f"{factor}{extras} {group['scale']} {group['momentum']}{nesterov} {group['oracle']}{steps}{control}"
 
     def states(self, group: Group) -> tuple[str, ...]:
-        """Names of the elementwise states, which begin as zeros of the parameter's shape."""
+        """Names of the elementwise states; they start as zeros of the parameter's shape."""
         return () if group["momentum"] == "none" or group["precondition"] == "soap" else ("momentum",)
 
     def owner_states(self, group: Group) -> dict[str, Callable[[int, int], tuple[int, ...]]]:
-        """Names of the states kept with whole matrices, and their shape for an m x n matrix as stored; zeros at first."""
+        """Names of the states per matrix, and their shape for an m x n matrix as stored; they start as zeros."""
         states: dict[str, Callable[[int, int], tuple[int, ...]]] = {}
         if group["normalize"] == "rows":
             across = group["transposed"]
@@ -170,22 +171,22 @@ class Polar:
         return states
 
     def pauses(self, group: Group) -> bool:
-        """Whether steps wait for sums over ranks: nuclear norms of other matrices, norms of weights (`control.lengths`)."""
+        """Whether a step waits for sums over ranks: nuclear norms of other matrices, norms of weights (`control.lengths`)."""
         return group["scale"] == "nuclear_shared" or group["control"] == "hyperball" or group["floor"] > 0
 
     def cost(self, shape: tuple[int, int], group: Group) -> float:
-        """Flops of `direction` on one matrix, by which matrices are dealt to ranks."""
+        """Flops of `direction` on one matrix, used to balance matrices over ranks."""
         whitening = soap.cost(*shape) if group["precondition"] == "soap" else 0.0
         return cost(shape, group["oracle"], group["steps"]) + whitening
 
     def cost_on(self, device_type: str, shape: tuple[int, int], group: Group) -> float:
-        """`cost` on a kind of device; that of a rule which says its own is the same on all."""
+        """`cost` on a kind of device; a rule that overrides `cost` has the same on all devices."""
         if type(self).cost is not Polar.cost:
             return self.cost(shape, group)
         return cost(shape, group["oracle"], group["steps"], device_type=device_type)
 
     def tall(self, group: Group, split: Split, dtype: torch.dtype) -> bool:
-        """Whether `root` serves: the direction is the matrix times a root of its Gram matrix, which shards can apply."""
+        """Whether `root` can be used: the direction is the matrix times a root of its Gram matrix, which shards can apply."""
         if type(self) is not Polar or len(split.matrices) != 1 or split.rows < split.cols:
             return False
         if (group["center_rows"] and split.transposed) or self.owner_states(group):
@@ -197,12 +198,13 @@ class Polar:
         return split.rows >= 8 * split.cols or group["role"] in TALL_ROLES if wish is None else wish
 
     def bounded(self, group: Group) -> bool:
-        """Whether `root` needs a bound of the matrix's norm beside its Gram matrix: truncated QDWH starts from one."""
+        """Whether `root` also needs a bound on the matrix's norm: truncated QDWH starts from one."""
         return group["oracle"] == "qdwh" and group["steps"] is not None
 
     def momentum(self, state: dict[str, Tensor], grad: Tensor, group: Group) -> Tensor:
-        """What `direction` is given, from a stretch of the gradient; must not change ``grad``."""
-        if group["precondition"] == "soap":  # which keeps the momentum where it has the gradient
+        """The input of `direction`, from a block of the gradient; must not change ``grad``."""
+        # SOAP updates the momentum in `direction`, where it has the gradient.
+        if group["precondition"] == "soap":
             return grad
         move = MOMENTA.get(group["momentum"])
         return grad if move is None else move(state["momentum"], grad, group["beta"], group["nesterov"])
@@ -214,9 +216,8 @@ class Polar:
             state = {**state, **whitening}
         if group["center_rows"]:
             A = centred(A, group["transposed"])
-        polynomial = (
-            group["oracle"] in POLYNOMIAL
-        )  # which work in bf16, and know nothing of the spectrum for free
+        # These work in bf16 and do not compute the spectrum.
+        polynomial = group["oracle"] in POLYNOMIAL
         if group["oracle_dtype"] is not None:
             A = A.to(getattr(torch, group["oracle_dtype"]))
         elif polynomial and A.dtype != torch.float64:
@@ -242,9 +243,9 @@ class Polar:
         return Direction(D, self.scale(A.shape[-2:], nuclear, group), state, nuclear, *known)
 
     def root(self, S: Tensor, m: int, group: Group, bound: Tensor | None) -> tuple[InverseSqrt, Tensor]:
-        """Of a tall m x n matrix, from its Gram matrix S (n, n): X (n, n) so that A X is its direction; and the scale (1,).
+        """From the Gram matrix S (n, n) of a tall m x n matrix A: X (n, n) with A X the direction, and the scale (1,).
 
-        ``bound`` (0-d fp64) bounds its spectral norm, where `bounded`.
+        ``bound`` (0-d fp64) bounds the spectral norm of A; given if `bounded`.
         """
         if bound is not None:
             root = gram_qdwh(S, bound, group["steps"])
@@ -263,9 +264,9 @@ class Polar:
         )
 
     def apply(self, state: dict[str, Tensor], direction: Tensor, scale: Tensor, group: Group) -> Tensor:
-        """The step of a stretch of the weights; ``scale`` is broadcast against it. Must not change ``direction``.
+        """The step of a block of the weights; ``scale`` is broadcast against it. Must not change ``direction``.
 
-        ``direction`` is as it travelled, in bf16 say; the step is in at least fp32.
+        ``direction`` has the dtype in which it was sent, possibly bf16; the step is in at least fp32.
         """
         if group["momentum"] == "polar_first":
             m = state["momentum"]
@@ -277,11 +278,11 @@ class Polar:
         return step * factor if step is direction else step.mul_(factor)
 
     def has_plain_momentum(self, group: Group) -> bool:
-        """Whether `momentum` is the moving average of gradients, which a larger kernel may then contain."""
+        """Whether `momentum` is the plain moving average of gradients, so that a larger kernel may contain it."""
         return type(self).momentum is Polar.momentum and group["momentum"] == "momentum_first"
 
     def is_plain(self, group: Group) -> bool:
-        """Whether `apply` is nothing but the product of direction and scale, which a larger kernel may then contain."""
+        """Whether `apply` is just the product of direction and scale, so that a larger kernel may contain it."""
         return type(self).apply is Polar.apply and group["momentum"] != "polar_first"
 
 
@@ -310,7 +311,7 @@ class AdamW:
         group: Group,
         found_inf: Tensor | None,
     ) -> None:
-        """Steps the weights in place, all of one dtype; where ``found_inf`` (0-d fp32) is 1, nothing changes."""
+        """Steps the weights, all of one dtype, in place; if ``found_inf`` (0-d fp32) is 1, nothing changes."""
         (beta1, beta2), lr = group["betas"], group["lr"]
         adamw(
             weights, grads, states["exp_avg"], states["exp_avg_sq"], [], steps, fused=True, found_inf=found_inf,
@@ -323,9 +324,9 @@ RULES: dict[str, Any] = {"polar": Polar(), "adamw": AdamW()}
 
 
 def register_rule(name: str) -> Callable[[type[Polar]], type[Polar]]:
-    """Makes a subclass of `Polar` the algorithm ``name`` of parameter groups: ``@register_rule("normuon")``.
+    """Registers a subclass of `Polar` as the algorithm ``name`` of parameter groups: ``@register_rule("normuon")``.
 
-    Raises ``ConfigError`` for a name that is taken, or something that is no matrix rule.
+    Raises ``ConfigError`` if the name is taken, or if this is not a subclass of `Polar`.
     """
 
     def register(rule: type[Polar]) -> type[Polar]:
@@ -333,7 +334,7 @@ def register_rule(name: str) -> Callable[[type[Polar]], type[Polar]]:
             raise ConfigError(f"the rule {name!r} is {rule!r}, expected a subclass of polargrad_dist.Polar")
         taken = RULES.get(name)
         if taken is not None and type(taken).__qualname__ != rule.__qualname__:
-            raise ConfigError(f"a rule named {name!r} exists already, expected another name")
+            raise ConfigError(f"the rule name {name!r} is taken, expected a new name")
         RULES[name] = rule()
         return rule
 
@@ -341,12 +342,12 @@ def register_rule(name: str) -> Callable[[type[Polar]], type[Polar]]:
 
 
 def rule_of(group: Group) -> Any:
-    """What steps a parameter group."""
+    """The rule that steps a parameter group."""
     return RULES[group["algorithm"]]
 
 
 def kept_states(group: Group) -> dict[str, Callable[[int, int], tuple[int, ...]]]:
-    """All that is kept with whole matrices, as `Polar.owner_states`: the rule's own, and what `relative` has seen."""
+    """All states per matrix, as `Polar.owner_states`: the rule's own, and the mean of `relative`."""
     rule = rule_of(group)
     if not rule.matrices:
         return {}

@@ -1,6 +1,6 @@
-"""PolarGrad: one optimizer for every role of a model, on one device and on many, however its parameters are placed.
+"""PolarGrad: one optimizer for every role of a model, on one device or many, however its parameters are sharded.
 
-What lives here is what a user touches: groups, clipping, the order of a step, the plan and the facts. The step of a bucket
+This file has what a user calls: groups, clipping, the order of a step, the plan and the statistics. The step of a bucket
 is in `bucket`, the mathematics of a rule in `matrix`, placement in `world`, saving and loading in `state`.
 """
 
@@ -36,29 +36,31 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
 
     Args:
         params: a model (routed by `route`), an iterable of parameters or of (name, parameter) pairs, or parameter groups; a
-            group may set every field of `Rule`, its rule's own options, and the four keywords after it.
-        lr: base learning rate of groups that set none, 1e-3; see `Rule`.
-        hidden, embed, head, value_embed, scalar: of a model, what a role's rule has otherwise than `OptimizerConfig()`: a
-            dict such as ``hidden={"lr": 0.02}``, or a `Rule`. A dict for head or value_embed changes the rule of embed. With
-            another algorithm or scale it needs an lr.
-        process_group: ranks that hold copies of plain parameters; the default group where torch.distributed is set up.
-        norm_group: ranks over which `clip_grad_norm_` takes the norm, all pipeline stages say; those of the parameters.
-        gradients: "all_reduced", or "reduce_scatter": the optimizer reduces gradients itself, the model stays out of DDP.
-        comm_dtype: type in which momenta, directions and updates travel, as a dtype or its name; None for that of the
-            parameters, which then travel themselves.
-        bucket_mb: MiB of matrices, and of weights, per collective; None for 32, on a GPU 256.
-        **rule: every other field of `Rule` for groups that do not set it (momentum defaults to "none"), and:
-        split_sizes: rows of the matrices that a fused parameter holds one below the other, each stepped on its own.
-        num_heads: likewise, for equal blocks.
-        flatten: treat a 3-D parameter as a convolution (first dimension against the rest), not as a stack of matrices.
-        transposed: the parameter stores (in, out), as transformers' Conv1D: it splits along columns, and its scale is that of
+            group may set every field of `Rule`, its rule's own options, and the last four arguments below.
+        lr: base learning rate of groups that set none; defaults to 1e-3. See `Rule`.
+        hidden, embed, head, value_embed, scalar: for a model, changes to a role's rule in `OptimizerConfig()`: a dict such as
+            ``hidden={"lr": 0.02}``, or a `Rule`. A dict for head or value_embed changes the rule of embed.
+            If it changes algorithm or scale, it must set lr.
+        process_group: ranks that hold copies of plain parameters. Defaults to the default group if torch.distributed is
+            initialized.
+        norm_group: ranks over which `clip_grad_norm_` takes the norm, for example all pipeline stages. Defaults to the
+            ranks that store the parameters.
+        gradients: "all_reduced", or "reduce_scatter": the optimizer reduces gradients itself; do not wrap the model in DDP.
+        comm_dtype: dtype, or its name, in which momenta, directions and updates are sent. Defaults to the parameters'
+            dtype; weights are then sent instead of updates.
+        bucket_mb: MiB of matrices, and of weights, per collective. Defaults to 32, on a GPU to 256.
+        **rule: every other field of `Rule`, for groups that do not set it (momentum defaults to "none"), and:
+        split_sizes: numbers of rows of the matrices that are stacked in a fused parameter; each is stepped on its own.
+        num_heads: the same for equal blocks: the number of blocks.
+        flatten: treat a 3-D parameter as a convolution (first dimension by all others), not as a stack of matrices.
+        transposed: the parameter stores (in, out), as transformers' Conv1D does: it is split along columns and scaled as
             (out, in).
 
-    Build it after DDP, ``fully_shard``, ``parallelize_module`` or ``to(device)``, on all ranks alike. Half-precision
-    parameters are stepped in fp32, bf16 ones exactly: the bits that bf16 lacks are kept as state.
+    Build it on every rank, after DDP, ``fully_shard``, ``parallelize_module`` or ``to(device)``. Half-precision parameters
+    are stepped in fp32; for bf16 this is exact, because the low bits are kept as state.
 
-    Raises ``ConfigError`` for parameters that it cannot step. ``step`` raises on all ranks together when a rule failed or
-    gave something that is not finite (on GPUs at the following step, so that no step waits for the device).
+    Raises ``ConfigError`` for parameters that it cannot step. ``step`` raises on all ranks together if a rule fails or
+    returns a value that is not finite (on GPUs at the following step, so that no step waits for the device).
     """
 
     def __init__(
@@ -88,8 +90,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             params = routed(params, gradients, given, rule)
         elif given:
             raise ConfigError(
-                f"{min(given)} is a role's rule, which belongs to a model, but parameters were given: set the rule in the "
-                "parameter group"
+                f"{min(given)} sets a role's rule, but parameters were given, expected a model: pass the model, or set the "
+                "rule in the parameter group"
             )
         self.traffic = Traffic()
         dtype = check_travel(comm_dtype, bucket_mb)
@@ -98,7 +100,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         self._gradients, self._norm_group = gradients, norm_group
         self._world = self._new_world(process_group)
         self._watches: list[Watch] = []
-        self._said: dict[int, tuple[Any, ...]] = {}  # by each group when it was last looked at
+        # The numbers of each group when it was last checked.
+        self._said: dict[int, tuple[Any, ...]] = {}
         self._state_places: list[tuple[torch.Tensor, int]] = []
         self._placed: list[int] | None = None
         self._steps = 0
@@ -123,7 +126,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group; on several ranks all of them must. Owners of earlier parameters stay as they are."""
+        """Adds a group, on all ranks. The owners of earlier parameters do not change."""
         where = f"parameter group {len(self.param_groups)}"
         count = sum(len(other["params"]) for other in self.param_groups)
         group = completed(param_group, self.defaults, where, count)
@@ -136,7 +139,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             check_parameter(name, p, self._gradients)
         if self._travel.reducer is not None:
             raise ConfigError(
-                "gradients='reduce_scatter' cannot take further parameter groups after construction"
+                "a parameter group was added with gradients='reduce_scatter', expected all groups at construction: build a "
+                "new optimizer"
             )
         named = list(zip(group.pop("param_names"), group.pop("params"), strict=True))
         super().add_param_group(group | {"params": named})
@@ -144,7 +148,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             try:
                 self._place(self.param_groups[-1:])
             except ConfigError:
-                self.param_groups.pop()  # what is refused leaves nothing behind
+                # A refused group leaves nothing behind.
+                self.param_groups.pop()
                 raise
         self._watches.append(Watch(len(self._watches), self.param_groups[-1]))
 
@@ -152,7 +157,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         return World(process_group, self._travel, self._gradients)
 
     def _place(self, groups: Iterable[dict[str, Any]]) -> None:
-        """Finds the ranks and the owners of these groups' parameters, and makes their state."""
+        """Determines the ranks and owners of these groups' parameters, and creates their state."""
         numbers = {id(group): number for number, group in enumerate(self.param_groups)}
         self._world.add(
             [(numbers[id(group)], group, name, p) for group in groups
@@ -162,13 +167,15 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         self._placed = [id(p) for group in self.param_groups for p in group["params"]]
 
     def _check_placed(self) -> ConfigError | None:
-        """Adopts parameters that were swapped before the first step, as Accelerate's FSDP2 does, and states at any time;
-        returns what cannot be adopted."""
+        """Adopts parameters replaced before the first step, as by Accelerate's FSDP2, and states replaced at any time.
+
+        Returns the error for what cannot be adopted.
+        """
         if self._placed != [id(p) for group in self.param_groups for p in group["params"]]:
             if self._steps or self._travel.reducer is not None:
                 return ConfigError(
-                    "the parameters of the optimizer's groups were replaced after its first step, so that it would step what "
-                    "nobody uses any more: build a new optimizer from the new parameters, and load the old one's state"
+                    "the parameters of the optimizer's groups were replaced after its first step, expected the same ones: "
+                    "build a new optimizer from the new ones, and load the old one's state"
                 )
             self.state.clear()
             world = self._world
@@ -180,7 +187,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             if not here.is_contiguous():
                 return ConfigError(
                     f"{m.entry.name} is no longer contiguous in memory, as after to(memory_format=channels_last), expected "
-                    "it to be as at construction: convert inputs only, and leave the weights as they are"
+                    "it contiguous as at construction: convert only the inputs, not the weights"
                 )
             group, state = self.param_groups[m.number], self.state.get(m.p)
             if group is not m.group or state is not m.state:
@@ -188,7 +195,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
                     k in state and state[k].shape == v.shape for k, v in m.state.items()
                 ):
                     return ConfigError(
-                        f"the optimizer's state of {m.entry.name} was replaced by one that lacks some of it, expected "
+                        f"the optimizer's state of {m.entry.name} was replaced by an incomplete one, expected "
                         f"{', '.join(m.state)} as at construction: load state with load_state_dict"
                     )
                 m.group, m.state = group, state
@@ -198,7 +205,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
                     f"{m.entry.name} is {m.p.dtype} on {m.p.device}, expected {m.entry.dtype} on {m.device} as at "
                     "construction: convert and move the model before you build the optimizer"
                 )
-            # The tensors themselves: an id, or an address, is used again once its owner is gone.
+            # Keeps the tensors themselves: an id or an address may be reused once its tensor is gone.
             parts = ((v, v.to_local() if isinstance(v, DTensor) else v) for v in m.state.values())
             now += [(v, part.data_ptr()) for v, part in parts]
         before, self._state_places = self._state_places, now
@@ -209,7 +216,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         return None
 
     def _problem(self) -> ConfigError | None:
-        """What keeps this rank from stepping; a group is looked at again only where it has changed."""
+        """The error that keeps this rank from stepping, if any; a group is checked again only if it has changed."""
         if (problem := self._check_placed()) is not None:
             return problem
         for number, group in enumerate(self.param_groups):
@@ -225,8 +232,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 if p.grad is not None and p.grad.layout != torch.strided:
                     return ConfigError(
-                        f"the gradient of {name} is sparse, expected a dense one: build nn.Embedding with sparse=False (rows "
-                        "that are zero stay zero, and on CPUs cost nothing)"
+                        f"the gradient of {name} is sparse, expected a dense one: build nn.Embedding with sparse=False (zero "
+                        "rows stay zero, and on CPUs cost nothing)"
                     )
         return None
 
@@ -236,18 +243,17 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         return self._world.members
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """For gradients="reduce_scatter": backward passes inside accumulate without reducing. Elsewhere it does nothing."""
+        """For gradients="reduce_scatter": backward passes inside accumulate without reducing. Otherwise it does nothing."""
         return self._travel.reducer.no_sync() if self._travel.reducer else nullcontext()
 
     def finish_reductions(self) -> None:
-        """For gradients="reduce_scatter": waits until each gradient is where it is needed, as clipping and stepping do."""
+        """For gradients="reduce_scatter": waits until all gradients are reduced, as clipping and stepping do."""
         if self._travel.reducer:
             self._travel.reducer.finish()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(
-            set_to_none or self._travel.reducer is not None
-        )  # a spent gradient has no memory to zero
+        # A gradient that has been sent has no memory to zero.
+        super().zero_grad(set_to_none or self._travel.reducer is not None)
         if self._travel.reducer:
             self._travel.reducer.clear()
 
@@ -255,12 +261,12 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scales all gradients to a global Euclidean norm of at most ``max_norm``; returns the norm before, 0-d fp64.
 
-        Over all parameters and ranks (of ``norm_group``), each element counted once, with the same bits on every rank. With
-        an infinite ``max_norm`` it only measures.
+        The norm is over all parameters and ranks (of ``norm_group``), counts each element once, and has the same bits on
+        every rank. With an infinite ``max_norm`` gradients are not changed.
         """
         if not max_norm >= 0:
             raise ConfigError(f"max_norm is {max_norm}, expected a number >= 0")
-        # On several ranks the next step() refuses on all of them together; here one would leave the others waiting.
+        # On several ranks the next step() refuses on all of them together; raising here would leave the other ranks waiting.
         problem = self._problem()
         if problem is not None and self.agreement is None:
             raise problem
@@ -285,7 +291,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         return norm
 
     def _norm(self, counted: list[torch.Tensor]) -> torch.Tensor:
-        """The Euclidean norm over all ranks of what each counts, the same bits on each."""
+        """The Euclidean norm over all ranks of what each counts, with the same bits on every rank."""
         square = sum_of_squares(counted, self._travel.device)
         group = self._norm_group or self._world.group
         if group is not None and group.size() > 1:
@@ -302,11 +308,11 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
     ) -> Any:
         """Steps every parameter that has a gradient on some rank; returns the closure's loss.
 
-        ``ok``, a 0-d bool on the device and the same on all ranks, says whether the step is to happen without the host
-        having to know: where it is false weights and state stay as they are, bit for bit. ``shrink``, a 0-d tensor there,
-        multiplies all gradients as they are read, as clipping does with a pass of its own.
+        ``ok``, a 0-d bool on the device and the same on all ranks, decides on the device whether the step takes place: if it
+        is false, weights and state stay unchanged, bit for bit. ``shrink``, a 0-d tensor on the device, multiplies all
+        gradients as they are read, which saves the separate pass of `clip_grad_norm_`.
 
-        Each rank must call it. Raises on all of them together when a rule failed on one, or gave something not finite.
+        All ranks must call it. Raises on all of them together if a rule fails on one, or returns a value that is not finite.
         """
         loss = None
         if closure is not None:
@@ -334,14 +340,14 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         return loss
 
     def _add_up(self) -> None:
-        """Adds what each rank put into the step's sums, in one order on all of them, so that all get the same bits."""
+        """Sums each rank's part of the step's sums, in one order, so that all ranks get the same bits."""
         group, sums = self._world.group, self._facts.sums
         assert sums is not None
         if group is not None and group.size() > 1:
             sums.values = self.traffic.all_gather(sums.values, group).wait().sum(0)
 
     def _agreed(self) -> tuple[bool, ...]:
-        """Which parameters have a gradient on some rank; raises together what keeps a rank from stepping."""
+        """Which parameters have a gradient on some rank; raises, on all ranks together, what keeps one from stepping."""
         problem = self._problem()
         self._steps, self._consolidated = self._steps + 1, None
         reducer, world = self._travel.reducer, self._world
@@ -381,22 +387,22 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
 
     @property
     def late(self) -> bool:
-        """Whether a failure of a step is raised at the following one, so that no step waits for the device: on GPUs."""
+        """Whether a failed step raises at the following step, so that no step waits for the device: true on GPUs."""
         return self._travel.device.type != "cpu"
 
     def check_last_step(self) -> None:
-        """Raises what the last step failed with, which on a GPU the next one would raise. Waits; all ranks call it."""
+        """Raises the last step's failure, which on a GPU the next step would raise. Waits; all ranks must call it."""
         if self.late:
             self._raise_together()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ConfigError(
-            "a PolarGrad cannot be pickled or deep-copied, since it holds process groups: save full_state_dict(), and load "
+            "a PolarGrad was pickled or deep-copied, which its process groups do not allow: save full_state_dict(), and load "
             "it into a new optimizer"
         )
 
     def keep_next(self, members: Iterable[Member]) -> None:
-        """Has the owners of these keep in ``facts``, for one step, what the next step's oracle is given and gives."""
+        """Makes the owners of these keep the oracle's input and output of the next step in ``facts``."""
         self._keep = frozenset(m.index for m in members)
 
     @property
@@ -406,25 +412,25 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
 
     @property
     def facts(self) -> Facts:
-        """What the last step learnt on this rank."""
+        """Statistics of the last step on this rank."""
         return self._facts
 
     def shard_gradient(self, member: Member) -> torch.Tensor:
-        """The gradient of this rank's optimizer shard of a parameter, zeros without one: (slices, rows, columns)."""
+        """The gradient of this rank's optimizer shard of a parameter, or zeros: (slices, rows, columns)."""
         return self._travel.gradient(member)
 
     def plan(self) -> Plan:
-        """Owners, kind and cost of every parameter, the balance over ranks, memory and expected traffic."""
+        """The owners, kind and cost of every parameter, the balance over ranks, memory and expected traffic."""
         return self._world.plan
 
     def stats(self, by: str = "role") -> dict[str, dict[str, float]]:
-        """What the last step learnt, per role or per parameter (``by="parameter"``); nothing is computed again.
+        """Statistics of the last step, per role or per parameter (``by="parameter"``); nothing is recomputed.
 
-        ``nuclear_norm`` (summed over a parameter's matrices, averaged over a role), ``condition`` (largest over smallest
-        singular value above the cut-off) and ``residual`` (norm of U'U - I), both the largest of a role and NaN where
-        the oracle does not know them (Newton-Schulz and Polar Express know the nuclear norm alone); per role also
+        ``nuclear_norm`` is summed over a parameter's matrices and averaged over a role. ``condition`` (largest over smallest
+        singular value above the cut-off) and ``residual`` (norm of U'U - I) are the largest of a role, NaN if the oracle
+        does not compute them (Newton-Schulz and Polar Express compute only the nuclear norm). Per role there are also the
         ``seconds`` in the oracle on the busiest rank. Two small collectives: call it on all ranks.
         """
         if by not in ("role", "parameter"):
-            raise ConfigError(f"stats(by={by!r}), expected 'role' or 'parameter'")
+            raise ConfigError(f"stats() was called with by={by!r}, expected 'role' or 'parameter'")
         return self._facts.stats(by, self._world.entries, self.agreement)

@@ -1,4 +1,4 @@
-"""What the planner has to know of the optimizer's groups: each parameter's kind, layout and cost under its rule."""
+"""What the planner needs to know about the optimizer's groups: each parameter's kind, layout and cost."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def entry(
     found: Placing,
     device_type: str | None = None,
 ) -> Entry:
-    """One parameter of group ``number``, lying as ``found``, its owners not yet dealt.
+    """The plan's entry for a parameter of group ``number`` with placement ``found``; owners are not assigned yet.
 
-    device_type: where its matrices are computed, whose costs they are dealt by; None for where the parameter is.
+    device_type: device that computes its matrices and determines their costs; None for the parameter's own.
     """
     device = device_type or (found.mesh.device_type if found.mesh is not None else p.device.type)
     rule, shape = rule_of(group), tuple(p.shape)
@@ -60,7 +60,7 @@ def entry(
 
 
 def split_of(group: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Split:
-    """The matrices that a group takes a parameter to hold."""
+    """The matrices in a parameter, according to its group."""
     return Split.of(
         name, shape, group["split_sizes"], group["num_heads"], group["flatten"], group["transposed"]
     )
@@ -77,8 +77,8 @@ def plan_for(
 ) -> Plan:
     """The plan of the groups that `route` returned, on tensors of any device, meta included.
 
-    Matrices are dealt by their costs on ``device_type``. ``shards`` ranks hold the rows of one replica, as FSDP2 cuts them;
-    ``replicas`` such replicas hold copies.
+    Matrices are assigned by their costs on ``device_type``. ``shards`` ranks hold the rows of one replica, sharded as by
+    FSDP2; there are ``replicas`` replicas.
     """
     plan = Plan(replicas * shards, gradients, comm_dtype.itemsize if comm_dtype is not None else None)
     dims = [(size, cut) for size, cut in ((shards, 0), (replicas, None)) if size > 1]

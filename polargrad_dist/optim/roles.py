@@ -1,7 +1,7 @@
-"""What a parameter is, by the module that holds it: its role, and which of its rectangles are matrices.
+"""What a parameter is, according to the module that holds it: its role, and which blocks of it are matrices.
 
-Layouts of fused weights were read in the modelling code of transformers 5, which is recognized by class name and never
-imported. What no module type says is guessed by name, with a note, or left without a role.
+The layouts of fused weights come from the modelling code of transformers 5, whose modules are recognized by class name; the
+package is never imported. If the module's class does not tell, the role is guessed by name, with a note, or left open.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _GATES = ((nn.LSTM, 4), (nn.LSTMCell, 4), (nn.GRU, 3), (nn.GRUCell, 3))
 
 
 class Home(NamedTuple):
-    """Where a parameter lives: ``module.leaf``, and the module is ``parent.attribute``."""
+    """Where a parameter is held: it is ``module.leaf``, and the module is ``parent.attribute``."""
 
     module: nn.Module
     leaf: str
@@ -34,7 +34,7 @@ class Home(NamedTuple):
 
 @dataclass(frozen=True)
 class Place:
-    """A parameter's role, None where it cannot be told; how it splits into matrices; what was guessed, in ``note``."""
+    """A parameter's role, None if unknown; how it splits into matrices; what was guessed, in ``note``."""
 
     role: str | None
     split_sizes: tuple[int, ...] | None = None
@@ -52,7 +52,7 @@ def _equal(parts: int) -> Sizes:
 
 
 def _grouped(module: Any, length: int) -> tuple[int, ...]:
-    """Query, key and value, with fewer heads of the last two."""
+    """Rows of query, key and value, where key and value have fewer heads."""
     heads = getattr(module, "num_key_value_heads", None) or module.config.num_key_value_heads
     kv = heads * module.head_dim
     return length - 2 * kv, kv, kv
@@ -66,7 +66,7 @@ def _latent_and_position(module: Any, length: int) -> tuple[int, ...]:
     return module.kv_lora_rank, module.qk_rope_head_dim
 
 
-# Linear layers of transformers that hold several matrices one below the other: attribute, sizes, classes that own it.
+# Linear layers of transformers that stack several matrices: attribute, sizes, classes that own it.
 _FUSED: tuple[tuple[str, Sizes, str], ...] = (
     ("qkv_proj", _grouped, "Phi3Attention Phi4MultimodalAttention"),
     ("Wqkv", _grouped, "DbrxAttention"),
@@ -86,7 +86,7 @@ _FUSED: tuple[tuple[str, Sizes, str], ...] = (
     ("x_proj", _time_b_c, "MambaMixer FalconMambaMixer"),
     ("kv_a_proj_with_mqa", _latent_and_position, "DeepseekV2Attention DeepseekV3Attention"),
 )
-# Fused as well, but with the rows of every head together: one matrix.
+# Also fused, but interleaved by head: one matrix.
 _INTERLEAVED = {
     "BloomAttention",
     "GPTNeoXAttention",
@@ -103,7 +103,7 @@ _ELEMENTWISE_NAME = re.compile(
 
 
 def place(home: Home, p: torch.Tensor, heads: dict[nn.Module, str]) -> Place:
-    """The place of a parameter ``p`` of ``home``; ``heads`` are the output layers, each with what was guessed of it.
+    """The place of a parameter ``p`` of ``home``; ``heads`` are the output layers, each with a note of what was guessed.
 
     A parameter in which no matrix has two rows and two columns is a scalar. Raises ``ConfigError`` for parameters of lazy
     modules and for sparse embeddings.
@@ -162,18 +162,19 @@ def _embedding(home: Home, module: Any) -> Place:
         return Place("embed")
     known = home.attribute == "relative_attention_bias" and _kinds(home.parent)
     return Place(
-        "scalar", note="" if known else "an embedding named as a bias: taken for biases of attention scores"
+        "scalar",
+        note="" if known else "an embedding with the name of a bias: taken for biases of attention scores",
     )
 
 
 def _convolution(module: Any, p: torch.Tensor) -> Place:
-    """Each group is a matrix, its filters the rows; one channel in or out of each group (depthwise) makes none."""
+    """Each group is a matrix with its filters as rows; a group with one channel in or out (depthwise) is none."""
     if module.groups > 1 and min(p.shape[0] // module.groups, p.shape[1]) == 1:
         return Place("scalar", flatten=True)
     upwards = isinstance(module, _TRANSPOSED_CONVOLUTIONS)
     if module.groups == 1:
         return Place("hidden", flatten=True, transposed=upwards)
-    note = "a grouped transposed convolution: its scale is that of (in, out)" if upwards else ""
+    note = "a grouped transposed convolution: scaled as (in, out)" if upwards else ""
     return Place("hidden", (p.shape[0] // module.groups,) * module.groups, flatten=True, note=note)
 
 
@@ -186,13 +187,13 @@ def _linear(home: Home, p: torch.Tensor) -> Place:
                 return Place("hidden", split)
     if _LOOKS_FUSED.search(home.attribute) and not kinds & _INTERLEAVED:
         return Place(
-            "hidden", note="its name says fused, where it divides is not known: stepped as one matrix"
+            "hidden", note="fused according to its name, but the split is unknown: stepped as one matrix"
         )
     return Place("hidden")
 
 
 def _bare(home: Home, p: torch.Tensor) -> Place:
-    """A parameter of a module that is none of torch's: experts, routers, state-space layers, embeddings, or a guess."""
+    """A parameter of a module that is not from torch: experts, routers, state-space layers, embeddings, or a guess."""
     module, leaf = home.module, home.leaf
     name = home.attribute if leaf.isdigit() else leaf
     kind, kinds = type(module).__name__.removeprefix("FSDP"), _kinds(module)
@@ -204,7 +205,7 @@ def _bare(home: Home, p: torch.Tensor) -> Place:
     if leaf == "weight" and p.ndim == 2 and re.search(r"(Router|Gate|Gating)$", kind):
         return Place("hidden")
     if _ELEMENTWISE_NAME.search(name) and not _MATRIX_NAME.search(name):
-        return Place("scalar", note=f"a parameter of {kind}, by its name not a matrix")
+        return Place("scalar", note=f"a parameter of {kind}: not a matrix, according to its name")
     if p.ndim == 2:
         return Place("hidden", note=f"a parameter of {kind}: taken for one matrix (out, in)")
     if p.ndim == 3 and "Expert" in kind:
@@ -224,7 +225,7 @@ def _experts(module: Any, leaf: str, p: torch.Tensor) -> Place:
 
 
 def _kinds(module: nn.Module | None) -> set[str]:
-    """Names of the classes of transformers that a module is: FSDP2 and parametrizations put their own in front."""
+    """Names of a module's classes, without those that FSDP2 and parametrizations put in front."""
     classes = type(module).__mro__
     return {c.__name__ for c in classes if c.__module__.startswith("transformers.")}
 
@@ -234,11 +235,11 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def output_layers(model: nn.Module, homes: Iterable[Home]) -> dict[nn.Module, str]:
-    """The output layers of a model, each with what was guessed of it.
+    """The output layers of a model, each with a note of what was guessed.
 
-    The model says which it is (``get_output_embeddings``). Beside that, its last linear layer is guessed to be one if it has
-    as many rows as ``config.num_labels``; where the model says nothing, with about as many as an embedding; or, in
-    a model of convolutions without embeddings, if no linear layer takes as many columns.
+    The model may name one (``get_output_embeddings``). In addition, the last linear layer is guessed to be one if it has as
+    many rows as ``config.num_labels``; if the model names none and it has about as many rows as an embedding; or, in a
+    model with convolutions and no embeddings, if no linear layer has as many columns as it has rows.
     """
     homes = list(homes)
     said = getattr(model, "get_output_embeddings", lambda: None)()
@@ -264,7 +265,7 @@ def output_layers(model: nn.Module, homes: Iterable[Home]) -> dict[nn.Module, st
 
 
 def _ends_convolutions(homes: Sequence[Home], rows: int) -> bool:
-    """Whether the model has convolutions, and no linear layer takes as many columns as the last one has rows."""
+    """Whether the model has convolutions, and no linear layer has as many columns as the last one has rows."""
     columns = {home.module.in_features for home in homes if isinstance(home.module, nn.Linear)}
     return rows not in columns and any(isinstance(home.module, _CONVOLUTIONS) for home in homes)
 

@@ -1,6 +1,6 @@
-"""Which rule steps which parameter: roles come from the modules (`roles`), and the model has the last word.
+"""Which rule steps which parameter: roles come from the modules (`roles`), and hints of the model override them.
 
-The model may say what its modules do not (``parameter_hints``): a role, how fused matrices split, a decay factor.
+A model's ``parameter_hints`` may give a role, how fused matrices split, and a decay factor.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _HINTS = ("role", *_SPLITS, "weight_decay_scale")
 
 
 class Groups(list[dict[str, Any]]):
-    """Parameter groups, and in ``notes`` what routing guessed of which parameter."""
+    """Parameter groups; ``notes`` says what routing guessed, by parameter name."""
 
     notes: dict[str, str]
 
@@ -41,7 +41,7 @@ class Groups(list[dict[str, Any]]):
 
 
 def clean_name(name: str) -> str:
-    """A parameter's name without what DDP, ``torch.compile`` and activation checkpointing put into it."""
+    """A parameter's name without the prefixes of DDP, ``torch.compile`` and activation checkpointing."""
     return _WRAPPERS.sub("", name)
 
 
@@ -60,9 +60,9 @@ def route(model: nn.Module, config: OptimizerConfig | None = None) -> Groups:
     """The parameter groups of a model: one per role and way of splitting, each with its rule's fields.
 
     A group has ``params``, ``param_names``, ``role``, every field of `Rule`, ``split_sizes``, ``num_heads``, ``flatten`` and
-    ``transposed``. Frozen parameters (``requires_grad=False``) are left out. What had to be guessed is logged in one
-    warning, and stands in `routing_table`. Raises ``ConfigError`` for a parameter whose role cannot be told, flattened
-    parameters (FSDP1, ZeRO), a hint that names no parameter or no key, and a rule that matches no parameter.
+    ``transposed``. Frozen parameters (``requires_grad=False``) are left out. Guesses are logged in one warning and shown by
+    `routing_table`. Raises ``ConfigError`` for a parameter whose role cannot be determined, flattened parameters (FSDP1,
+    ZeRO), a hint with an unknown parameter or key, and a rule that matches no parameter.
     """
     config = config or OptimizerConfig()
     config.check()
@@ -88,8 +88,8 @@ def route(model: nn.Module, config: OptimizerConfig | None = None) -> Groups:
         if found.role is None:
             raise ConfigError(
                 f"{name} of shape {tuple(p.shape)} is a parameter of {type(its_homes[0].module).__name__}, expected a "
-                f"module that tells its role: name it in the model's parameter_hints(), {{{name!r}: {{'role': 'hidden'}}}} "
-                "for a stack of matrices (out, in), or 'scalar' for AdamW"
+                f"module that determines its role: add a hint to the model's parameter_hints(), {{{name!r}: {{'role': "
+                "'hidden'} for a stack of matrices (out, in), or 'scalar' for AdamW"
             )
         if found.note:
             notes[name] = found.note
@@ -97,7 +97,7 @@ def route(model: nn.Module, config: OptimizerConfig | None = None) -> Groups:
         grouped[found.role, *(getattr(found, key) for key in _SPLITS), decay][name] = p
     _check_rules(config, {key[0] for key in grouped})
     if notes:
-        # Once for all ranks; where ranks hold other stages of a model, the others' are at level DEBUG.
+        # One warning for all ranks; if ranks hold different stages of a model, the other ranks log theirs at level DEBUG.
         main = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
         level = logging.WARNING if main else logging.DEBUG
         log.log(
@@ -120,7 +120,7 @@ def _homes(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, Home]]:
 
 
 def _shared_place(places: list[Place]) -> Place:
-    """A tied weight is an embedding wherever it was declared first, else a head, else what its first module says."""
+    """A tied weight is an embedding if one of its modules is; else a head; else what its first module says."""
     for role in ("embed", "head"):
         for found in places:
             if found.role == role:
@@ -129,7 +129,7 @@ def _shared_place(places: list[Place]) -> Place:
 
 
 def _hinted(found: Place, hint: dict[str, Any]) -> Place:
-    """A place after what the model says of it."""
+    """A place after applying the model's hint."""
     said = {key: hint[key] for key in ("role", *_SPLITS) if key in hint}
     if said:
         either = {"split_sizes": "num_heads", "num_heads": "split_sizes"}
@@ -143,7 +143,7 @@ def _hinted(found: Place, hint: dict[str, Any]) -> Place:
 def _check_hints(hints: dict[str, dict[str, Any]], names: set[str]) -> None:
     for name, hint in hints.items():
         if name not in names:
-            raise ConfigError(f"parameter_hints() names {name!r}, which is not a parameter of the model")
+            raise ConfigError(f"parameter_hints() names {name!r}, expected a parameter of the model")
         if unknown := sorted(set(hint) - set(_HINTS)):
             raise ConfigError(
                 f"parameter_hints() gives {name!r} the key {unknown[0]!r}, expected one of: {', '.join(_HINTS)}"
@@ -158,13 +158,13 @@ def _check_rules(config: OptimizerConfig, found: set[str]) -> None:
     for role in ("head", "value_embed"):
         if getattr(config, role) is not None and role not in found:
             raise ConfigError(
-                f"optimizer.{role} is set, but the model has no parameter of that role (tied weights are stepped as "
-                f"embed): set optimizer.{role} to null"
+                f"optimizer.{role} is set, expected null: the model has no parameter of that role (tied weights are stepped "
+                f"as embed), so set optimizer.{role} to null"
             )
 
 
 def _summary(notes: dict[str, str]) -> str:
-    """Notes with the parameters of all layers together: each name with * for its numbers, and how many it stands for."""
+    """Notes with layers merged: each name with * for its numbers, and how many parameters it stands for."""
     counts: dict[tuple[str, str], int] = defaultdict(int)
     for name, note in notes.items():
         counts[re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), note] += 1
@@ -187,9 +187,9 @@ def _group(config: OptimizerConfig, key: tuple, parameters: dict[str, torch.Tens
 
 
 def routing_table(groups: list[dict[str, Any]]) -> str:
-    """What went where: name, shape, role, rule, learning rate and splits of each parameter on a line, then totals.
+    """One line per parameter with name, shape, role, rule, learning rate and splits, then totals.
 
-    A note after # says what `route` guessed; it is there for what `route` returned, not for an optimizer's groups.
+    A note after # says what `route` guessed; only groups from `route` have notes, not those of an optimizer.
     """
     names = [name for group in groups for name in group["param_names"]]
     notes = getattr(groups, "notes", {})
@@ -213,7 +213,7 @@ def routing_table(groups: list[dict[str, Any]]) -> str:
 
 
 def _layout(group: dict[str, Any]) -> str:
-    """How a group's parameters hold their matrices, where that is not as a linear layer does."""
+    """How a group's parameters store their matrices, if not as a linear layer does."""
     along = "columns" if group["transposed"] else "rows"
     words = []
     if group["split_sizes"]:

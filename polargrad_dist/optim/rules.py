@@ -1,4 +1,4 @@
-"""What a parameter group may say: the rule by which its parameters are stepped, and one rule per role for a model.
+"""The settings of a parameter group's rule, and one rule per role for a model.
 
 Sources: PolarGrad family, algorithms C.1-C.4 of Lau, Long, Su (2025); Muon's scale sqrt(max(1, m/n)) of Jordan et al.
 (2024), 0.2 sqrt(max(m, n)) of Liu et al. (2025, "Moonlight"), sqrt(d_out/d_in) of Bernstein and Newhouse (2024).
@@ -42,24 +42,24 @@ class Rule:
         scale: factor of the polar factor: "nuclear" (PolarGrad), "nuclear_relative" (the nuclear norm over its mean in the
             first 100 steps), "nuclear_shared" (one sum of nuclear norms for all matrices of a role), "muon", "moonlight",
             "spectral" or "none".
-        alpha: power to which the nuclear norm is taken: 1 is PolarGrad, 0 the direction alone.
-        precondition: "soap": whiten the momentum in the eigenbasis of the gradient's covariance, before the polar factor.
-        center_rows: take the mean row out before the polar factor and after it, for embeddings and heads.
-        normalize: "rows": divide each row of the polar factor by a running root mean square of it, as NorMuon does.
-        spectrum: "polar" makes all singular values of the step equal; "homogenized" draws them together as the isotropic
-            curvature model's quartic case does, at the same Frobenius norm.
+        alpha: exponent of the nuclear norm: 1 gives PolarGrad, 0 the direction alone.
+        precondition: "soap" whitens the momentum in the eigenbasis of the gradient's covariance, before the polar factor.
+        center_rows: subtract the mean row before the polar factor and after it, for embeddings and heads.
+        normalize: "rows" divides each row of the polar factor by its running root mean square, as NorMuon does.
+        spectrum: "polar" makes all singular values of the step equal; "homogenized" moves them closer together, as in the
+            quartic case of the isotropic curvature model, at the same Frobenius norm.
         oracle: how polar factors are computed; "auto" is exact, "newton_schulz" is Muon's.
-        steps: inner steps of the oracle; null for as many as it needs (5 for Muon's Newton-Schulz).
-        oracle_dtype: type in which the oracle works; null for bf16 in the polynomial oracles, as Muon does (fp64 stays
-            fp64), and for that of the momentum in the others.
-        lower: singular values below this fraction of the largest count as zero, in the exact oracles.
-        weight_decay: decoupled decay, per unit of learning rate.
+        steps: inner steps of the oracle. Defaults to as many as it needs (5 for Muon's Newton-Schulz).
+        oracle_dtype: dtype in which the oracle works. Defaults to bf16 for the polynomial oracles, as in Muon (fp64 stays
+            fp64), and to the momentum's dtype for the others.
+        lower: exact oracles treat singular values below this fraction of the largest as zero.
+        weight_decay: decoupled weight decay, multiplied by the learning rate.
         control: "decay"; "cautious" decays only the entries that the step also shrinks; "hyperball" keeps each matrix's
             Frobenius norm and makes the step lr times as long.
-        floor: least ratio of the update's Frobenius norm, before the learning rate, to the weight's; 0 for none.
-        betas: AdamW's coefficients of the first and second moment; the second also of soap's and of the rows' averages.
-        eps: AdamW's epsilon, and soap's.
-        row_sharded: compute a tall matrix from the Gram matrices of its row shards; null decides by shape (m >= 8n)
+        floor: minimum ratio of the update's Frobenius norm, before the learning rate, to the weight's; 0 disables it.
+        betas: AdamW's coefficients of the first and second moment; the second is also that of soap's and the rows' averages.
+        eps: epsilon of AdamW and of soap.
+        row_sharded: compute a tall matrix from the Gram matrices of its row shards. Defaults to a choice by shape (m >= 8n)
             and role.
         options: a registered rule's own options, by name.
     """
@@ -88,7 +88,7 @@ class Rule:
     options: dict[str, Any] = field(default_factory=dict)
 
     def check(self, where: str) -> None:
-        """Raises ``ConfigError`` naming ``where`` and the field for a value that makes no sense."""
+        """Raises ``ConfigError``, naming ``where`` and the field, for an invalid value."""
         for name in ("lr", "beta", "eps", "lower", "weight_decay", "alpha", "floor", "steps"):
             value = getattr(self, name)
             if value is None and name == "steps":
@@ -144,7 +144,7 @@ class Rule:
                 raise ConfigError(f"{where}.{found}, expected {expected}")
 
     def _combinations(self) -> Iterator[tuple[bool, str, str]]:
-        """(whether it is so, what was found, what was expected) of fields that do not go together."""
+        """(whether it applies, what was found, what was expected) for invalid combinations of fields."""
         adamw, hyperball = self.algorithm == "adamw", self.control == "hyperball"
         steps = "steps set to null, or one of the oracles " + ", ".join(TAKES_STEPS)
         yield (
@@ -168,12 +168,12 @@ class Rule:
             yield (
                 adamw and value != nothing,
                 f"{name} is {value!r} with algorithm 'adamw'",
-                f"{nothing!r}: it is for the polar rules",
+                f"{nothing!r}: only the polar rules use it",
             )
         yield (
             self.nesterov and self.momentum not in ("momentum_first", "heavy_ball"),
             f"nesterov is true with momentum {self.momentum!r}",
-            "momentum_first or heavy_ball: there is no momentum to look ahead along before the polar factor",
+            "momentum_first or heavy_ball, which have a momentum before the polar factor to look ahead along",
         )
         yield (
             self.precondition == "soap" and self.momentum not in ("momentum_first", "heavy_ball"),
@@ -197,7 +197,7 @@ class Rule:
         )
 
 
-# What only the polar rules read, beside what a rule of AdamW has by default.
+# Fields that only the polar rules read, with the values that a rule of AdamW has by default.
 PARTS = {
     "alpha": 1.0,
     "precondition": "none",
@@ -219,12 +219,12 @@ def polarsgdm_rule(lr: float = 1e-3, **changes: Any) -> Rule:
 
 
 def relative_rule(lr: float = 1.0, **changes: Any) -> Rule:
-    """PolarSGDM with the nuclear norm over its mean in the first steps, so that the rate is a step's typical length."""
+    """PolarSGDM with the nuclear norm over its mean in the first steps, so that the rate is the typical length of a step."""
     return replace(polarsgdm_rule(lr, scale="nuclear_relative"), **changes)
 
 
 def adamw_rule(lr: float = 0.03, **changes: Any) -> Rule:
-    """AdamW with betas (0.9, 0.95), at a rate for vectors and scalars: hidden matrices want a tenth of it and less."""
+    """AdamW with betas (0.9, 0.95), at a rate for vectors and scalars; hidden matrices need a tenth of it or less."""
     return replace(Rule(lr, algorithm="adamw"), **changes)
 
 
@@ -265,19 +265,19 @@ def _scale_of(rule: Rule) -> str:
 
 @dataclass
 class OptimizerConfig:
-    """One rule per role, and how gradients and updates travel.
+    """One rule per role, and how gradients and updates are communicated.
 
     Args:
         hidden: weights of the hidden layers.
         embed: token embedding.
         scalar: norms, biases, and everything else that is not a matrix.
-        head: output embedding; null takes the rule of ``embed``, and so does every field that is left out.
-        value_embed: value embeddings; as ``head``.
-        gradients: "all_reduced" where DDP or FSDP reduces the gradients; "reduce_scatter" where the optimizer itself
-            reduces each into the shards that need it, during backward (replicated parameters only).
-        comm_dtype: type in which momenta, directions and the updates of fp32 weights travel between ranks; null for that of
-            the parameters, and whole weights.
-        bucket_mb: size of the pieces in which they travel, in MiB; null for 32, on a GPU 256.
+        head: output embedding. Defaults to the rule of ``embed``; so does every field that is left out.
+        value_embed: value embeddings. Defaults are as for ``head``.
+        gradients: "all_reduced" if DDP or FSDP reduces the gradients; "reduce_scatter" if the optimizer itself reduces
+            each into the shards that need it, during backward (replicated parameters only).
+        comm_dtype: dtype in which momenta, directions and the updates of fp32 weights are sent between ranks. Defaults to
+            the parameters' dtype, with weights sent instead of updates.
+        bucket_mb: MiB per collective. Defaults to 32, on a GPU to 256.
     """
 
     hidden: Rule = field(default_factory=muon_rule)
@@ -295,14 +295,14 @@ class OptimizerConfig:
         return self.embed if rule is None else rule
 
     def check(self) -> None:
-        """Raises ``ConfigError`` for the first rule that makes no sense."""
+        """Raises ``ConfigError`` for the first invalid setting."""
         for role in ROLES:
             self.rule(role).check(f"optimizer.{role}")
         if self.bucket_mb is not None and not 0 < self.bucket_mb < math.inf:
             raise ConfigError(f"optimizer.bucket_mb is {self.bucket_mb}, expected a size in MiB > 0")
         if self.scalar.algorithm != "adamw":
             raise ConfigError(
-                f"optimizer.scalar.algorithm is {self.scalar.algorithm!r}, expected 'adamw': scalars and vectors are no "
+                f"optimizer.scalar.algorithm is {self.scalar.algorithm!r}, expected 'adamw': scalars and vectors are not "
                 "matrices"
             )
 

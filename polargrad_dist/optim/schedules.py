@@ -1,4 +1,4 @@
-"""Learning-rate and momentum schedules: pure functions of the step, so that a resumed run needs no state of theirs.
+"""Learning-rate and momentum schedules: pure functions of the step, so a resumed run needs no state for them.
 
 ``step`` counts from 0, ``steps`` is the length of the run; factors multiply each group's base value.
 """
@@ -17,7 +17,7 @@ Kind = Literal["constant", "cosine", "linear", "wsd"]
 
 @dataclass
 class RoleSchedule:
-    """What one role's schedule has otherwise than the run's; null keeps the run's.
+    """Changes to the run's schedule for one role; null keeps the run's value.
 
     Args:
         kind: as the run's.
@@ -44,24 +44,24 @@ class RoleSchedule:
 
 @dataclass
 class ScheduleConfig:
-    """How learning rates and momenta change over the run, for all roles and for some.
+    """How learning rates and momenta change over the run, for all roles or for one.
 
     Args:
         kind: "constant"; "cosine" to zero; "linear": constant, then linear to zero over the last part of the run; "wsd":
             warm-up, stable, then decay as 1 - sqrt over the last part.
         warmup_steps: steps of linear warm-up from zero, before anything else.
         decay_fraction: the last part of the run, as a fraction of its steps, in which "linear" and "wsd" decay.
-        power: power to which the part of the decay that is left is taken, under "linear"; 1.2 is the benchmark's PowerCool.
-        floor: least factor of the learning rate after its warm-up.
-        momentum_warmup_steps: steps over which the hidden layers' momentum coefficient grows to its own value; 0 for none.
+        power: exponent of the remaining part of the decay, under "linear"; 1.2 is the benchmark's PowerCool.
+        floor: minimum factor of the learning rate after its warm-up.
+        momentum_warmup_steps: steps over which the hidden layers' momentum coefficient grows to its full value; 0 for none.
         momentum_warmup_start: the coefficient at step 0 of that warm-up.
-        momentum_cooldown_steps: last steps of the run, over which it falls again; 0 for none.
+        momentum_cooldown_steps: number of last steps of the run over which it falls again; 0 for none.
         momentum_cooldown_end: the coefficient at the end of the run.
-        hidden: the hidden matrices' own; null for the run's.
-        embed: the embedding's own.
-        head: the head's own.
-        value_embed: the value embeddings' own.
-        scalar: that of scalars and vectors.
+        hidden: changes for the hidden matrices; null for none.
+        embed: changes for the embedding.
+        head: changes for the head.
+        value_embed: changes for the value embeddings.
+        scalar: changes for scalars and vectors.
     """
 
     kind: Kind = "linear"
@@ -80,7 +80,7 @@ class ScheduleConfig:
     scalar: RoleSchedule | None = None
 
     def of(self, role: str) -> ScheduleConfig:
-        """The schedule of a role, with nothing left to other roles. The run's momentum schedule is the hidden layers'."""
+        """The complete schedule of a role. The run's momentum schedule applies to the hidden layers only."""
         own: dict[str, Any] = {
             k: v for k, v in asdict(getattr(self, role) or RoleSchedule()).items() if v is not None
         }
@@ -91,7 +91,7 @@ class ScheduleConfig:
         return replace(self, **changes)
 
     def check(self, steps: int) -> None:
-        """Raises ``ConfigError`` for a value that makes no sense in a run of ``steps``."""
+        """Raises ``ConfigError`` for a value that is invalid in a run of ``steps``."""
         for role in (None, *(role for role in ROLES if getattr(self, role) is not None)):
             (self if role is None else self.of(role))._check(steps, f".{role}" if role else "")
 
@@ -104,7 +104,7 @@ class ScheduleConfig:
             (
                 "power",
                 self.power == 1 or self.kind == "linear",
-                f"1 with kind {self.kind!r}: it is for 'linear'",
+                f"1 with kind {self.kind!r}: only 'linear' uses it",
             ),
             ("floor", 0 <= self.floor <= 1, "a number in [0, 1]"),
             ("momentum_warmup_steps", self.momentum_warmup_steps >= 0, "steps >= 0"),
@@ -137,14 +137,14 @@ def lr_factor(config: ScheduleConfig, step: int, steps: int) -> float:
 
 
 def _left(config: ScheduleConfig, step: int, steps: int) -> float:
-    """The part of the decay that lies ahead: 1 until it begins, 0 at the end of the run."""
+    """The remaining part of the decay: 1 until it begins, 0 at the end of the run."""
     if config.decay_fraction == 0:
         return 1.0
     return min(1.0, max(0.0, (steps - step) / (config.decay_fraction * steps)))
 
 
 def momentum_at(config: ScheduleConfig, step: int, steps: int, beta: float) -> float:
-    """The coefficient at ``step`` of a group whose own is ``beta``: linear from the start value, and to the end value."""
+    """The coefficient at ``step`` for a group with ``beta``: linear from the start value, and to the end value."""
     if step < config.momentum_warmup_steps:
         done = step / config.momentum_warmup_steps
         return (1 - done) * config.momentum_warmup_start + done * beta
@@ -156,7 +156,7 @@ def momentum_at(config: ScheduleConfig, step: int, steps: int, beta: float) -> f
 
 
 class Rates:
-    """Sets the learning rates and momenta of an optimizer's groups for a step, from those that they have at first."""
+    """Sets the learning rates and momenta of an optimizer's groups for a step, from their initial ones."""
 
     def __init__(self, groups: Sequence[dict[str, Any]], config: ScheduleConfig, steps: int):
         self.groups, self.config, self.steps = groups, config, steps
@@ -164,7 +164,7 @@ class Rates:
         self.schedules = [config.of(group["role"]) for group in groups]
 
     def set(self, step: int) -> float:
-        """Sets them; returns the factor of the run's own schedule."""
+        """Sets them; returns the learning-rate factor of the run's schedule."""
         for group, schedule, (lr, beta, betas) in zip(self.groups, self.schedules, self.base, strict=True):
             group["lr"] = lr * lr_factor(schedule, step, self.steps)
             if group["algorithm"] == "adamw":

@@ -1,7 +1,7 @@
-"""SOAP's eigenbasis before the polar factor: the momentum is whitened in it, and its basis follows the gradient's covariance.
+"""SOAP before the polar factor: the momentum is whitened in the eigenbasis of the gradient's covariance.
 
 L = beta L + (1 - beta) G G', R = beta R + (1 - beta) G'G with orthogonal Q_L, Q_R of their eigenvectors; P = Q_L' M Q_R,
-v = beta v + (1 - beta) P^2; the oracle is given Q_L (P / sqrt(v)) Q_R' at the length of M. Sources: Vyas et al. (2024),
+v = beta v + (1 - beta) P^2; the oracle's input is Q_L (P / sqrt(v)) Q_R' at the norm of M. Sources: Vyas et al. (2024),
 "SOAP", and their note on SOAP before Muon. modded-nanoGPT's optimization track: on MLPs 3,150 steps to 3.28 instead of 3,225
 (3.2776, n = 4), on all hidden matrices part of its record of 2,690.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def shapes(m: int, n: int) -> dict[str, tuple[int, ...]]:
-    """The state of an m x n matrix; the momentum lies here too, since the basis needs the gradient itself."""
+    """The state of an m x n matrix; it includes the momentum, because the basis needs the gradient itself."""
     square = {"left": (m, m), "right": (n, n), "left_basis": (m, m), "right_basis": (n, n)}
     return square | {"momentum": (m, n), "exp_avg_sq": (m, n), "seen": (1,)}
 
@@ -29,11 +29,11 @@ def cost(m: int, n: int) -> float:
 def whitened(
     G: Tensor, state: dict[str, Tensor], group: Any, momentum: Callable[..., Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What the oracle is given for gradients G (k, m, n), and the next state; ``momentum`` is the group's.
+    """The oracle's input for gradients G (k, m, n), and the next state; ``momentum`` is the group's.
 
-    The momentum goes unwhitened until covariances can have full rank, max(m, n)/min(m, n) steps: earlier bases would be
-    arbitrary, and other ones on other ranks. The first basis is an eigendecomposition, later ones are a step of orthogonal
-    iteration each. Whether a first one is due is read back from the device at every step.
+    The momentum is not whitened until covariances can have full rank, after max(m, n)/min(m, n) steps: earlier bases would
+    be arbitrary and would differ between ranks. The first basis is an eigendecomposition; each later one takes a step of
+    orthogonal iteration. Whether the first one is due is read back from the device at every step.
     """
     beta, kind = group["betas"][1], state["left"].dtype
     wait = -(-max(G.shape[1:]) // min(G.shape[1:]))

@@ -1,7 +1,7 @@
-"""Saving and loading the optimizer's state, by parameter name, at any world size and however parameters are placed.
+"""Saving and loading the optimizer's state, by parameter name, at any world size and under any sharding.
 
-Every state is a DTensor over optimizer shards, or a plain tensor where each rank has all of it, and every rank has the same
-keys: `torch.distributed.checkpoint` takes `NamedState.named_state` and torch's own ``get_optimizer_state_dict`` as they are.
+Every state is a DTensor over optimizer shards, or a plain tensor if each rank has all of it. Every rank has the same keys, so
+`torch.distributed.checkpoint` accepts both `NamedState.named_state` and torch's ``get_optimizer_state_dict`` unchanged.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from polargrad_dist.optim.matrix import kept_states
 from polargrad_dist.optim.world import World
 
 TORCH_CHECKPOINT = "torch.distributed.checkpoint."
-LAYOUT = {"transposed": False}  # keys that saved groups of earlier versions lack, with what they meant
+# Keys that groups saved by earlier versions lack, with the values that they implied.
+LAYOUT = {"transposed": False}
 
 
 class NamedState:
@@ -39,18 +40,20 @@ class NamedState:
     param_groups: list[dict[str, Any]]
     _optimizer_load_state_dict_pre_hooks: Any
     _optimizer_load_state_dict_post_hooks: Any
-    # What consolidate_state_dict() put together, empty on the other ranks; None once the state has changed.
+    # The result of consolidate_state_dict(), empty on the other ranks; None once the state has changed.
     _consolidated: dict[int, dict[str, Tensor]] | None = None
     _warned = False
 
     def named_state(self) -> dict[str, Tensor]:
-        """``{"<parameter>.<state>": tensor}``: the tensors themselves, DTensors where sharded, the same keys on all ranks
-        that store a parameter. Fill them in place to load."""
+        """``{"<parameter>.<state>": tensor}``: the tensors themselves, to be filled in place when loading.
+
+        Sharded states are DTensors. All ranks that store a parameter have the same keys.
+        """
         self._adopt()
         return {f"{m.entry.name}.{key}": value for m, key, value in self._states()}
 
     def load_named_state(self, saved: Mapping[str, Tensor]) -> None:
-        """Copies into the state what `named_state` of an optimizer at the same place gave.
+        """Copies a `named_state` of an optimizer on the same rank of the same layout into the state.
 
         Raises ``CheckpointError`` for a missing or misshapen entry, before anything is changed.
         """
@@ -58,7 +61,7 @@ class NamedState:
         for name, value in mine.items():
             if name not in saved:
                 raise CheckpointError(
-                    f"the saved optimizer state has no {name!r}, expected the state of the same model"
+                    f"the saved optimizer state has no {name!r}, expected the state of the same model and rules"
                 )
             if saved[name].shape != value.shape:
                 raise CheckpointError(
@@ -68,18 +71,18 @@ class NamedState:
             local(value).copy_(local(saved[name]))
 
     def full_state_dict(self) -> dict[str, Any]:
-        """Torch's form of state dict with whole tensors, on the CPU of every rank; loads anywhere. A collective."""
+        """A state dict in torch's format with whole tensors on every rank's CPU; loads under any layout. A collective."""
         self._adopt()
         return {"state": self._gathered(True), "param_groups": self._packed()["param_groups"]}
 
     def consolidate_state_dict(self, to: int = 0) -> None:
-        """Puts the whole state together in host memory of rank ``to``, whose ``state_dict()`` then returns it.
+        """Assembles the whole state in host memory of rank ``to``, whose ``state_dict()`` then returns it.
 
-        The protocol of torch's ``ZeroRedundancyOptimizer``: all ranks call this before one of them saves. ``to`` counts the
-        ranks of the optimizer. It takes one all-gather for each state. What was put together is dropped at the next step or
-        load; the other ranks' ``state_dict()`` stays their own part. On one rank there is nothing to do.
+        It follows the protocol of torch's ``ZeroRedundancyOptimizer``: all ranks call this before one of them saves. ``to``
+        counts the ranks of the optimizer. Each state takes one all-gather. The result is dropped at the next step or load;
+        the other ranks' ``state_dict()`` still returns their own part. On one rank there is nothing to do.
 
-        Raises ``CheckpointError``, on all ranks, when rank ``to`` stores nothing of some parameter.
+        Raises ``CheckpointError``, on all ranks, if rank ``to`` stores no part of some parameter.
         """
         self._adopt()
         if self._world.agreement is None:
@@ -90,14 +93,13 @@ class NamedState:
         for e in self._world.entries:
             if ranks[to] not in e.ranks:
                 raise CheckpointError(
-                    f"rank {to} stores nothing of {e.name}, expected a part of every parameter where the state is put "
-                    "together: save with torch.distributed.checkpoint and named_state()"
+                    f"rank {to} stores no part of {e.name}, expected a part of every parameter on the rank that gets the "
+                    "whole state: save with torch.distributed.checkpoint and named_state()"
                 )
         self._consolidated = self._gathered(ranks[to] == self._world.rank)
 
     def _gathered(self, keep: bool) -> dict[int, dict[str, Tensor]]:
-        """Every state whole and on the CPU, by number of parameter; nothing where this rank does not ``keep`` it. A
-        collective."""
+        """Every state, whole, on the CPU, by parameter number; empty if this rank does not ``keep`` it. A collective."""
         ids = {
             n: i
             for g in self._packed()["param_groups"]
@@ -111,11 +113,11 @@ class NamedState:
         return out
 
     def _packed(self) -> dict[str, Any]:
-        """Torch's own state dict, of what this rank holds."""
+        """Torch's own state dict of this rank's part."""
         return super().state_dict()  # type: ignore[misc]
 
     def _whole(self, m: Member, key: str, value: Tensor) -> Tensor:
-        """All of a state. A collective: one, where torch's ``full_tensor`` takes one per mesh dimension, and warns of it."""
+        """A whole state, by one collective; torch's ``full_tensor`` takes one per mesh dimension, and warns about it."""
         if not isinstance(value, DTensor):
             return value
         if key not in m.elementwise:
@@ -132,43 +134,45 @@ class NamedState:
         return out
 
     def state_dict(self) -> dict[str, Any]:
-        """Torch's form of state dict: the whole state after `consolidate_state_dict`, else what this rank holds.
+        """A state dict in torch's format: the whole state after `consolidate_state_dict`, else this rank's part.
 
-        A rank's own part says whose it is and loads only there. On several ranks it warns once, unless
-        `torch.distributed.checkpoint` asks, which gathers the parts itself.
+        A rank's part records its rank and loads only there. On several ranks it warns once, unless
+        `torch.distributed.checkpoint` asks, which collects the parts itself.
         """
         self._adopt()
         packed = self._packed()
         if not any(isinstance(value, DTensor) for _, _, value in self._states()):
-            return packed  # whole on every rank
+            # Whole on every rank.
+            return packed
         if asked_by_torch_checkpoint():
-            return packed  # DTensors, of which it takes every rank's part
+            # torch.distributed.checkpoint collects each rank's part of a DTensor itself.
+            return packed
         if self._consolidated:
             return packed | {"state": {i: dict(states) for i, states in self._consolidated.items()}}
         if self._consolidated is None and self._steps and not self._warned:
             self._warned = True
             warnings.warn(
-                "state_dict() holds this rank's part of the optimizer state only, and a checkpoint of one rank loses the "
-                "others': call consolidate_state_dict() on all ranks before rank 0 saves state_dict(), or save "
+                "state_dict() holds only this rank's part of the optimizer state, and a checkpoint of one rank loses the "
+                "others' parts: call consolidate_state_dict() on all ranks before rank 0 saves state_dict(), or save "
                 "full_state_dict() (docs/integrations.md has Accelerate, Transformers and Lightning)",
                 stacklevel=2,
             )
         return packed | {"place": self._place_of_rank()}
 
     def _adopt(self) -> None:
-        """Takes up parameters that were swapped before the first step: their state is made only then."""
+        """Adopts parameters that were replaced before the first step, and creates their state."""
         if (problem := self._check_placed()) is not None:
             raise CheckpointError(str(problem))
 
     def _place_of_rank(self) -> list[Any]:
-        """Where this rank stands: what its own part of the state depends on."""
+        """What this rank's part of the state depends on: its rank and the layouts."""
         return [[m.team.place, *m.entry.layout.sizes] for m in self._world.members]
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads a `full_state_dict` of any world size, or the ``state_dict`` of the same rank of the same world.
 
-        Parameters are matched by name. On several ranks all must call it. Raises ``CheckpointError``, on all of them and
-        before anything is changed, when parameters or shapes differ, or when the state is another rank's.
+        Parameters are matched by name. All ranks must call it. Raises ``CheckpointError``, on all ranks and before anything
+        is changed, if parameters or shapes differ, or if the state is another rank's part.
         """
         try:
             self._adopt()
@@ -178,9 +182,13 @@ class NamedState:
             found, problem = self._matched(state_dict), None
         except CheckpointError as error:
             found, problem = None, error
-        except Exception as error:  # whatever a damaged dict holds: the other ranks wait for this one's word
+        # Any error of a damaged dict must be reported: the other ranks wait for this rank's answer.
+        except Exception as error:
             found = None
-            problem = CheckpointError(f"this is no state of a PolarGrad ({type(error).__name__}: {error})")
+            problem = CheckpointError(
+                f"this is not the state of a PolarGrad ({type(error).__name__}: {error}), expected one of state_dict() or "
+                "full_state_dict()"
+            )
             problem.__cause__ = error
         if self._world.agreement is not None:
             someone = int(self._world.agreement.largest(torch.tensor([int(problem is not None)])))
@@ -204,7 +212,7 @@ class NamedState:
     def _matched(
         self, state_dict: Mapping[str, Any]
     ) -> tuple[list[tuple[Tensor, Tensor]], dict[tuple, dict[str, Any]]]:
-        """(state here, what it becomes) for every state, and the saved groups by their names."""
+        """(state here, its new value) for every state, and the saved groups by their names."""
         try:
             pairs = [
                 p for g in state_dict["param_groups"] for p in zip(g["params"], g["param_names"], strict=True)
@@ -214,12 +222,12 @@ class NamedState:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             lacks = f"it lacks {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
             raise CheckpointError(
-                f"this is no state of a PolarGrad ({lacks}), expected one of state_dict() or full_state_dict()"
+                f"this is not the state of a PolarGrad ({lacks}), expected one of state_dict() or full_state_dict()"
             ) from error
         place = state_dict.get("place")
         if place is not None and place != self._place_of_rank():
             raise CheckpointError(
-                "this optimizer state holds one rank's part, and another rank's or another placement's: save with "
+                "this optimizer state is the part of another rank or of another layout, expected this rank's own: save with "
                 "full_state_dict() or named_state(), which do not depend on the rank"
             )
         groups = {tuple(g["param_names"]): LAYOUT | _renamed(g) for g in state_dict["param_groups"]}
@@ -239,14 +247,15 @@ class NamedState:
                     f"the saved optimizer state has no {key!r} of {name!r}, expected the same model and rules"
                 )
             theirs = saved[name][old]
-            if old == "residual":  # as it was called, as int16, until version 0.1
+            # Until version 0.1 the low bits had this name, as int16.
+            if old == "residual":
                 theirs = theirs.view(torch.uint8).view(*theirs.shape, 2)
             parts.append((local(value), _part(m, key, theirs, value)))
         return parts, groups
 
     @staticmethod
     def _compare(group: dict[str, Any], groups: dict[tuple, dict[str, Any]]) -> None:
-        """Raises ``CheckpointError`` where a group was saved with other rules, or not at all."""
+        """Raises ``CheckpointError`` if a group was saved with other rules, or not at all."""
         first = group["param_names"][0]
         if tuple(group["param_names"]) not in groups:
             raise CheckpointError(
@@ -275,7 +284,7 @@ class NamedState:
 
 
 def _renamed(group: dict[str, Any]) -> dict[str, Any]:
-    """A saved group with the keys of today: until version 0.2 ``control`` was ``cautious``, true or false."""
+    """A saved group with current keys: until version 0.2 ``control`` was ``cautious``, true or false."""
     if "cautious" not in group:
         return group
     rest = {key: value for key, value in group.items() if key != "cautious"}
@@ -283,9 +292,9 @@ def _renamed(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _part(m: Member, key: str, saved: Tensor, mine: Tensor) -> Tensor:
-    """What belongs to this rank of a saved state: its stretch of a whole one, or this rank's own part as it is.
+    """This rank's part of a saved state: its block of a whole one, or a saved part unchanged.
 
-    A DTensor is the rank's own part: torch hands such states over.
+    A DTensor is this rank's own part: torch passes such states.
     """
     here = local(mine)
     if isinstance(saved, DTensor):
@@ -293,7 +302,8 @@ def _part(m: Member, key: str, saved: Tensor, mine: Tensor) -> Tensor:
     elif isinstance(mine, DTensor) and saved.shape == mine.shape:
         if key in m.rule.states(m.group) or key == "low_bits":
             part = saved[tuple(slice(*cut) for cut in m.entry.layout.shards[m.team.place])]
-        else:  # kept per matrix, in the order of dealing
+        # State per matrix, in the order in which matrices were assigned.
+        else:
             first = (
                 dist.get_rank(m.team.group) * -(-len(saved) // m.entry.layout.world) if m.team.group else 0
             )
@@ -309,7 +319,7 @@ def _part(m: Member, key: str, saved: Tensor, mine: Tensor) -> Tensor:
 
 
 def asked_by_torch_checkpoint() -> bool:
-    """Whether `torch.distributed.checkpoint` is asking, through whatever wrapper."""
+    """Whether `torch.distributed.checkpoint` is the caller, through any wrapper."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_globals.get("__name__", "").startswith(TORCH_CHECKPOINT):

@@ -1,4 +1,4 @@
-"""The parameters of all ranks, dealt: what this rank has of each, its state, and the buckets in which they are stepped."""
+"""The parameters of all ranks with their owners: this rank's part of each, its state, and the buckets of a step."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from polargrad_dist.optim.checks import refuse_zero
 from polargrad_dist.optim.matrix import kept_states
 from polargrad_dist.optim.planning import entry
 
-Given = tuple[int, dict[str, Any], str, torch.nn.Parameter]  # number of the group, the group, name, parameter
+# The group's number, the group, the parameter's name, the parameter.
+Given = tuple[int, dict[str, Any], str, torch.nn.Parameter]
 
 
 class World:
-    """Places parameters group by group; on several ranks every method is called by all of them."""
+    """Adds parameters group by group; all ranks call every method."""
 
     def __init__(self, process_group: dist.ProcessGroup | None, travel: Travel, gradients: str):
         if process_group is None and dist.is_available() and dist.is_initialized():
@@ -38,20 +39,20 @@ class World:
         self.group: dist.ProcessGroup | None = None
         self.plan = Plan(1, gradients, None if travel.dtype is None else travel.dtype.itemsize)
         self.meshes = False
-        # Which entry of each name counts in norms and sums.
+        # The entry of each name that counts in norms and sums.
         self.counts: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._groups = Groups()
         self.sum_rows: dict[tuple[Any, int], int] = {}
-        # By which parameters have a gradient somewhere.
+        # Keyed by which parameters have a gradient on some rank.
         self.schedules: dict[tuple[bool, ...], Schedule] = {}
 
     @property
     def rank(self) -> int:
-        """This rank, as plans count."""
+        """This rank, as plans count ranks."""
         return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
     def add(self, given: list[Given], state: Any) -> None:
-        """Deals further parameters, and makes their state in ``state``. Owners of earlier ones stay as they are."""
+        """Assigns owners to further parameters and creates their state in ``state``. Earlier owners do not change."""
         found = {id(p): self.placing(name, p) for _, _, name, p in given}
         mine = [self.entry(group, number, name, p, found[id(p)]) for number, group, name, p in given]
         self._meet([found[id(p)] for *_, p in given], [p for *_, p in given])
@@ -66,12 +67,12 @@ class World:
                 place, whole, copies = teams[e.key]
                 team = Team(found[id(p)], place, whole, copies, self.travel.device.type)
                 new.append(Member(numbers[e.key], e, p, group, team, {}, number))
-        # What may be refused comes first: nothing of it stays behind.
+        # What may be refused comes first, so that nothing is left behind.
         refuse_zero(new, merged, self.agreement)
         self.plan.add(merged)
         self.entries += merged
         self.sum_rows = sum_rows(self.entries)
-        # Experts on several meshes of their own are copies of each other: their norm counts once.
+        # Experts on several meshes are copies of each other: their norm counts once.
         for e in merged:
             self.counts.setdefault(e.name, e.key)
         for m in new:
@@ -83,21 +84,21 @@ class World:
             self._reduce()
 
     def placing(self, name: str, p: torch.nn.Parameter) -> Placing:
-        """On which ranks a parameter lies, and how."""
+        """The ranks that store a parameter, and how it is sharded or replicated."""
         return placing(name, p, self.process_group)
 
     def entry(
         self, group: dict[str, Any], number: int, name: str, p: torch.nn.Parameter, found: Placing
     ) -> Entry:
-        """What the plan knows of a parameter. Raises ``ConfigError`` where its group's rule cannot take it."""
+        """The plan's entry for a parameter. Raises ``ConfigError`` if its group's rule cannot step it."""
         return entry(group, number, name, p, found)
 
     def computes_on(self, p: torch.nn.Parameter, found: Placing) -> str:
-        """The kind of device on which the matrices of a parameter are computed."""
+        """The kind of device that computes the matrices of a parameter."""
         return p.device.type if found.mesh is None else found.mesh.device_type
 
     def _meet(self, found: list[Placing], params: list[torch.nn.Parameter]) -> None:
-        """Finds the ranks that step together, and the device that computes."""
+        """Determines the ranks that step together, and the device that computes."""
         for placed in found:
             self._groups.learn(placed, self.process_group)
         ranks = widest(found, self.process_group)
@@ -144,14 +145,14 @@ class World:
 
     def _refuse_difference(self) -> None:
         raise ConfigError(
-            "the ranks were given different parameters, shapes or rules, expected the same on all that store a parameter: "
+            "parameters, shapes or rules differ between ranks, expected the same on all ranks that store a parameter: "
             "build the same model and groups on every rank"
         )
 
     def _make_groups(self, merged: list[Entry]) -> dict[Any, tuple[int, Any, Any]]:
-        """Of each parameter stored here this rank's place, and the groups of all its ranks and of those with copies.
+        """For each parameter stored here: this rank's place, the group of all its ranks, and that of the ranks with copies.
 
-        Groups that do not exist yet are made, on all their ranks in one order.
+        Creates groups that do not exist yet, on all their ranks in one order.
         """
         teams: dict[Any, tuple[int, Any, Any]] = {}
         for e in merged:
@@ -163,11 +164,12 @@ class World:
         return teams
 
     def _make_state(self, new: list[Member]) -> None:
-        """Zeros for every state; those of one bucket lie together, so that a step takes them as one."""
+        """Creates every state as zeros; those of one bucket are adjacent in memory, so a step stacks them as a view."""
         entries = [m.entry for m in new]
         for bucket in in_buckets(entries, [True] * len(entries), self.travel.limit):
             if bucket.items[0].first:
-                continue  # further slices of a stack, whose state is one
+                # A later slice of a stack: the stack has one state.
+                continue
             members = [new[item.entry] for item in bucket.items]
             first = members[0]
             names = {key: first.state_dtype for key in first.rule.states(first.group)}
@@ -214,7 +216,8 @@ class World:
     def _reduce(self) -> None:
         if self.travel.reducer is not None:
             raise ConfigError(
-                "gradients='reduce_scatter' cannot take further parameter groups after construction"
+                "a parameter group was added with gradients='reduce_scatter', expected all groups at construction: build a "
+                "new optimizer"
             )
         group = self.members[0].team.group
         copies = self.members[0].team.order if group is not None else [0]
@@ -222,7 +225,7 @@ class World:
         self.travel.reducer = ShardReducer(reduced, group, self.travel.traffic, self.travel.limit)
 
     def schedule(self, present: tuple[bool, ...]) -> Schedule:
-        """This rank's buckets of the parameters that have a gradient somewhere; `schedules` keeps it."""
+        """This rank's buckets of the parameters that have a gradient on some rank; cached in `schedules`."""
         if len(self.schedules) >= 8:
             self.schedules.pop(next(iter(self.schedules)))
         here = {m.index: m for m in self.members}
@@ -238,12 +241,12 @@ class World:
         return self.schedules.setdefault(present, Schedule(list(batches.values()), orders))
 
     def counted(self, member: Member) -> bool:
-        """Whether the elements of this rank's optimizer shard are counted here in norms."""
+        """Whether this rank counts the elements of its optimizer shard in norms."""
         e = member.entry
         return self.counts[e.name] == e.key and e.layout.counted(member.team.place)
 
     def digests(self) -> Tensor:
-        """Of every parameter of the world a sum over the bits of its weights and of its gradient here, 0 where not stored."""
+        """For every parameter, sums over the bits of its weights and of its gradient here; 0 if not stored here."""
         out = torch.zeros(2, len(self.entries), dtype=torch.int64)
         for m in self.members:
             if m.entry.layout.copies > 1:
@@ -268,6 +271,6 @@ class World:
 
 
 def digest(x: Tensor) -> int:
-    """A sum over the bits of a tensor, the same in whatever order it is taken."""
+    """A sum over the bits of a tensor, which does not depend on the order of summation."""
     words = {8: torch.int64, 4: torch.int32, 2: torch.int16}[x.element_size()]
     return int(x.view(words).sum(dtype=torch.int64)) % (1 << 62)

@@ -1,4 +1,4 @@
-"""`polar`: one call for every method. Checks, scaling, orientation, the choice `auto` makes, and what is handed back.
+"""`polar`: one call for every method. Checks, scaling, orientation, the choice that `auto` makes, and the result.
 
 Knows tensors only: no optimizer, no process group. Conventions follow scipy.linalg.polar (side="right").
 """
@@ -38,9 +38,9 @@ TAKES_STEPS = ("qdwh", *POLYNOMIALS)
 
 
 class PolarInfo(NamedTuple):
-    """What happened. Tensors have the batch shape (…); None where the method does not come to know it.
+    """Facts about the computation. Tensors have the batch shape (…); None if the method does not compute them.
 
-    sigma_max and sigma_min are exact for svd and gram; qdwh, zolo and newton know only the estimates that they start
+    sigma_max and sigma_min are exact for svd and gram; for qdwh, zolo and newton they are the estimates that they start
     from, which may be off by a factor of two. residual is ‖UᵀU − I‖_F/√min(m, n): 0 for orthonormal columns, √(share of
     null directions) for a partial isometry.
     """
@@ -78,32 +78,33 @@ def polar(
     """The polar decomposition A = U·H of a batch of matrices. Not differentiable: nothing is recorded for autograd.
 
     Args:
-        a: (…, m, n) in fp64, fp32, bf16 or fp16, tall or wide. Half types are computed on in fp32 (the polynomial
-            methods: as they are).
+        a: (…, m, n) in fp64, fp32, bf16 or fp16, tall or wide. Half types are computed in fp32 (by the polynomial
+            methods in their own type).
         method: "auto", "svd", "gram", "qdwh", "zolo", "newton", "newton_schulz" or "polar_express"; docs/polar.md
             says what each costs and gives.
-        steps: inner steps. qdwh: cut off after that many from ℓ₀ = n·eps, the operator of the paper's tables; without,
-            to convergence. newton_schulz, polar_express: 5 without, enough for training; with
-            lower=1e-4 polar_express comes within 1e-4 of the factor in about 10. The other methods refuse it.
+        steps: inner steps. With steps, qdwh is truncated after that many from ℓ₀ = eps, plus a cubic Newton–Schulz step,
+            as in the paper's tables; without, it runs to convergence. For newton_schulz and polar_express it defaults to 5,
+            enough for training; with lower=1e-4 polar_express comes within 1e-4 of the factor in about 10. The other
+            methods refuse it.
         lower: relative to σ_max. Below it a direction counts as null (svd, gram: gain 0) or is damped (qdwh, zolo,
-            newton, polar_express: gain about σ/(lower·σ_max)). Use 1e-7 on fp32 for all that the data holds; `auto`
-            then works in fp64.
+            newton, polar_express: gain about σ/(lower·σ_max)). Use 1e-7 on fp32 to resolve all that the data hold;
+            `auto` then works in fp64.
         hermitian: also return H, symmetric positive semidefinite, in at least fp32.
-        out_dtype: of U; that of `a` by default.
-        info: also return what happened. Costs one Gram matrix of U for methods that do not know their spectrum.
-        check: raise on NaN or Inf, which reads one number back from the device. Without, such a matrix becomes NaN
-            and no method waits for a GPU but svd, and gram with root="eigh": LAPACK's replacements there check their
-            own success on the host.
-        coefficients: of newton_schulz: "muon" (default), "cubic", or a sequence of (a, b, c), one per step.
-        root: how gram finds S^(-1/2): "eigh", "products", or "auto" for products on a GPU and eigh on a CPU (see
-            `inverse_sqrt`). With one of the first two, `auto` takes gram.
+        out_dtype: dtype of U. Defaults to that of `a`.
+        info: also return PolarInfo. Costs one Gram matrix of U for methods that do not compute the spectrum.
+        check: raise on NaN or Inf, which reads one number back from the device. Without it, such a matrix becomes NaN,
+            and no method waits for a GPU except svd, and gram with root="eigh": on a GPU these check their own success on
+            the host.
+        coefficients: for newton_schulz: "muon" (default), "cubic", or a sequence of (a, b, c), one per step.
+        root: how gram computes S^(-1/2): "eigh", "products", or "auto" for products on a GPU and eigh on a CPU (see
+            `inverse_sqrt`). With one of the first two, `auto` chooses gram.
 
     Returns:
         Polar. On rank-deficient input U is the partial isometry; a zero matrix gives U = 0. The nuclear norm of an
         approximate method is ⟨A, U⟩ of its own U.
 
     Raises:
-        PolarError: a matrix with NaN or Inf entries (named by its batch index), or an argument that makes no sense.
+        PolarError: a matrix has NaN or Inf entries (the error names its batch index), or an argument is invalid.
     """
     _validate(a, method, steps, lower, coefficients, out_dtype)
     if root != "auto" and method == "auto":
@@ -114,11 +115,11 @@ def polar(
     tall = (a if m >= n else a.mT).reshape(math.prod(batch), max(m, n), min(m, n))
     if tall.numel() == 0:
         return _empty(a, method, hermitian, out_dtype, info)
-    # In matrix products NaN stays within its matrix, and fills it; a factorization may choke on it.
+    # In matrix products NaN stays within its matrix, and fills it; a factorization may fail on it.
     finite = is_finite(largest_entry(tall)) if check or method not in POLYNOMIALS else None
     if check and finite is not None:
         _require_finite(finite[:, 0, 0], a.shape[:-2])
-    # H wants U in full, even if the caller wants it in half precision.
+    # H needs U in full precision, even if the caller wants half precision.
     dtype = torch.promote_types(out_dtype, torch.float32) if hermitian else out_dtype
     options = Options(steps, lower, dtype, info, coefficients, check or a.device.type == "cpu", root)
     sparse = _nonzero_rows(tall) if method == "auto" else None
@@ -144,7 +145,7 @@ def polar(
 
 
 def _nonzero_rows(tall: Tensor) -> CompressedRows | None:
-    """The non-zero rows of a single tall matrix on a CPU, if leaving out the others at least halves the work."""
+    """The non-zero rows of a single tall matrix on a CPU, if leaving out the zero rows at least halves the work."""
     count, m, n = tall.shape
     if count != 1 or tall.device.type != "cpu" or m < 4 * n:
         return None
@@ -153,7 +154,7 @@ def _nonzero_rows(tall: Tensor) -> CompressedRows | None:
 
 
 def _on_nonzero_rows(sparse: CompressedRows, method: str, options: Options) -> Oracle:
-    """The oracle on the rows that are not zero; the others stay zero in U."""
+    """The oracle on the non-zero rows; the others stay zero in U."""
     k, n = sparse.rows.shape
     found = ORACLES[method]((sparse.rows if k >= n else sparse.rows.mT)[None], options)
     U = found.U[0] if k >= n else found.U[0].mT
@@ -194,7 +195,7 @@ def _empty(a: Tensor, method: str, hermitian: bool, out_dtype: torch.dtype, info
 def _root_for(method: str, root: str, device: torch.device) -> str:
     if root != "auto" and method != "gram":
         raise PolarError(
-            f"root belongs to gram and auto, got root={root!r} with method={method!r}: leave it out"
+            f"root is {root!r} with method {method!r}, expected no root: only gram and auto use it, so leave it out"
         )
     return choose_root(root, device)
 
@@ -208,21 +209,29 @@ def _validate(
     out_dtype: torch.dtype | None,
 ) -> None:
     if a.dim() < 2 or not a.is_floating_point():
-        raise PolarError(f"polar needs a real floating tensor (…, m, n), got {tuple(a.shape)} of {a.dtype}")
+        raise PolarError(
+            f"polar was given {tuple(a.shape)} of {a.dtype}, expected a real floating tensor (…, m, n)"
+        )
     if out_dtype is not None and not out_dtype.is_floating_point:
-        raise PolarError(f"out_dtype={out_dtype} is not known; choose a floating dtype")
+        raise PolarError(f"out_dtype is {out_dtype}, expected a floating dtype")
     if method != "auto" and method not in ORACLES:
-        raise PolarError(f"method={method!r} is not known; choose auto or one of {', '.join(ORACLES)}")
+        raise PolarError(f"method is {method!r}, expected auto or one of: {', '.join(ORACLES)}")
     if not 0 <= lower < 1:
-        raise PolarError(f"lower={lower} must be in [0, 1): it is relative to the largest singular value")
+        raise PolarError(
+            f"lower is {lower}, expected a number in [0, 1), relative to the largest singular value"
+        )
     if steps is not None and (steps < 1 or method not in TAKES_STEPS):
         raise PolarError(
-            f"steps={steps} needs steps >= 1 and a method of {', '.join(TAKES_STEPS)}, got {method!r}"
+            f"steps is {steps} with method {method!r}, expected steps >= 1 and one of: {', '.join(TAKES_STEPS)}"
         )
     if method == "polar_express" and lower == 0:
-        raise PolarError("polar_express needs lower > 0: its polynomials are best on [lower, 1]")
+        raise PolarError(
+            "lower is 0 with method 'polar_express', expected lower > 0: it is optimal on [lower, 1]"
+        )
     if coefficients is not None and method != "newton_schulz":
-        raise PolarError(f"coefficients belong to newton_schulz, got method={method!r}")
+        raise PolarError(
+            f"coefficients are set with method {method!r}, expected them only with 'newton_schulz'"
+        )
 
 
 def _require_finite(finite: Tensor, batch: torch.Size) -> None:
@@ -233,6 +242,6 @@ def _require_finite(finite: Tensor, batch: torch.Size) -> None:
         [str(tuple(int(i) for i in torch.unravel_index(k, batch))) for k in flat[:8]] if batch else ["()"]
     )
     raise PolarError(
-        f"{len(flat)} of {len(finite)} matrices hold NaN or Inf, at batch index {', '.join(places)}; "
-        "mend the input, or pass check=False to let NaN through"
+        f"{len(flat)} of {len(finite)} matrices hold NaN or Inf, at batch index {', '.join(places)}, expected finite "
+        "numbers: fix the input, or pass check=False to get NaN for these matrices"
     )

@@ -1,9 +1,9 @@
-"""What a method costs on a matrix, by device, for choosing one and for dealing matrices to ranks: only ratios matter.
+"""What a method costs on a matrix, by device, to choose one and to balance matrices over ranks: only ratios matter.
 
 CPU: flops of an fp32 product, fitted to timings of `python -m benchmarks.polar` within about a third. GPU: the same unit
-on a data-centre card, from published rates and the shape of the algorithms, **not measured**: fp64 products run at the
-speed of fp32 ones, factorizations at a small part of it, and every kernel that is started costs as much as a small
-product. `make bench-gpu` prints the times that these numbers stand for.
+on a data-centre card, from published rates and the structure of the algorithms, **not measured**: fp64 products run at the
+speed of fp32 ones, factorizations at a small fraction of it, and every kernel launch costs as much as a small product.
+`make bench-gpu` measures the times that these numbers estimate.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from .root import PROBES, root_schedule
 from .spectral import STRICT
 
 METHODS = ("svd", "gram", "qdwh", "zolo", "newton", "newton_schulz", "polar_express")
-# A kernel is started every 5 µs, in which a GPU does as many flops of an fp32 product at about 40 TFLOP/s.
+# A launch takes 5 µs; in that time a GPU does this many flops of an fp32 product, at about 40 TFLOP/s.
 LAUNCH = 2e8
-# Half precision products of the polynomials, over fp32's.
+# Cost of the polynomials' half-precision products relative to fp32.
 HALF_SPEED = 10.0
-# An n×n factorization in units of n³ product flops: its panels leave a GPU mostly idle.
+# An n×n factorization in units of n³ product flops; during its panels a GPU is mostly idle.
 GPU_QR, GPU_CHOLESKY, GPU_SVD = 30.0, 8.0, 1200.0
 
 
@@ -29,7 +29,7 @@ def choose_method(shape: tuple[int, ...], device: torch.device | str = "cpu", *,
     """What `auto` runs on an m×n matrix: "svd" or "gram" (or "qdwh" on a GPU without fast fp64).
 
     CPU: measured by `python -m benchmarks.polar`; svd wins on nearly square matrices in default mode, gram elsewhere.
-    GPU: reasoned, not measured: gram is matrix products alone there.
+    GPU: derived, not measured: there gram consists of matrix products only.
     """
     m, n = max(shape[-2:]), min(shape[-2:])
     device = torch.device(device)
@@ -45,16 +45,16 @@ def cost(
 
     Args:
         shape: (…, m, n); leading dimensions do not count.
-        method: of `polar`; on a GPU "auto" is gram.
-        steps: of qdwh and the polynomials.
-        device_type: "cpu" or that of a GPU. Costs on different devices are not comparable.
+        method: as for `polar`; on a GPU "auto" is gram.
+        steps: for qdwh and the polynomials.
+        device_type: "cpu" or a GPU's. Costs on different devices are not comparable.
 
     Raises:
         PolarError: an unknown method.
     """
     m, n = max(shape[-2:]), min(shape[-2:])
     if method != "auto" and method not in METHODS:
-        raise PolarError(f"method={method!r} is not known; choose auto or one of {', '.join(METHODS)}")
+        raise PolarError(f"method is {method!r}, expected auto or one of: {', '.join(METHODS)}")
     if n == 0:
         return 0.0
     if device_type != "cpu":
@@ -78,7 +78,7 @@ def root_cost(n: int, method: str = "gram", steps: int | None = None, *, device_
 
 
 def _cpu_cost(m: int, n: int, method: str, steps: int | None) -> float:
-    """fp64 flops count double, factorizations by their speed."""
+    """fp64 flops count double; factorizations count by their measured speed."""
     product, square = 2.0 * m * n * n, 2.0 * n**3
     tall_qr = 3 * product if m > n + n // 8 else 0.0
     match method:

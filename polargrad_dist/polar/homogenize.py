@@ -1,8 +1,8 @@
-"""Spectrum homogenization: the update that the isotropic curvature model prefers to the polar factor.
+"""Spectrum homogenization: the best update of the isotropic curvature model, instead of the polar factor.
 
 For a gradient G = UΣVᵀ and curvature that grows with the fourth power of the step, the model's best step is
-Q = U·diag(s)·Vᵀ with s_j³ + D·s_j ∝ σ_j and D = ½Σs_i² (Su's isotropic curvature model, quartic case): the singular
-vectors and the order of the singular values stay, their ratios shrink, but not to one as in the polar factor.
+Q = U·diag(s)·Vᵀ with s_j³ + D·s_j ∝ σ_j and D = ½Σs_i² (Su's isotropic curvature model, quartic case). Q keeps the
+singular vectors and the order of the singular values; their ratios shrink, but not to one as in the polar factor.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Homogenized(NamedTuple):
 def homogenize(a: Tensor, *, lower: float = 1e-4) -> Homogenized:
     """Q of each matrix of a batch (…, m, n), by the eigendecomposition of the smaller Gram matrix in fp64.
 
-    Directions with σ/σ_max ≤ ``lower`` count as null and get 0. A non-finite matrix gives NaN, without an error.
+    Directions with σ/σ_max ≤ ``lower`` count as null and get gain 0. A non-finite matrix gives NaN and no error.
     """
     tall = a if a.shape[-2] >= a.shape[-1] else a.mT
     scale = inverse_scale(largest_entry(tall)).to(torch.float64)

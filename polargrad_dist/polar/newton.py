@@ -1,4 +1,4 @@
-"""Scaled Newton (algorithm A.1): X ← (μX + (μX)⁻ᵀ)/2, the classical method, here with the scaling of Byers and Xu (2008)."""
+"""Scaled Newton (algorithm A.1): X ← (μX + (μX)⁻ᵀ)/2, the classical method, with the scaling of Byers and Xu (2008)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from .rational import Bounds, on_square
 
 
 def newton(A: Tensor, options: Options) -> Oracle:
-    """To rounding from bounds on the singular values; unless these show full rank, on the factor R of (A; δI).
+    """Iterates to rounding, from bounds on the singular values; on the factor R of (A; δI) unless these show full rank.
 
-    The damping δ = lower/4·σ_max keeps null directions from becoming noise of size 1, as inverting them would: a gain
-    is then σ/√(σ² + δ²).
+    Inverting null directions would make them noise of size 1. With the damping δ = lower/4·σ_max a gain is σ/√(σ² + δ²).
     """
     return on_square(A, options, _run)
 
@@ -38,7 +37,7 @@ def _iterate(X: Tensor, scaling: list[float]) -> tuple[Tensor, int]:
 
 
 def newton_scaling(low: float, tolerance: float) -> list[float]:
-    """μ of each step for singular values in [low, 1]: each centres the interval that the one before it leaves."""
+    """μ of each step for singular values in [low, 1]: each centres the interval that the previous step leaves."""
     scaling: list[float] = []
     high = 1.0
     while high - low > tolerance:

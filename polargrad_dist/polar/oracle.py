@@ -1,4 +1,4 @@
-"""What every method is given and gives back, and the arithmetic they share: safe scaling, ⟨A, U⟩, ‖UᵀU − I‖."""
+"""The input and output of every method, and shared arithmetic: safe scaling, ⟨A, U⟩, ‖UᵀU − I‖."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# One fp64 chunk of A: large enough to feed a matrix product, small beside any matrix worth chunking. On a GPU each chunk
-# is a few launches more, so only what would take a large part of its memory is cut.
+# One fp64 chunk of A: large enough for an efficient product, small compared with any matrix worth chunking. On a GPU each
+# chunk adds a few launches, so only what would take a large part of its memory is divided.
 CHUNK_ELEMENTS = {"cpu": 1 << 18}
 GPU_CHUNK_ELEMENTS = 1 << 24
 
 
 class Options(NamedTuple):
-    """`polar`'s arguments as the methods see them; may_wait says whether numbers may be read back from the device."""
+    """`polar`'s arguments for the methods; may_wait says whether numbers may be read back from the device."""
 
     steps: int | None
     lower: float
@@ -28,7 +28,7 @@ class Options(NamedTuple):
 
 
 class Oracle(NamedTuple):
-    """A method's answer on A (B, m, n), m ≥ n: U in out_dtype, the nuclear norm (B,) in fp64, and what it knows for free."""
+    """A method's result for A (B, m, n), m ≥ n: U in out_dtype, the nuclear norm (B,) in fp64, and its by-products."""
 
     U: Tensor
     nuclear_norm: Tensor
@@ -39,31 +39,30 @@ class Oracle(NamedTuple):
 
 
 def rows_at_once(rows: Tensor) -> int:
-    """How many rows of (…, m, n) are worked on at a time: about 2^18 elements of a matrix, 2^24 on a GPU."""
+    """How many rows of (…, m, n) are processed at a time: about 2^18 elements of a matrix, 2^24 on a GPU."""
     return max(256, CHUNK_ELEMENTS.get(rows.device.type, GPU_CHUNK_ELEMENTS) // max(rows.shape[-1], 1))
 
 
 def row_chunks(rows: Tensor) -> list[slice]:
-    """Slices that cut the m rows of (…, m, n) into such pieces."""
+    """Slices that divide the m rows of (…, m, n) into such chunks."""
     m, size = rows.shape[-2], rows_at_once(rows)
     return [slice(start, min(start + size, m)) for start in range(0, m, size)]
 
 
 def is_finite(x: Tensor) -> Tensor:
-    """isfinite of few numbers, in two operations where torch takes four."""
+    """isfinite for a few numbers, in two operations; torch's takes four."""
     return (x - x) == 0
 
 
 def largest_entry(A: Tensor) -> Tensor:
-    """max |a_ij| of A (…, m, n) as (…, 1, 1), without a copy of A; NaN and Inf pass through."""
+    """max |a_ij| of A (…, m, n) as (…, 1, 1), without copying A; NaN and Inf pass through."""
     return torch.maximum(A.amax((-2, -1), keepdim=True), -A.amin((-2, -1), keepdim=True))
 
 
 def inverse_scale(peak: Tensor) -> Tensor:
     """A power of two in fp32 or fp64 that brings the entry `peak` into [1/2, 1); 1 for a zero, NaN or Inf peak.
 
-    A power of two, so that scaling rounds nothing; held within what the dtype can represent, so denormals come up
-    as far as they can.
+    A power of two, so scaling is exact; limited to the dtype's range, so denormals are scaled up as far as possible.
     """
     peak = peak if peak.dtype == torch.float64 else peak.float()
     mantissa, _ = torch.frexp(peak)
@@ -73,7 +72,7 @@ def inverse_scale(peak: Tensor) -> Tensor:
 
 
 def working_copy(A: Tensor) -> tuple[Tensor, Tensor]:
-    """(scaled A in fp32 or fp64, the scale (B, 1, 1)): half types are computed on in fp32."""
+    """(scaled A in fp32 or fp64, the scale (B, 1, 1)): half types are computed in fp32."""
     scale = inverse_scale(largest_entry(A))
     return A.to(scale.dtype) * scale, scale
 
@@ -81,7 +80,8 @@ def working_copy(A: Tensor) -> tuple[Tensor, Tensor]:
 def inner_product(A: Tensor, U: Tensor, within: torch.dtype = torch.float64) -> Tensor:
     """⟨A, U⟩ (B,) of two (B, m, n): sums in `within` over a row chunk, in fp64 over the chunks.
 
-    Products are in at least fp32, of two bf16 matrices in bf16: they round independently, and their sum to five digits.
+    Products are in at least fp32, but in bf16 for two bf16 matrices: their rounding errors are independent, so the sum is
+    accurate to five digits.
     """
     both = torch.promote_types(A.dtype, U.dtype)
     work = both if both == torch.bfloat16 else torch.promote_types(both, torch.float32)
@@ -101,13 +101,13 @@ def orthogonality(U: Tensor) -> Tensor:
 
 
 def missing_share(kept: Tensor) -> Tensor:
-    """The same of a partial isometry with these directions kept (B, n): the root of the share it leaves out."""
+    """`orthogonality` of a partial isometry that keeps these directions (B, n): the root of the share it leaves out."""
     return (~kept).double().mean(-1).sqrt()
 
 
 @contextmanager
 def without_tf32(device: torch.device) -> Iterator[None]:
-    """fp32 products in full inside: TF32, where a trainer has allowed it, keeps three digits."""
+    """Full fp32 products inside: TF32, which a trainer may have enabled, keeps only three digits."""
     if device.type != "cuda":
         yield
         return

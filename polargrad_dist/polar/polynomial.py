@@ -1,4 +1,4 @@
-"""Odd matrix polynomials: products only, hence fast in bf16 on a GPU; accurate to their schedule, not to rounding.
+"""Odd matrix polynomials: only products, so fast in bf16 on a GPU; their schedule limits accuracy, not rounding.
 
 Newton–Schulz (algorithm A.2 of the PolarGrad paper, and any quintic schedule such as Muon's) and Polar Express
 (Amsel, Persson, Musco and Gower 2025, arXiv:2505.16932), whose coefficients are computed here for any interval.
@@ -22,14 +22,16 @@ CUBIC = (1.5, -0.5, 0.0)
 MUON = (3.4445, -4.7750, 2.0315)
 # The limit of the minimax quintics as their interval shrinks to the point 1.
 PADE_QUINTIC = (1.875, -1.25, 0.375)
-# A step whose interval is wider than this stretches its small end less than it could, so that the steps after it can:
+# A step with a wider interval than this stretches its small end less than it could, so that later steps can:
 # the published choice, the ratio ℓ/u at which the centred quintic still has a positive minimum at its lower end.
 CUSHION = 0.02407327424182761
 HALF_SAFETY = 1.01
 DEFAULT_STEPS = 5
-LEAST_NORM = 1e-3  # down to this, and up to its inverse, a matrix is normalized as it is, in every dtype
-LARGE = 1 << 16  # elements of a matrix from which a CPU multiplies a batch faster one by one
-# Of the symmetric products there: blocks below the diagonal are copied, not multiplied. A GPU prefers one large product.
+# A matrix whose norm lies between this and its inverse is normalized without prior scaling, in every dtype.
+LEAST_NORM = 1e-3
+# From this many elements per matrix, a CPU multiplies the matrices of a batch faster one by one.
+LARGE = 1 << 16
+# Block size of symmetric products on a CPU: blocks below the diagonal are copied, not multiplied.
 BLOCK_COLUMNS = 256
 
 
@@ -43,19 +45,19 @@ def newton_schulz(A: Tensor, options: Options) -> Oracle:
             schedule = [CUBIC] * steps
         case str(name):
             raise PolarError(
-                f"coefficients={name!r} is not known; use muon, cubic or a sequence of (a, b, c)"
+                f"coefficients are {name!r}, expected 'muon', 'cubic' or a sequence of (a, b, c)"
             )
         case list(rows) | tuple(rows):
             if options.steps not in (None, len(rows)) or any(len(row) != 3 for row in rows):
                 raise PolarError(
-                    f"coefficients need one (a, b, c) for each of {options.steps} steps, got {rows}"
+                    f"coefficients are {rows}, expected one (a, b, c) for each of {options.steps} steps"
                 )
             schedule = rows
     return _polynomial(A, schedule, 1.0, options)
 
 
 def polar_express(A: Tensor, options: Options) -> Oracle:
-    """Minimax quintics for the interval [lower, 1]; in half types with the safety factor 1.01."""
+    """Minimax quintics for the interval [lower, 1]; half types use the safety factor 1.01."""
     half = A.dtype in (torch.bfloat16, torch.float16)
     safety = HALF_SAFETY if half else 1.0
     schedule = polar_express_coefficients(options.lower, options.steps or DEFAULT_STEPS, safety)
@@ -76,9 +78,9 @@ def _polynomial(A: Tensor, schedule: Coefficients, margin: float, options: Optio
 
 def _frobenius(A: Tensor) -> Tensor:
     """‖A‖_F (B, 1, 1) of A (B, m, n) in at least fp32, rounded up; its squares may leave the range of the dtype."""
-    # Over two dimensions, or a transposed view, it is slow.
+    # Norms over two dimensions, or of a transposed view, are slow.
     flat = (A if A.is_contiguous() else A.mT).flatten(1)
-    # In A's own dtype, several times faster than in a wider one; what that rounds off is added again.
+    # In A's own dtype, several times faster than in a wider one; the possible rounding error is added.
     norm = torch.linalg.vector_norm(flat, dim=1).to(torch.promote_types(A.dtype, torch.float32))
     return norm[:, None, None] * (1 + torch.finfo(A.dtype).eps)
 
@@ -100,10 +102,11 @@ def run_polynomials(X: Tensor, schedule: Coefficients) -> Tensor:
 
 
 def _run_by_blocks(X: Tensor, schedule: Coefficients) -> Tensor:
-    """`run_polynomials` of one matrix; the transpose of a wide one stays as it lies in memory, where copying it costs."""
+    """`run_polynomials` of one matrix; a wide one, given transposed, keeps its memory layout, which saves copies."""
     wide = X.mT.is_contiguous()
     Y = X.mT if wide else X
-    spare = [torch.empty_like(Y) for _ in schedule[:2]]  # of which one is read, the other written
+    # One is read while the other is written.
+    spare = [torch.empty_like(Y) for _ in schedule[:2]]
     for i, (a, b, c) in enumerate(schedule):
         S = _symmetric_product(Y, Y.mT) if wide else _symmetric_product(Y.mT, Y)
         W = _symmetric_product(S, S, add=S, beta=b, alpha=c) if c else b * S
@@ -114,14 +117,15 @@ def _run_by_blocks(X: Tensor, schedule: Coefficients) -> Tensor:
 def _symmetric_product(
     left: Tensor, right: Tensor, *, add: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
 ) -> Tensor:
-    """left·right, or beta·add + alpha·left·right, known to be symmetric (n, n): below its diagonal blocks it is copied."""
+    """left·right, or beta·add + alpha·left·right, known to be symmetric (n, n): blocks below the diagonal are copied."""
     n, inner = left.shape
-    # In half types a product of two blocks costs what it saves, unless they are large or long.
+    # In half types, dividing into blocks costs what it saves, unless the matrix is large or long.
     whole = left.element_size() < 4 and (n <= 2 * BLOCK_COLUMNS or (n <= 4 * BLOCK_COLUMNS and inner < 2 * n))
     if whole:
         return left @ right if add is None else torch.addmm(add, left, right, beta=beta, alpha=alpha)
     out = left.new_empty(n, n)
-    add = out if add is None else add  # with beta = 0 it is not read
+    # With beta = 0 it is not read.
+    add = out if add is None else add
     for j in range(0, n, BLOCK_COLUMNS):
         end = j + BLOCK_COLUMNS
         block = out[j:end, j:]
@@ -136,8 +140,9 @@ def minimax_quintic(low: float, high: float) -> tuple[float, float, float]:
     Its error equioscillates at both ends and at its two inner extrema, which solve p'(x) = 0 and are found in closed form.
     """
     if not 0 < low <= high:
-        raise ValueError(f"an interval 0 < low <= high is needed, got [{low}, {high}]")
-    if low / high > 1 - 5e-6:  # the four points merge and the system below becomes singular
+        raise ValueError(f"the interval is [{low}, {high}], expected 0 < low <= high")
+    # The four points merge and the system below becomes singular.
+    if low / high > 1 - 5e-6:
         a, b, c = PADE_QUINTIC
         return a / high, b / high**3, c / high**5
     inner = [low + (high - low) / 4, high - (high - low) / 4]
@@ -155,7 +160,7 @@ def minimax_quintic(low: float, high: float) -> tuple[float, float, float]:
 
 
 def _solve(rows: list[list[float]]) -> list[float]:
-    """x of a small linear system, each row its coefficients and its right side; in plain floats, whatever torch's device."""
+    """Solves a small linear system, each row its coefficients and right side, in plain floats: torch may be on a GPU."""
     size = len(rows)
     for k in range(size):
         pivot = max(range(k, size), key=lambda i: abs(rows[i][k]))
@@ -170,14 +175,15 @@ def _solve(rows: list[list[float]]) -> list[float]:
     return x
 
 
-@torch.compiler.assume_constant_result  # they are numbers: a compiled caller need not trace the exchange
+# The result is constant: a compiled caller need not trace the exchange.
+@torch.compiler.assume_constant_result
 def polar_express_coefficients(
     lower: float, steps: int, safety: float = 1.0, cushion: float = CUSHION
 ) -> tuple[tuple[float, float, float], ...]:
-    """Minimax schedule of `steps` quintics that takes singular values in [lower, 1] towards 1.
+    """Minimax schedule of `steps` quintics that move singular values in [lower, 1] towards 1.
 
-    Each step is the best quintic for the interval that the steps before it leave, centred so that both of its
-    ends are equally far from 1. `safety` > 1 shrinks the argument of every step but the last: in bf16 a
+    Each step is the best quintic for the interval that the previous steps leave, centred so that both of its
+    ends are equally far from 1. `safety` > 1 shrinks the argument of every step except the last: in bf16 a
     singular value may be rounded to above the interval, where the polynomials grow fast.
     """
     return _composition(lower, steps, safety, cushion)
@@ -188,7 +194,7 @@ def _composition(
     lower: float, steps: int, safety: float, cushion: float
 ) -> tuple[tuple[float, float, float], ...]:
     if not 0 < lower < 1 or steps < 1:
-        raise ValueError(f"0 < lower < 1 and steps >= 1 are needed, got lower={lower}, steps={steps}")
+        raise ValueError(f"lower is {lower} and steps {steps}, expected 0 < lower < 1 and steps >= 1")
     low, high = lower, 1.0
     schedule: list[tuple[float, float, float]] = []
     for _ in range(steps):

@@ -1,10 +1,10 @@
 """QDWH, the QR-based dynamically weighted Halley iteration (Nakatsukasa, Bai and Gygi 2010; algorithm A.3).
 
-Works on square matrices (`rational.py` makes them so). Two modes: to convergence from a lower bound on the singular
-values, and cut off after `steps`, the operator behind the learning rates of the PolarGrad paper. The paper does not
-print where it starts; its authors' code does: α = √(‖A‖₁·‖A‖_∞), ℓ₀ = the eps of the dtype, and after the steps of Halley
-one cubic step of Newton–Schulz. Two steps leave σ(U) in [0.74, 1] on the gradients of its quadratic problem. This mode
-exists on the Gram matrix as well, for matrices sharded by rows.
+It works on square matrices (`rational.py` makes them square). There are two modes: to convergence from a lower bound on the
+singular values, and truncated after `steps`, the operator for which the PolarGrad paper chose its learning rates. The paper
+does not print its start; its authors' code has α = √(‖A‖₁·‖A‖_∞), ℓ₀ = the eps of the dtype, and one cubic Newton–Schulz
+step after the Halley steps. Two steps give σ(U) in [0.74, 1] on the gradients of its quadratic problem. The truncated mode
+also works on the Gram matrix, for matrices sharded by rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .root import InverseSqrt, extreme_singular_values
 
 # Above this c a Cholesky step would lose digits; the QR step is backward stable for any c (section 4 of the paper).
 LARGEST_CHOLESKY_C = 100.0
-# Times the rounding of a Gram matrix, eps·‖S‖_F: what its eigenvalues are raised by. Directions under 1e-6·σ_max feel it.
+# The shift of a Gram matrix's eigenvalues, in units of its rounding, eps·‖S‖_F. It affects directions below 1e-6·σ_max.
 LIFT = 1e3
 
 
@@ -54,10 +54,10 @@ def truncated_schedule(steps: int, dtype: torch.dtype) -> list[tuple[float, floa
 
 
 def norm_parts(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Some rows' part in the norms of `norm_bound`: column sums of |a_ij| (…, n) and the largest row sum (…), fp64.
+    """Some rows' part of the norms in `norm_bound`: column sums of |a_ij| (…, n) and the largest row sum (…), fp64.
 
-    rows: (…, m, n) of any floating dtype; m may be 0. Of a matrix sharded by rows, add up the first over the ranks and
-    take the largest of the second.
+    rows: (…, m, n) of any floating dtype; m may be 0. For a matrix sharded by rows, sum the first over the ranks and take
+    the maximum of the second.
     """
     *batch, _, n = rows.shape
     columns = rows.new_zeros(*batch, n, dtype=torch.float64)
@@ -78,36 +78,37 @@ def norm_bound(columns: Tensor, largest_row: Tensor) -> Tensor:
 def gram_qdwh(S: Tensor, alpha: Tensor, steps: int, *, dtype: torch.dtype = torch.float32) -> InverseSqrt:
     """Truncated QDWH of A from S = AᵀA alone: X (…, n, n) with A·X = `polar(A, method="qdwh", steps=steps).U`.
 
-    So a tall matrix sharded by rows is neither gathered nor QR-factorized: each Halley step acts on S through a Cholesky
-    factor, in fp64, where even c = 1e9 of the first step loses no digit of fp32. Agrees with the QR form to 1e-5 on
-    matrices of full rank. On null directions that one amplifies the rounding of its fp32 QR to gains of up to 1; this one
-    damps them.
+    A tall matrix sharded by rows is then neither gathered nor QR-factorized: each Halley step acts on S through a Cholesky
+    factor, in fp64, where even c = 1e9 of the first step loses no digit of fp32. It agrees with the QR form to 1e-5 on
+    matrices of full rank. On null directions the QR form amplifies the rounding of its fp32 QR to gains of up to 1; this
+    form damps them.
 
     Args:
         S: (…, n, n) fp64, the sum of `gram_matrix` over all rows.
         alpha: (…) fp64, `norm_bound` of A.
-        steps: of Halley's iteration; a cubic Newton–Schulz step follows.
-        dtype: whose eps is ℓ₀: fp32 for fp32 and narrower data.
+        steps: number of Halley steps; a cubic Newton–Schulz step follows.
+        dtype: its eps is ℓ₀; fp32 for fp32 and narrower data.
 
     Returns:
-        InverseSqrt: X is not symmetric to rounding, and must not be made so: the error in its rows of null directions
-        is nothing to A, whose rows are orthogonal to them, but averaged into its columns it is (gains of 1.15 were
-        seen). nuclear_norm is ⟨A, A·X⟩, low by percents like U itself; sigma_max and sigma_min are estimates as by
-        products, and there is no spectrum. S = 0 gives zeros, a non-finite S NaN; nothing is read back.
+        InverseSqrt: X is not symmetric to rounding, and must not be symmetrized. The error in its rows of null
+        directions does not affect A·X, because A's rows are orthogonal to them; averaged into its columns it does (gains
+        of 1.15 occurred). nuclear_norm is ⟨A, A·X⟩, low by a few percent like U itself; sigma_max and sigma_min are
+        estimates as in `inverse_sqrt` by products, and there is no spectrum. S = 0 gives zeros, a non-finite S gives NaN;
+        nothing is read back.
 
     Raises:
-        PolarError: for fp64, whose eps as ℓ₀ (c = 1e21) asks for more digits than S has.
+        PolarError: for fp64, whose eps as ℓ₀ (c = 1e21) would need more digits than S has.
     """
     if dtype == torch.float64:
         raise PolarError(
-            "gram_qdwh starts from the eps of fp32 or a narrower dtype, got float64: the Gram matrix has half its "
-            "digits; use polar(method='qdwh', steps=…) on the whole matrix"
+            "gram_qdwh was given float64, expected fp32 or a narrower dtype: the Gram matrix has only half its digits, so "
+            "use polar(method='qdwh', steps=…) on the whole matrix"
         )
     eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
     unit = torch.where(alpha > 0, alpha, 1.0)[..., None, None]
     R, X = S / unit / unit, eye / unit
-    # Steps amplify the rounding of S, of which an eigenvalue of zero may become negative, as much as a singular value.
-    # Lifted above it, every eigenvalue stays positive and every gain at most 1.
+    # Steps amplify the rounding of S, which may make a zero eigenvalue negative, as much as a singular value.
+    # With eigenvalues shifted above it, each stays positive, and every gain stays at most 1.
     R = R + LIFT * torch.finfo(R.dtype).eps * torch.linalg.matrix_norm(R)[..., None, None] * eye
     for a, b, c in truncated_schedule(steps, torch.promote_types(dtype, torch.float32)):
         L = torch.linalg.cholesky_ex(eye + c * R).L
@@ -166,7 +167,7 @@ def halley_step(X: Tensor, a: float, b: float, c: float) -> Tensor:
 
 
 def run_qdwh(X: Tensor, schedule: list[tuple[float, float, float]]) -> Tensor:
-    """All steps on X (…, n, n) with singular values in [low, 1]."""
+    """Runs all steps on X (…, n, n) with singular values in [low, 1]."""
     for a, b, c in schedule:
         X = halley_step(X, a, b, c)
     return X

@@ -1,4 +1,4 @@
-"""What QDWH, ZOLO-PD and Newton share: a tall matrix becomes square, and its singular values get bounds."""
+"""Shared by QDWH, ZOLO-PD and Newton: reduces a tall matrix to a square one and bounds its singular values."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ POWER_STEPS = 8
 
 
 class Bounds(NamedTuple):
-    """Singular values lie in [low, 1], but for directions near `lower` and below unless full_rank is known.
+    """Singular values are in [low, 1], except for directions near `lower` or below it, unless full_rank is known.
 
-    Within `tolerance` of 1 an iteration has converged.
+    An iteration has converged when they are within `tolerance` of 1.
     """
 
     low: float
@@ -28,14 +28,14 @@ class Bounds(NamedTuple):
 def on_square(A: Tensor, options: Options, run: Callable[[Tensor, Bounds], tuple[Tensor, int]]) -> Oracle:
     """Scale A (B, m, n), reduce it to a square matrix with norm about 1, bound its spectrum, run, and go back.
 
-    Where numbers may be read back, the bound is the estimated σ_min/σ_max of the worst matrix in the batch (at least
-    `lower`), which saves steps; on a GPU that must not wait it is `lower` itself.
+    If numbers may be read back, the bound is the estimated σ_min/σ_max of the worst matrix in the batch (at least
+    `lower`), which saves steps; otherwise, on a GPU that must not wait, it is `lower` itself.
     """
     X, scale = working_copy(A)
     Q, R = to_square(X)
     alpha = largest_singular_value(R)
     eps = torch.finfo(X.dtype).eps
-    # Twice, so that what lies far below `lower` (rounding of an fp32 null direction: 1e-6) stays under a gain of 1e-2.
+    # Twice, so that directions far below `lower` (rounding of an fp32 null direction: 1e-6) get a gain below 1e-2.
     low = floor = max(2 * options.lower, eps / 4)
     full_rank, sigma_min = False, None
     if options.may_wait:
@@ -70,8 +70,8 @@ def to_square(A: Tensor) -> tuple[Tensor | None, Tensor]:
 def largest_singular_value(A: Tensor) -> Tensor:
     """Upper estimate (…) of ‖A‖₂: power iteration on AᵀA, raised by a tenth, never above ‖A‖_F.
 
-    The iteration approaches ‖A‖₂ from below; the tenth covers what eight steps leave. Where even that falls
-    short the iterations still converge, their argument being a little above 1.
+    The iteration approaches ‖A‖₂ from below; the tenth covers the error that eight steps leave. If even that is too
+    small, the methods still converge, with an argument slightly above 1.
     """
     frobenius = torch.linalg.matrix_norm(A)
     v = A.abs().sum(-2, keepdim=True).mT + torch.finfo(A.dtype).tiny

@@ -1,4 +1,4 @@
-"""Row-sparse matrices: an embedding's gradient is zero in every row whose token the batch did not hold."""
+"""Row-sparse matrices: an embedding's gradient is zero in every row whose token is not in the batch."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ class CompressedRows(NamedTuple):
 
 
 def compress_rows(a: Tensor) -> CompressedRows:
-    """Leave out the zero rows of a (m, n). Reads their number back from the device, so a GPU is waited for."""
-    nonzero = (a.amax(1) != 0) | (a.amin(1) != 0)  # several times faster than any(), and true for NaN
+    """Leaves out the zero rows of a (m, n). Reads their number back from the device, so it waits for a GPU."""
+    # Several times faster than any(), and true for NaN.
+    nonzero = (a.amax(1) != 0) | (a.amin(1) != 0)
     positions = nonzero.nonzero().squeeze(1)
     return CompressedRows(a.index_select(0, positions), positions, a.shape[0])
 

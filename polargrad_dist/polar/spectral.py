@@ -1,4 +1,4 @@
-"""The two methods that are right to rounding on what matters: `svd`, LAPACK's, and `gram`, a root of AᵀA in fp64."""
+"""The two methods that are exact to rounding above `lower`: `svd`, LAPACK's, and `gram`, a root of AᵀA in fp64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .gram import apply_rows, gram_matrix, multiplies_in_fp64
 from .oracle import Options, Oracle, inner_product, missing_share, working_copy
 from .root import inverse_sqrt
 
-# A `lower` below this asks for directions that fp32 products do not resolve.
+# A `lower` below this needs directions that fp32 products do not resolve.
 STRICT = 1e-4
 
 
@@ -21,10 +21,10 @@ def svd(A: Tensor, options: Options) -> Oracle:
     U = (P * kept[:, None, :]) @ Vh
     back = 1 / scale[:, 0].double()
     sigma = sigma.double()
-    # LAPACK's fp32 singular values are off by 1e-7 together. ⟨A, U⟩ is not, to first order, but for the lengths
-    # of the computed singular vectors, and these are cheap to know.
+    # LAPACK's fp32 singular values have a common error of 1e-7. ⟨A, U⟩ does not, to first order, except for the
+    # lengths of the computed singular vectors, which are cheap to compute.
     lengths = ((P * P).sum(-2, dtype=torch.float64) * (Vh * Vh).sum(-1, dtype=torch.float64)).sqrt()
-    # Under a few eps·σ_max a singular value is rounding, and there may be many of those.
+    # A singular value below a few eps·σ_max is rounding, and there may be many of them.
     left_out = sigma * (sigma > 4 * torch.finfo(X.dtype).eps * sigma[:, :1])
     nuclear_norm = inner_product(X, U) + torch.where(kept, sigma * (1 - lengths), left_out).sum(-1)
     return Oracle(
@@ -37,9 +37,10 @@ def svd(A: Tensor, options: Options) -> Oracle:
 
 
 def gram(A: Tensor, options: Options) -> Oracle:
-    """U = A·S^(-1/2). The last product is fp64 in strict mode, and where it is small beside the root of S."""
+    """U = A·S^(-1/2). The last product is fp64 in strict mode, and if it is cheap compared with the root of S."""
     scale = None
-    if A.dtype == torch.float64:  # the squares of anything narrower stay within fp64
+    # The squares of narrower dtypes stay within fp64's range.
+    if A.dtype == torch.float64:
         A, scale = working_copy(A)
     found = inverse_sqrt(gram_matrix(A), lower=options.lower, root=options.root)
     X = found.X

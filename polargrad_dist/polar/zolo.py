@@ -1,6 +1,6 @@
 """ZOLO-PD (Nakatsukasa and Freund 2016; algorithm A.4): two steps of Zolotarev's best rational approximation to sign.
 
-One step of order r is r independent factorizations, so a batch of them fills a device that QDWH leaves waiting.
+One step of order r is r independent factorizations, so a batch of them fills a device that QDWH would leave idle.
 """
 
 from __future__ import annotations
@@ -13,25 +13,26 @@ from torch import Tensor
 from .oracle import Options, Oracle
 from .rational import Bounds, on_square
 
-LARGEST_ORDER = 8  # two steps of order 8 reach rounding from any fp64 condition number (table A.1)
+# Two steps of order 8 reach rounding from any fp64 condition number (table A.1).
+LARGEST_ORDER = 8
 
 
 def zolo(A: Tensor, options: Options) -> Oracle:
-    """To rounding from bounds on the singular values: one step for σ_min ≥ σ_max/2, else two."""
+    """Iterates to rounding, from bounds on the singular values: one step for σ_min ≥ σ_max/2, else two."""
     return on_square(A, options, _run)
 
 
 def _run(X: Tensor, bounds: Bounds) -> tuple[Tensor, int]:
     schedule = zolo_schedule(bounds.low, bounds.tolerance)
     for number, (poles, residues, factor) in enumerate(schedule):
-        # The first of two steps sees the whole condition number and needs QR; after it Cholesky loses nothing.
+        # The first of two steps works on the whole condition number and needs QR; after it Cholesky loses no accuracy.
         step = _qr_sum if number < len(schedule) - 1 else _cholesky_sum
         X = factor * (X + step(X, poles, residues))
     return X, len(schedule)
 
 
 def _qr_sum(X: Tensor, poles: list[float], residues: list[float]) -> Tensor:
-    """Σ_j a_j·X(XᵀX + c_j I)⁻¹ through the QR factors of (X; √c_j I), all of them in one batch."""
+    """Σ_j a_j·X(XᵀX + c_j I)⁻¹ from the QR factors of (X; √c_j I), in one batch."""
     n = X.shape[-1]
     roots = _on_device([math.sqrt(c) for c in poles], X)
     weights = _on_device([a / math.sqrt(c) for a, c in zip(residues, poles, strict=True)], X)
@@ -43,12 +44,12 @@ def _qr_sum(X: Tensor, poles: list[float], residues: list[float]) -> Tensor:
 
 
 def _on_device(numbers: list[float], like: Tensor) -> Tensor:
-    """(len, 1, 1) on the device of `like`, each number an argument of a kernel: a copy of a list would wait for a GPU."""
+    """(len, 1, 1) on the device of `like`, with each number as a kernel argument: copying a list would wait for a GPU."""
     return torch.stack([like.new_full((1, 1), x) for x in numbers])
 
 
 def _cholesky_sum(X: Tensor, poles: list[float], residues: list[float]) -> Tensor:
-    """The same through the Cholesky factors of XᵀX + c_j I."""
+    """The same from the Cholesky factors of XᵀX + c_j I."""
     S = X.mT @ X
     eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
     total = torch.zeros_like(X)

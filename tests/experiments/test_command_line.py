@@ -54,11 +54,11 @@ def test_two_processes_find_the_curves_of_one(tmp_path):
     ("arguments", "sentence"),
     [
         (["quadratik"], "there is no problem 'quadratik', expected quadratic, logistic, completion or all"),
-        (["--steps", "0"], "--steps is 0, expected at least 1"),
+        (["--steps", "0"], "--steps is 0, expected a whole number >= 1"),
         (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
-        (["--jobs", "0"], "--jobs is 0, expected at least 1 process"),
-        (["--seeds", "1", "1"], "--seeds is [1, 1], expected different numbers from 0 on"),
-        (["--seed", "-1"], "--seeds is [-1], expected different numbers from 0 on"),
+        (["--jobs", "0"], "--jobs is 0, expected a whole number >= 1"),
+        (["--seeds", "1", "1"], "--seeds is [1, 1], expected different whole numbers >= 0"),
+        (["--seed", "-1"], "--seeds is [-1], expected different whole numbers >= 0"),
         (["--out", "FILE"], "cannot be made a folder"),
     ],
 )

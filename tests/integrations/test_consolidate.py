@@ -142,7 +142,7 @@ def _on_some_ranks(rank: int, world: int) -> list[str]:
 
 def test_a_rank_that_stores_nothing_of_a_parameter_is_no_place_for_the_whole():
     for rank, said in enumerate(run_ranks(_on_some_ranks, 3)):
-        assert said[0].startswith("rank 0 stores nothing of some, expected a part of every parameter")
+        assert said[0].startswith("rank 0 stores no part of some, expected a part of every parameter")
         assert said[1] == "to is 3, expected a rank in [0, 3)"
         assert said[2] == ("[0]" if rank == 0 else "[0, 1]")
 

@@ -80,7 +80,10 @@ def test_groups_may_be_added_later_and_keep_what_was_there():
         ({"params": [nn.Parameter(torch.zeros(3, 3))], "scale": "nuclaer"}, "scale is 'nuclaer'"),
         ({"params": [nn.Parameter(torch.zeros(3, 3))], "beta": 1.0}, "beta is 1.0"),
         ({"params": [nn.Parameter(torch.zeros(6, 3))], "split_sizes": (4, 4)}, "add up to 8"),
-        ({"params": [nn.Parameter(torch.zeros(7, 3))], "num_heads": 2}, "num_heads=2 does not divide"),
+        (
+            {"params": [nn.Parameter(torch.zeros(7, 3))], "num_heads": 2},
+            "num_heads=2, expected a divisor of its 7 rows",
+        ),
         ({"params": [nn.Parameter(torch.zeros(3, 4).T)]}, "contiguous"),
         (
             {"params": [("w", nn.Parameter(torch.zeros(3, 3))), ("w", nn.Parameter(torch.zeros(3, 3)))]},
@@ -90,8 +93,8 @@ def test_groups_may_be_added_later_and_keep_what_was_there():
         ({"params": [SQUARE, SQUARE]}, "twice"),
         ({"params": [SQUARE], "lr": math.inf}, "finite"),
         ({"params": [SQUARE], "lr": "0.1"}, "lr is '0.1', expected a number"),
-        ({"params": [SQUARE, ("w", nn.Parameter(torch.zeros(3, 3)))]}, "holds a tuple at place 1"),
-        ({"params": "weights"}, "holds a str at place 0"),
+        ({"params": [SQUARE, ("w", nn.Parameter(torch.zeros(3, 3)))]}, "holds a tuple at index 1"),
+        ({"params": "weights"}, "holds a str at index 0"),
         ({"params": [SQUARE], "betas": (0.9,)}, "two numbers"),
         ({"params": [SQUARE], "oracle_dtype": "float61"}, "oracle_dtype is float61"),
         ({"params": [SQUARE], "comm_dtype": "int8"}, "comm_dtype is 'int8'"),
@@ -105,7 +108,7 @@ def test_groups_may_be_added_later_and_keep_what_was_there():
         ({"params": [nn.Parameter(torch.zeros(3, 3, device="meta"))]}, "meta device"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_in_a_sentence(arguments, expected):
+def test_an_invalid_argument_is_refused_in_a_sentence(arguments, expected):
     with pytest.raises(ConfigError, match=expected):
         PolarGrad(**arguments)
 
@@ -255,7 +258,7 @@ def test_the_state_of_another_model_is_refused_before_anything_changes():
     "state", [None, {}, {"state": {}}, torch.optim.AdamW([nn.Parameter(torch.zeros(3, 3))]).state_dict()]
 )
 def test_what_is_no_state_of_this_optimizer_is_refused_in_a_sentence(state):
-    with pytest.raises(CheckpointError, match="no state of a PolarGrad"):
+    with pytest.raises(CheckpointError, match="not the state of a PolarGrad"):
         PolarGradM([nn.Parameter(torch.zeros(3, 3))], lr=0.1).load_state_dict(state)
 
 
@@ -429,7 +432,7 @@ def test_a_step_that_is_not_to_happen_changes_no_bit_and_one_that_is_changes_as_
         (lambda m: PolarGrad(m, hiden={"lr": 0.1}), "did you mean 'hidden'"),
         (lambda m: PolarGrad(m, hidden={"learning_rate": 0.1}), "did you mean 'lr'"),
         (lambda m: Muon(m, ns_steps=5), "did you mean 'steps'"),
-        (lambda m: Muon(m, hidden={"lr": 0.1}), "expected its fields as arguments of their own"),
+        (lambda m: Muon(m, hidden={"lr": 0.1}), "expected the fields of that rule as arguments"),
     ],
 )
 def test_a_first_guess_is_answered_with_what_was_meant(make, said):

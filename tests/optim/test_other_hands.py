@@ -43,7 +43,7 @@ def test_states_and_groups_that_are_replaced_are_taken_up_and_a_lack_is_refused(
     stepped(optimizer, p)
     assert torch.equal(p, before)
     optimizer.state.clear()
-    with pytest.raises(ConfigError, match=r"param\.0 was replaced by one that lacks"):
+    with pytest.raises(ConfigError, match=r"param\.0 was replaced by an incomplete one"):
         optimizer.step()
 
 

@@ -148,7 +148,7 @@ def test_the_hyperball_keeps_norms_of_bf16_weights_too():
         ({"control": "hyperball", "scale": "none", "weight_decay": 0.1}, "expected weight_decay 0"),
         ({"scale": "muon", "alpha": 0.5}, "which has no nuclear norm"),
         ({"precondition": "soap"}, "expected momentum_first or heavy_ball"),
-        ({"algorithm": "adamw", "normalize": "rows"}, "it is for the polar rules"),
+        ({"algorithm": "adamw", "normalize": "rows"}, "only the polar rules use it"),
         ({"algorithm": "adamw", "lr": 1.0}, "lr is 1.0 with algorithm 'adamw', expected a rate below 1"),
         ({"floor": -1.0}, "expected a finite number >= 0"),
         ({"normalize": "columns"}, "expected one of: none, rows"),
@@ -166,7 +166,7 @@ def test_a_weight_of_zeros_cannot_keep_its_norm_and_a_pause_cannot_come_later():
         PolarGrad([p], control="hyperball", scale="none")
     optimizer = PolarGrad([p], scale="muon")
     optimizer.param_groups[0]["floor"] = 0.1
-    with pytest.raises(ConfigError, match="at construction or never"):
+    with pytest.raises(ConfigError, match="from construction on or never"):
         optimizer.step()
 
 
@@ -273,7 +273,7 @@ def test_a_relative_scale_is_left_at_any_step_and_taken_up_at_construction_only(
     relative, nuclear = stepped("nuclear_relative"), stepped("nuclear")
     nuclear.param_groups[0]["scale"] = "nuclear_relative"
     before = nuclear.param_groups[0]["params"][0].detach().clone()
-    with pytest.raises(ConfigError, match="expected it at construction or never: build a new optimizer"):
+    with pytest.raises(ConfigError, match="expected it from construction on or never: build a new optimizer"):
         nuclear.step()
     assert torch.equal(before, nuclear.param_groups[0]["params"][0])
     for scale, count in (("muon", 1), ("nuclear_relative", 2)):

@@ -102,7 +102,7 @@ def test_splits_cut_fused_parameters_into_their_matrices():
     assert Split.of("p", (3, 4, 5), flatten=True).cols == 20
     with pytest.raises(ConfigError, match="algorithm 'adamw'"):
         Split.of("p", (0, 4))
-    with pytest.raises(ConfigError, match=r"has 4 columns, but split_sizes \(1, 2\) add up to 3"):
+    with pytest.raises(ConfigError, match=r"split_sizes \(1, 2\), which add up to 3, expected its 4 columns"):
         Split.of("p", (6, 4), (1, 2), transposed=True)
 
 

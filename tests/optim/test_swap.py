@@ -217,7 +217,7 @@ def test_a_rule_that_fails_on_one_rank_raises_on_all_and_leaves_its_matrices_alo
             "RuntimeError: the factorization of the tests did not converge",
         ),
         "memory": ("OutOfMemoryError: the polar decomposition of square", "tried to allocate 20 GiB"),
-        "shape": ("ConfigError: square", "gives directions"),
+        "shape": ("ConfigError: square", "returned directions"),
         "not finite": ("PolarError: the gradient or momentum of square", "not finite"),
     }
     results = run_ranks(_failures, 3, mode)

@@ -215,7 +215,7 @@ def test_what_products_cannot_do_is_refused():
         inverse_sqrt(S, homogenized=True, root="products")
     with pytest.raises(PolarError, match="nope"):
         inverse_sqrt(S, root="nope")
-    with pytest.raises(PolarError, match="root belongs to gram"):
+    with pytest.raises(PolarError, match="only gram and auto use it"):
         polar(gaussian(8, 4), method="svd", root="products")
     assert homogenize(gaussian(20, 8)).Q.isfinite().all()
 

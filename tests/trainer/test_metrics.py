@@ -173,7 +173,7 @@ def test_roles_have_schedules_of_their_own_and_momenta_fall_again_at_the_end():
     assert groups[2]["beta"] == 0.95
     with pytest.raises(ConfigError, match=r"trainer\.schedule\.scalar\.floor is 2"):
         ScheduleConfig(scalar=RoleSchedule(floor=2.0)).check(10)
-    with pytest.raises(ConfigError, match="it is for 'linear'"):
+    with pytest.raises(ConfigError, match="only 'linear' uses it"):
         ScheduleConfig("cosine", power=2.0).check(10)
 
 

@@ -15,6 +15,7 @@ import data.prepare as preparing
 from data.prepare import Progress, parse, prepare
 from data.shards import Manifest, open_shard
 from polargrad_dist.errors import ConfigError, DataError
+from polargrad_dist.words import counted
 from tests.data.corpus import config, json_lines, quiet, texts
 
 DOCUMENTS = texts(1500, words=120)
@@ -113,7 +114,7 @@ def test_a_kill_at_any_moment_costs_no_shard_and_changes_no_byte(tmp_path):
         assert run.wait() == -signal.SIGKILL
         assert {name: written(killed)[name] for name in done} == {name: before[name] for name in done}
         if done:
-            assert f"and {len(done)} shards in" in run.stderr.read()
+            assert f"and {counted(len(done), 'shard')} in" in run.stderr.read()
     assert len(finished(killed)) >= 2
     assert not (killed / "manifest.json").exists()
     assert subprocess.run(arguments(tmp_path, corpus, killed)).returncode == 0

@@ -77,11 +77,11 @@ paper: setup
 paper-lm: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.language paper
 
-# Eight optimizers on equal terms at two widths and two lengths: hours; the same command goes on where it was interrupted.
+# Eight optimizers on equal terms at two widths and two lengths: hours; the same command continues after an interruption.
 race: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.language race
 
-# Every role's default rate against a sweep around it, both model families, three widths: hours; goes on as the race does.
+# Every role's default rate against a sweep around it, both model families, three widths: hours; continues as the race does.
 defaults: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.language defaults
 

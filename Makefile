@@ -12,6 +12,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV), once: 2 GB or more, several minutes without further output"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
 
@@ -77,11 +78,11 @@ paper: setup
 paper-lm: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.language paper
 
-# Eight optimizers on equal terms at two widths and two lengths: hours; the same command goes on where it was interrupted.
+# Eight optimizers on equal terms at two widths and two lengths: hours; the same command continues after an interruption.
 race: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.language race
 
-# Every role's default rate against a sweep around it, both model families, three widths: hours; goes on as the race does.
+# Every role's default rate against a sweep around it, both model families, three widths: hours; continues as the race does.
 defaults: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.language defaults
 

@@ -6,9 +6,9 @@
 # On several machines run the same line on each, with the same first three variables:
 #   NODES=2 MASTER_ADDR=first-host MASTER_PORT=61000 NODE_RANK=0|1 launch/torchrun.sh ...
 #
-# RESTARTS=3 starts the processes again after one has died; the run goes on from its newest valid checkpoint. The number of
+# RESTARTS=3 starts the processes again after one has died; the run resumes from its newest valid checkpoint. The number of
 # processes may differ between starts (PROCESSES=1, then 2): the global batch stays, the micro-batches are divided anew.
-# NODES=1:2 goes on with one machine where the second does not come back, and takes it in again when it does.
+# NODES=1:2 continues with one machine if the second does not come back, and includes it again when it does.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -39,8 +39,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             group may set every field of `Rule`, its rule's own options, and the last four arguments below.
         lr: base learning rate of groups that set none; defaults to 1e-3. See `Rule`.
         hidden, embed, head, value_embed, scalar: for a model, changes to a role's rule in `OptimizerConfig()`: a dict such as
-            ``hidden={"lr": 0.02}``, or a `Rule`. A dict for head or value_embed changes the rule of embed.
-            If it changes algorithm or scale, it must set lr.
+            ``hidden={"lr": 0.02}``, or a `Rule`. A dict for head or value_embed starts from the rule of
+            embed. A dict that changes algorithm or scale must set lr.
         process_group: ranks that hold copies of plain parameters. Defaults to the default group if torch.distributed is
             initialized.
         norm_group: ranks over which `clip_grad_norm_` takes the norm, for example all pipeline stages. Defaults to the

@@ -113,7 +113,11 @@ class Rule:
             "control": Control,
         }
         if self.algorithm not in RULES:
-            raise ConfigError(f"{where}.algorithm is {self.algorithm!r}, expected one of: {', '.join(RULES)}")
+            meant = NAMES.get(str(self.algorithm).lower())
+            raise ConfigError(
+                f"{where}.algorithm is {self.algorithm!r}, expected one of: {', '.join(RULES)}"
+                + (f"; {self.algorithm} is {meant}" if meant else "")
+            )
         known_options = getattr(RULES[self.algorithm], "options", {})
         if strange := sorted(set(self.options) - set(known_options)):
             raise ConfigError(
@@ -227,6 +231,15 @@ def adamw_rule(lr: float = 0.03, **changes: Any) -> Rule:
     """AdamW with betas (0.9, 0.95), at a rate for vectors and scalars; hidden matrices need a tenth of it or less."""
     return replace(Rule(lr, algorithm="adamw"), **changes)
 
+
+# What is called an algorithm elsewhere, and the fields that make it here.
+NAMES = {
+    "adam": "'adamw' with weight_decay 0",
+    "muon": "'polar' with scale 'muon', nesterov true and oracle 'newton_schulz'",
+    "normuon": "'polar' with scale 'muon', nesterov true, oracle 'newton_schulz' and normalize 'rows'",
+    "polargrad": "'polar' with scale 'nuclear'",
+    "polarsgdm": "'polar' with scale 'nuclear' or 'nuclear_relative', and beta 0.5",
+}
 
 # Rates to start at for hidden matrices and for tables, by algorithm or scale: docs/choosing-rules.md, "Another rule".
 STARTS = {

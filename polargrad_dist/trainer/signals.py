@@ -58,7 +58,7 @@ class LeaveRequest:
         if self.signal is None:
             self.signal, self._first = signal.Signals(number), now
             self._say(
-                f"{self.signal.name}: saving and leaving after this step; the same command goes on from there. "
+                f"{self.signal.name}: saving and leaving after this step; the same command resumes from there. "
                 "Again to leave at once, unsaved."
             )
         elif now - self._first > 1.0 and not self._writing():

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from polargrad_dist import ConfigError, PolarGrad, register_rule
+from polargrad_dist import ConfigError, Muon, PolarGrad, PolarSGDM, register_rule
 from polargrad_dist.optim.matrix import RULES
 from tests.gloo import run_ranks
 from tests.optim.bag import Bag
@@ -70,6 +71,18 @@ def test_what_is_no_rule_or_has_a_taken_name_is_refused():
         PolarGrad(Bag(**BAG).parameters(), algorithm="nonesuch")
     with pytest.raises(ConfigError, match="beta2"):
         PolarGrad([torch.nn.Parameter(torch.zeros(3, 3))], beta2=0.9)
+
+
+@pytest.mark.parametrize("name", ["muon", "Muon", "PolarSGDM"])
+def test_a_name_that_is_an_algorithm_elsewhere_is_answered_with_the_fields_that_make_it_here(name):
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 9))
+    with pytest.raises(ConfigError, match=rf"algorithm is '{name}', .*; {name} is 'polar' with") as refused:
+        PolarGrad(model, hidden={"algorithm": name, "lr": 0.02})
+    fields = dict(re.findall(r"(scale|nesterov|oracle|beta) '?([\w.]+)'?", str(refused.value)))
+    made = PolarGrad(model, hidden={"lr": 0.02} | {k: yaml.safe_load(v) for k, v in fields.items()})
+    family = {"muon": Muon, "polarsgdm": PolarSGDM}[name.lower()](model, 0.02)
+    for key in fields:
+        assert made.param_groups[0][key] == family.param_groups[0][key]
 
 
 def test_a_registered_rule_s_options_are_set_in_the_configuration(tmp_path):

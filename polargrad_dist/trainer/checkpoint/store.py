@@ -376,7 +376,7 @@ class CheckpointStore:
         path = self._asked_for
         if newest is not None and self._origin_of(newest) == str(path):
             if self._ranks.rank == 0:
-                log.info("this run began at %s and goes on from its own %s", path, newest.name)
+                log.info("this run began from %s and resumes from its own %s", path, newest.name)
             return newest
         if own and path.parent != self.folder:
             raise CheckpointError(

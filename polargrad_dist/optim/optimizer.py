@@ -200,6 +200,11 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
                     )
                 m.group, m.state = group, state
                 self._world.schedules.clear()
+            if m.p.shape != m.entry.shape:
+                return ConfigError(
+                    f"{m.entry.name} has shape {tuple(m.p.shape)}, expected {tuple(m.entry.shape)} as at construction: "
+                    "build a new optimizer after you resize a parameter, such as an embedding for more tokens"
+                )
             if m.p.dtype != m.entry.dtype or (not isinstance(m.p, DTensor) and m.p.device != m.device):
                 return ConfigError(
                     f"{m.entry.name} is {m.p.dtype} on {m.p.device}, expected {m.entry.dtype} on {m.device} as at "

@@ -29,6 +29,8 @@ HALF_SAFETY = 1.01
 DEFAULT_STEPS = 5
 # A matrix whose norm lies between this and its inverse is normalized without prior scaling, in every dtype.
 LEAST_NORM = 1e-3
+# The largest power of two in fp16.
+FP16_SCALE = 2.0**15
 # From this many elements per matrix, a CPU multiplies the matrices of a batch faster one by one.
 LARGE = 1 << 16
 # Block size of symmetric products on a CPU: blocks below the diagonal are copied, not multiplied.
@@ -68,7 +70,10 @@ def _polynomial(A: Tensor, schedule: Coefficients, margin: float, options: Optio
     looks = options.may_wait and not torch.compiler.is_compiling()
     X, norm = A, _frobenius(A) if looks else None
     if norm is None or not bool(((norm > LEAST_NORM) & (norm < 1 / LEAST_NORM)).all()):
-        X = A * inverse_scale(largest_entry(A)).to(A.dtype)
+        scale = inverse_scale(largest_entry(A))
+        # The scale of entries below 2^-16 is beyond fp16's range; as much of it as fits is enough for the norm.
+        scale = scale.clamp_max(FP16_SCALE) if A.dtype == torch.float16 else scale
+        X = A * scale.to(A.dtype)
         norm = _frobenius(X)
     U = run_polynomials(X * torch.where(norm > 0, 1 / (margin * norm), 0.0).to(A.dtype), schedule)
     residual = orthogonality(U) if options.info else None
@@ -87,7 +92,9 @@ def _frobenius(A: Tensor) -> Tensor:
 
 def run_polynomials(X: Tensor, schedule: Coefficients) -> Tensor:
     """X ← aX + bX(XᵀX) + cX(XᵀX)² for each (a, b, c); X (B, m, n), m ≥ n, spectral norm within the schedule's interval."""
-    if X.device.type == "cpu" and X[0].numel() >= LARGE and len(schedule):
+    # torch.compile does not trace products that are written into a block of a matrix.
+    blocks = X.device.type == "cpu" and not torch.compiler.is_compiling()
+    if blocks and X[0].numel() >= LARGE and len(schedule):
         if len(X) == 1:
             return _run_by_blocks(X[0], schedule).unsqueeze(0)
         out = torch.empty_like(X)

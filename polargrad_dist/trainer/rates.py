@@ -32,7 +32,10 @@ def check_rates(config: OptimizerConfig, args: list[str]) -> None:
                 rated[role] = replace(rules[role], lr=float(given["lr"]))
             elif follows and "lr" not in own[role]:
                 rated[role] = rated["embed"]
-            expect_rate(f"optimizer.{role}", role, rules[role], rated[role])
+            other = "algorithm" if rules[role].algorithm != rated[role].algorithm else "scale"
+            # The rule may have changed with the embedding's, and the role not be in the arguments at all.
+            because = ", which follows optimizer.embed," if follows and other not in changes else ""
+            expect_rate(f"optimizer.{role}{because}", role, rules[role], rated[role])
 
 
 def _layers(args: list[str]) -> list[list[str]]:

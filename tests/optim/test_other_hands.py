@@ -25,6 +25,19 @@ def test_weights_that_are_no_longer_contiguous_are_refused(rule):
         stepped(optimizer, layer.weight)
 
 
+@pytest.mark.parametrize("rule", [{}, {"momentum": "momentum_first"}, {"algorithm": "adamw"}])
+@pytest.mark.parametrize("rows", [3, 6])
+def test_weights_that_were_resized_are_refused(rule, rows):
+    table = nn.Embedding(4, 4)
+    optimizer = PolarGrad(table.parameters(), lr=0.1, **rule)
+    stepped(optimizer, table.weight)
+    # As resize_token_embeddings() of transformers does.
+    table.weight.data = torch.randn(rows, 4)
+    table.weight.grad = None
+    with pytest.raises(ConfigError, match=rf"param\.0 has shape \({rows}, 4\), expected \(4, 4\)"):
+        stepped(optimizer, table.weight)
+
+
 def test_states_and_groups_that_are_replaced_are_taken_up_and_a_lack_is_refused():
     p = nn.Parameter(torch.randn(4, 4))
     optimizer = PolarGradM([p], lr=0.1)

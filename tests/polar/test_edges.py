@@ -62,6 +62,18 @@ def test_the_scale_of_an_fp32_matrix_does_not_matter(method, size):
     assert abs(scaled.nuclear_norm.double() / nuclear - 1) <= tolerance
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("check", [True, False])
+def test_small_fp16_entries_are_used(method, check):
+    a = torch.stack([gaussian(64, 24), 1e-6 * gaussian(64, 24)]).half()
+    # By a power of two: no bit is lost.
+    scale = torch.tensor([1.0, 2.0**16])
+    expected = polar((a.float() * scale[:, None, None]).half(), method=method, lower=1e-3)
+    found = polar(a, method=method, check=check, lower=1e-3)
+    assert (found.U - expected.U).norm() <= 0.01
+    torch.testing.assert_close(found.nuclear_norm * scale, expected.nuclear_norm, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("method", EXACT_METHODS)
 @pytest.mark.parametrize("shape", [(200, 24), (24, 24)])
 def test_denormal_fp32_entries_are_used(method, shape):

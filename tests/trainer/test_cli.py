@@ -262,7 +262,7 @@ def test_a_head_keeps_what_it_names_even_where_that_is_the_default_of_a_rule():
         ),
         (
             ["--config=FILE", "--optimizer.embed", "{scale: nuclear, lr: 0.2}"],
-            "optimizer.head has scale 'nuclear'",
+            "optimizer.head, which follows optimizer.embed, has scale 'nuclear' but no lr of its own",
         ),
         (["--config=FILE", "--config=OTHER"], "since 0.04 is a rate for algorithm 'polar'"),
     ],

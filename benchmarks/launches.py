@@ -26,7 +26,7 @@ from benchmarks.step import FREE
 from models import ModelConfig, build_model
 from polargrad_dist import OptimizerConfig, PolarGrad
 from polargrad_dist.distributed import transport
-from polargrad_dist.optim import bucket, elements, facts, optimizer
+from polargrad_dist.optim import bucket, facts, optimizer
 from polargrad_dist.optim.elements import shrinking
 from polargrad_dist.polar import gram
 from train import parse_run
@@ -104,7 +104,6 @@ def as_a_gpu() -> Iterator[None]:
             (facts.Facts, "worst", lambda _: (0, 0)),
             (gram, "fast_fp64", lambda _: True),
             (bucket.Travel, "backend", "inductor"),
-            (elements, "run_compiled", one_kernel),
             (bucket, "run_compiled", one_kernel),
         ):
             stack.enter_context(mock.patch.object(where, name, instead))

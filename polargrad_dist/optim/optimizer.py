@@ -102,7 +102,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         self._watches: list[Watch] = []
         # The numbers of each group when it was last checked.
         self._said: dict[int, tuple[Any, ...]] = {}
-        self._state_places: list[tuple[torch.Tensor, int]] = []
+        self._state_places: list[tuple[torch.Tensor, int, torch.Size, torch.dtype]] = []
         self._placed: list[int] | None = None
         self._steps = 0
         self._keep: frozenset[int] = frozenset()
@@ -212,12 +212,18 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
                 )
             # Keeps the tensors themselves: an id or an address may be reused once its tensor is gone.
             parts = ((v, v.to_local() if isinstance(v, DTensor) else v) for v in m.state.values())
-            now += [(v, part.data_ptr()) for v, part in parts]
-        before, self._state_places = self._state_places, now
+            now += [(v, part.data_ptr(), part.shape, part.dtype) for v, part in parts]
+        before = self._state_places
         if len(now) != len(before) or any(
-            a is not b or at != there for (a, at), (b, there) in zip(now, before, strict=True)
+            a[0] is not b[0] or a[1:] != b[1:] for a, b in zip(now, before, strict=True)
         ):
+            if len(now) == len(before) and any(a[2:] != b[2:] for a, b in zip(now, before, strict=True)):
+                return ConfigError(
+                    "a state of the optimizer was replaced by one of another shape or dtype, expected those of construction: "
+                    "load state with load_state_dict"
+                )
             self._world.schedules.clear()
+        self._state_places = now
         return None
 
     def _problem(self) -> ConfigError | None:

@@ -38,6 +38,22 @@ def test_weights_that_were_resized_are_refused(rule, rows):
         stepped(optimizer, table.weight)
 
 
+@pytest.mark.parametrize("state", [torch.zeros(2, 4), torch.zeros(4, 4, dtype=torch.float16)])
+@pytest.mark.parametrize("rule", [{"momentum": "momentum_first"}, {"algorithm": "adamw"}])
+def test_a_state_of_another_shape_or_dtype_is_refused(rule, state):
+    p = nn.Parameter(torch.randn(4, 4))
+    optimizer = PolarGrad([p], lr=0.1, **rule)
+    stepped(optimizer, p)
+    key = next(iter(optimizer.state[p]))
+    kept = optimizer.state[p][key]
+    optimizer.state[p][key] = state
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="another shape or dtype"):
+            stepped(optimizer, p)
+    optimizer.state[p][key] = kept
+    stepped(optimizer, p)
+
+
 def test_states_and_groups_that_are_replaced_are_taken_up_and_a_lack_is_refused():
     p = nn.Parameter(torch.randn(4, 4))
     optimizer = PolarGradM([p], lr=0.1)

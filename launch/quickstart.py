@@ -79,20 +79,22 @@ def summary(processes: int) -> int:
     run = load_run(config.trainer.run_dir)
     records = map(record_in, (run.folder / "metrics.jsonl").read_bytes().splitlines())
     reached = [record for record in records if record and "bits_per_byte" in record]
-    bigram = measure(run.folder, run.data) if reached else None
-    sample = run.sample("def ", 120)
     steps = config.trainer.steps
-    if bigram is None:
-        print("\nvalidation: not configured")
+    # Each line is printed as soon as it is known: on busy cores the bigram model and the sample take minutes.
+    if not reached:
+        print("\nvalidation: not configured", flush=True)
     else:
         print(
-            f"\nvalidation: {reached[-1]['bits_per_byte']:.3f} bits per byte after {counted(reached[-1]['step'], 'step')}"
+            f"\nvalidation: {reached[-1]['bits_per_byte']:.3f} bits per byte after {counted(reached[-1]['step'], 'step')}",
+            flush=True,
         )
         print(
             "bigram model of the same tokens (interpolated Kneser-Ney): "
-            f"{bigram['bits_per_byte']:.3f} bits per byte"
+            f"{measure(run.folder, run.data)['bits_per_byte']:.3f} bits per byte",
+            flush=True,
         )
-    print(f"\nsample:\n{sample}\n")
+    print("\nsample:", flush=True)
+    print(f"{run.sample('def ', 120)}\n", flush=True)
     print(f"report: {write_report([run.folder], run.folder / 'report.html')}")
     print(f"run directory: {run.folder}")
     again = ["torchrun", "--standalone", f"--nproc_per_node={processes}", "train.py", "--config", CONFIG]

@@ -212,24 +212,46 @@ PARTS = {
 }
 
 
-def muon_rule(lr: float = 0.02, **changes: Any) -> Rule:
-    """Muon as in its reference implementation: Nesterov momentum 0.95, five Newton-Schulz steps, scale sqrt(max(1, m/n))."""
-    return replace(Rule(lr, nesterov=True, scale="muon", oracle="newton_schulz"), **changes)
+def muon_rule(lr: float | None = None, **changes: Any) -> Rule:
+    """Muon as in its reference implementation: Nesterov momentum 0.95, five Newton-Schulz steps, scale sqrt(max(1, m/n)).
+
+    lr: defaults to 0.02; another algorithm or scale needs a rate of its own.
+    """
+    default = Rule(0.02, nesterov=True, scale="muon", oracle="newton_schulz")
+    return _changed("muon_rule", "hidden", default, lr, changes)
 
 
-def polarsgdm_rule(lr: float = 1e-3, **changes: Any) -> Rule:
-    """PolarSGDM as the paper trains embeddings and heads (table D.9): momentum-first, beta 0.5, nuclear-norm scale."""
-    return replace(Rule(lr, beta=0.5, scale="nuclear"), **changes)
+def polarsgdm_rule(lr: float | None = None, **changes: Any) -> Rule:
+    """PolarSGDM as the paper trains embeddings and heads (table D.9): momentum-first, beta 0.5, nuclear-norm scale.
+
+    lr: defaults to 1e-3, where a sweep begins; another algorithm or scale needs a rate of its own.
+    """
+    return _changed("polarsgdm_rule", "embed", Rule(1e-3, beta=0.5, scale="nuclear"), lr, changes)
 
 
-def relative_rule(lr: float = 1.0, **changes: Any) -> Rule:
-    """PolarSGDM with the nuclear norm over its mean in the first steps, so that the rate is the typical length of a step."""
-    return replace(polarsgdm_rule(lr, scale="nuclear_relative"), **changes)
+def relative_rule(lr: float | None = None, **changes: Any) -> Rule:
+    """PolarSGDM with the nuclear norm over its mean in the first steps, so that the rate is the typical length of a step.
+
+    lr: defaults to 1.0; another algorithm or scale needs a rate of its own.
+    """
+    return _changed("relative_rule", "embed", Rule(1.0, beta=0.5, scale="nuclear_relative"), lr, changes)
 
 
-def adamw_rule(lr: float = 0.03, **changes: Any) -> Rule:
-    """AdamW with betas (0.9, 0.95), at a rate for vectors and scalars; hidden matrices need a tenth of it or less."""
-    return replace(Rule(lr, algorithm="adamw"), **changes)
+def adamw_rule(lr: float | None = None, **changes: Any) -> Rule:
+    """AdamW with betas (0.9, 0.95).
+
+    lr: defaults to 0.03, a rate for vectors and scalars; hidden matrices need a tenth of it or less.
+    """
+    return _changed("adamw_rule", "embed", Rule(0.03, algorithm="adamw"), lr, changes)
+
+
+def _changed(where: str, role: str, default: Rule, lr: float | None, changes: dict[str, Any]) -> Rule:
+    """A rule with changes, at ``lr`` or at the default's rate; raises ``ConfigError`` where that is another rule's."""
+    rule = replace(default, **changes)
+    if lr is None:
+        expect_rate(where, role, rule, default)
+        return rule
+    return replace(rule, lr=lr)
 
 
 # What is called an algorithm elsewhere, and the fields that make it here.

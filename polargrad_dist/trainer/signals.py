@@ -59,7 +59,7 @@ class LeaveRequest:
             self.signal, self._first = signal.Signals(number), now
             self._say(
                 f"{self.signal.name}: saving and leaving after this step; the same command resumes from there. "
-                "Again to leave at once, unsaved."
+                "A second signal leaves at once, unsaved."
             )
         elif now - self._first > 1.0 and not self._writing():
             self._say("left at once: the newest checkpoint is whole")

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from polargrad_dist import Muon, PolarGrad, PolarGradM, PolarHB, PolarMuon, PolarSGDM
+from polargrad_dist import Muon, PolarGrad, PolarGradM, PolarHB, PolarMuon, PolarSGDM, muon_rule
 from polargrad_dist.errors import CheckpointError, ConfigError, PolarError
 from polargrad_dist.optim.elements import join_bf16, split_bf16
+from polargrad_dist.optim.rules import relative_rule
 from tests.optim.bag import Bag, groups, spectrum
 
 SQUARE = nn.Parameter(torch.zeros(3, 3))
@@ -472,6 +473,16 @@ def test_a_first_guess_is_answered_with_what_was_meant(make, said):
             lambda m: PolarSGDM(list(m.parameters()), scale="muon"),
             "PolarSGDM has scale 'muon' but no lr of its own, expected one, since 0.001 is a rate for scale 'nuclear': "
             "start at lr 0.02",
+        ),
+        (
+            lambda m: PolarGrad(m, hidden=muon_rule(scale="moonlight")),
+            "muon_rule has scale 'moonlight' but no lr of its own, expected one, since 0.02 is a rate for scale 'muon': "
+            "start at lr 0.003",
+        ),
+        (
+            lambda m: PolarGrad(m, embed=relative_rule(algorithm="adamw")),
+            "relative_rule has algorithm 'adamw' but no lr of its own, expected one, since 1 is a rate for algorithm "
+            "'polar': start at lr 0.03",
         ),
         (
             lambda m: PolarGrad(m, hidden={"scale": "muonn"}),

@@ -47,9 +47,8 @@ class RunConfig:
 def parse_run(args: list[str] | None = None) -> tuple[RunConfig, dict[str, Any], DryRun | None]:
     """Parses the command line into a run's configuration, its JSON-able form, and the dry run or None."""
     given = sys.argv[1:] if args is None else args
-    given = [
-        word for word in given if not re.match(r"--local_rank=\d+$", word)
-    ]  # the environment says it too
+    # The environment says it too
+    given = [word for word in given if not re.match(r"--local_rank=\d+$", word)]
     given = [re.sub(r"^--profile(?=$|=)", "--trainer.logging.profile", word) for word in given]
     parsed = parse(RunConfig, "Pre-train a language model with polar-gradient optimizers.", given)
     check_rates(parsed[0].optimizer, given)
@@ -97,7 +96,8 @@ def checked(
     and a function that builds the model."""
     origin = checkpoint_of(config.model.init_from)
     adopted = adopt(config.model, origin.manifest.configuration["model"] if origin else None)
-    if adopted != config.model:  # the run keeps the model that a hub name stood for at its start
+    # The run keeps the model that a hub name stood for at its start
+    if adopted != config.model:
         configuration["model"] = asdict(adopted)
     planned = config.data.planned_vocab_size
     build = partial(build_model, adopted, vocab_size=planned)

@@ -56,7 +56,8 @@ class HubSource:
             for number, row in enumerate(rows, start):
                 where = f"{self._hub.name}, row {number}"
                 yield from split_document(text_field(row, self._text_field, where), self._fraction, where)
-        except OSError as error:  # what fsspec, requests and httpx raise when the network goes away
+        except OSError as error:
+            # What fsspec, requests and httpx raise when the network goes away
             raise DataError(
                 f"{self._hub.name} could not be read beyond row {number} ({type(error).__name__}: {error}); finished "
                 "shards are kept: run the same command again to continue"
@@ -81,9 +82,8 @@ class HubSource:
             rows = load_dataset(
                 hub.name, hub.subset, split=hub.split, revision=hub.revision, streaming=hub.streaming
             )
-        except (
-            Exception
-        ) as error:  # anything from a missing subset to a script that `datasets` no longer runs
+        except Exception as error:
+            # Anything from a missing subset to a script that `datasets` no longer runs
             raise DataError(self._cannot(f"{type(error).__name__}: {first_line(error)}")) from error
         return rows if hub.streaming else rows.to_iterable_dataset()
 

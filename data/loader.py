@@ -154,7 +154,8 @@ class Loader:
 
     def _batches(self, sample: int) -> Iterator[Batch]:
         length, share = self.sequence_length, self.global_batch // self.world
-        ahead = max(1, _PERMUTED_AT_ONCE // share)  # steps whose windows are computed at once
+        # Steps whose windows are computed at once
+        ahead = max(1, _PERMUTED_AT_ONCE // share)
         while True:
             steps = sample + self.global_batch * np.arange(ahead)[:, None]
             places = self.places((steps + self._share(0)).ravel())
@@ -220,7 +221,8 @@ class _Ahead:
 def _fill(
     made: Iterator[Any], into: queue.Queue[Any], stop: threading.Event, device: int | None = None
 ) -> None:
-    if device is not None:  # a new thread uses the first GPU, where pinning would take memory for every rank
+    # A new thread uses the first GPU, where pinning would take memory for every rank
+    if device is not None:
         import torch
 
         torch.cuda.set_device(device)

@@ -21,7 +21,8 @@ from data.loader import Loader, Tokens, permutation
 from polargrad_dist.errors import ConfigError, DataError
 from polargrad_dist.words import counted
 
-MOST = 1_000_000  # longest period of the order of sources, in samples
+# Longest period of the order of sources, in samples
+MOST = 1_000_000
 
 
 def shares(weights: list[float]) -> list[int]:
@@ -48,9 +49,8 @@ class Dealing:
         self.counts = np.array(counts, dtype=np.int64)
         self.period = int(self.counts.sum())
         self._source = _dealt(counts)
-        self._before = np.empty(
-            self.period, dtype=np.int64
-        )  # samples of the same source earlier in the period
+        # Samples of the same source earlier in the period
+        self._before = np.empty(self.period, dtype=np.int64)
         for k in range(len(counts)):
             here = self._source == k
             self._before[here] = np.arange(int(here.sum()))
@@ -70,8 +70,10 @@ def _dealt(counts: list[int]) -> np.ndarray:
     """
 
     period = sum(counts)
-    waiting: list[tuple[int, int]] = [(0, k) for k in range(len(counts))]  # (first allowed place, source)
-    ready: list[tuple[int, int]] = []  # (last allowed place, source)
+    # (first allowed place, source)
+    waiting: list[tuple[int, int]] = [(0, k) for k in range(len(counts))]
+    # (last allowed place, source)
+    ready: list[tuple[int, int]] = []
     done = [0] * len(counts)
     out = np.empty(period, dtype=np.int64)
     heapq.heapify(waiting)

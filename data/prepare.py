@@ -45,16 +45,16 @@ from polargrad_dist.errors import ConfigError, DataError
 from polargrad_dist.words import counted
 
 CHUNK_BYTES = 2**20
-AHEAD_BYTES = 2**25  # limit of text that is being tokenized or not yet written
+# Limit of text that is being tokenized or not yet written
+AHEAD_BYTES = 2**25
 PROGRESS = "progress.json"
 Report = Callable[[str], None]
 
 
 def say(message: str) -> None:
     """Prints a line to stderr."""
-    with contextlib.suppress(
-        OSError, ValueError, AttributeError
-    ):  # a lost terminal does not stop preparation
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        # A lost terminal does not stop preparation
         print(message, file=sys.stderr, flush=True)
 
 
@@ -376,7 +376,8 @@ def _data_of(run: Path) -> list[str]:
 
 
 def main() -> int:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that a file-size limit raises an error instead
+    # So that a file-size limit raises an error instead
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         folder = prepare(*parse(sys.argv[1:]))
     except (DataError, ConfigError) as error:

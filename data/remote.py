@@ -68,7 +68,8 @@ def file_system(url: str) -> tuple[Any, str]:
 
     try:
         return fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:  # a missing package, an unknown scheme
+    except (ImportError, ValueError) as error:
+        # A missing package, an unknown scheme
         raise ConfigError(f"{url} cannot be opened: {error}") from error
 
 
@@ -84,7 +85,8 @@ def find_remote(pattern: str, key: str, suffixes: tuple[str, ...]) -> list[Remot
             found = {path: system.info(path)}
     except FileNotFoundError:
         found = {}
-    except Exception as error:  # any error of the file system's client
+    except Exception as error:
+        # Any error of the file system's client
         raise DataError(f"{key}: {pattern} cannot be listed ({type(error).__name__}: {error})") from error
     files = [
         Remote(system.unstrip_protocol(name), int(info["size"]), str(system.ukey(name)))

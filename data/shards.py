@@ -21,7 +21,8 @@ from polargrad_dist.errors import DataError
 from polargrad_dist.words import counted
 
 HEADER_BYTES = 256 * 4
-MAX_SHARD_TOKENS = 2**31 - 1  # the header counts them in an int32
+# The header counts them in an int32
+MAX_SHARD_TOKENS = 2**31 - 1
 MANIFEST = "manifest.json"
 SAMPLED_BYTES = 4 * 2**30
 _MAGIC: dict[np.dtype, tuple[int, int]] = {np.dtype("<u2"): (20240520, 1), np.dtype("<u4"): (20240801, 7)}

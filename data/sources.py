@@ -25,7 +25,8 @@ from polargrad_dist.errors import ConfigError, DataError
 from polargrad_dist.words import counted
 
 LINE_BYTES = 2**27
-PART_BYTES = 2**18  # plain text is read in parts of this size, cut at a line break
+# Plain text is read in parts of this size, cut at a line break
+PART_BYTES = 2**18
 TEXT, LINES, PARQUET = (".txt", ".md"), (".jsonl", ".ndjson"), (".parquet",)
 _NO_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -159,8 +160,10 @@ class FileSource:
             else []
         )
         self.size: int | None = sum(size_of(path) for path in self._validation + self._files)
-        self._before = 0  # bytes of the files that are finished
-        self._raw: list[BinaryIO] = []  # the file being read
+        # Bytes of the files that are finished
+        self._before = 0
+        # The file being read
+        self._raw: list[BinaryIO] = []
         text_bytes = sum(unpacked_size(path) for path in self._files if kind(path) in TEXT)
         self._text_split = text_bytes - int(self._fraction * text_bytes)
 
@@ -394,5 +397,6 @@ def read_parquet(path: File, field: str, raw: list[BinaryIO] | None = None) -> I
                         row += 1
                         where = f"{path}, row {row}"
                         yield where, text_field({field: value.as_py()}, field, where)
-    except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
+    except (OSError, ValueError) as error:
+        # pyarrow's own errors derive from these
         raise DataError(f"{path} cannot be read as parquet ({error}): write it again") from error

@@ -172,7 +172,8 @@ def _tiktoken(name: str, end_of_text: int | str | None) -> Tokenizer:
             "that separates documents"
         )
     content = hashlib.sha256(f"{name} {backend.n_vocab}\n".encode())
-    for entry in backend.token_byte_values():  # sorted
+    # Sorted
+    for entry in backend.token_byte_values():
         content.update(b"%d %s\n" % (backend.encode_single_token(entry), entry))
     return Tokenizer(backend, TokenizerInfo(name, content.hexdigest(), backend.n_vocab, marker))
 
@@ -180,7 +181,8 @@ def _tiktoken(name: str, end_of_text: int | str | None) -> Tokenizer:
 def _wrap(name: str, backend: Any, end_of_text: int | str | None, default: str | None = None) -> Tokenizer:
     backend.no_padding()
     backend.no_truncation()
-    backend.encode_special_tokens = True  # "<|endoftext|>" inside a document is text
+    # "<|endoftext|>" inside a document is text
+    backend.encode_special_tokens = True
     size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
     marker = end_of_text
     if marker is None:
@@ -203,7 +205,8 @@ def _from_file(path: Path) -> Any:
 
     try:
         backend = Backend.from_file(str(path))
-    except Exception as error:  # the Rust side raises nothing narrower
+    except Exception as error:
+        # The Rust side raises nothing narrower
         raise DataError(
             f"{path} cannot be read as a tokenizer ({first_line(error)}), expected a tokenizer.json"
         ) from error

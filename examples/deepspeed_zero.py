@@ -15,7 +15,8 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--stage", type=int, default=2)
 parser.add_argument("--steps", type=int, default=60)
 parser.add_argument("--checkpoints", default="runs/zero")
-parser.add_argument("--local_rank", type=int)  # DeepSpeed's launcher gives it
+# DeepSpeed's launcher gives it
+parser.add_argument("--local_rank", type=int)
 args = parser.parse_args()
 WORDS = 64
 
@@ -40,7 +41,8 @@ torch.manual_seed(0)
 model, follower = Bigrams(), torch.randperm(WORDS)
 config = {
     "train_micro_batch_size_per_gpu": 16,
-    "gradient_clipping": 1.0,  # before the oracle
+    # Before the oracle
+    "gradient_clipping": 1.0,
     "zero_allow_untested_optimizer": True,
     "zero_optimization": {"stage": args.stage},
 }
@@ -50,7 +52,8 @@ engine.load_checkpoint(args.checkpoints)
 for step in range(engine.global_steps, args.steps):
     torch.manual_seed(step * engine.world_size + engine.global_rank)
     words = [torch.randint(WORDS, (16,))]
-    for _ in range(8):  # nine of ten words are followed by theirs: 0.74 nats a word
+    # Nine of ten words are followed by theirs: 0.74 nats a word
+    for _ in range(8):
         words.append(torch.where(torch.rand(16) < 0.9, follower[words[-1]], torch.randint(WORDS, (16,))))
     loss = engine(torch.stack(words, 1).to(engine.device))
     engine.backward(loss)

@@ -18,13 +18,14 @@ from polargrad_dist.words import counted
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/quickstart.yaml"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+# Options of train.py that train nothing
 ONLY_SHOW = (
     "--dry_run",
     "--dry_run_full",
     "--print_config",
     "--help",
     "-h",
-)  # options of train.py that train nothing
+)
 
 
 def main() -> int:

@@ -28,7 +28,8 @@ def build_model(
 
         config = adopt(config) if isinstance(config.config, str) else config
         config.check_transformers()
-        assert isinstance(config.config, dict)  # a name has been adopted
+        # A name has been adopted
+        assert isinstance(config.config, dict)
         marker = end_of_text if config.end_of_text is None else config.end_of_text
         made = make_config(config.config, config.vocab_size or vocab_size, marker)
         with torch.device(device or "cpu"):

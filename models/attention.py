@@ -64,9 +64,8 @@ def block_mask(docs: torch.Tensor, blocks: torch.Tensor) -> Any:
     near = (at[:, None] >= at) & (at[:, None] - at < blocks)
     seen = near & (first[:, :, None] <= last[:, None, :])
     whole = seen & (at[:, None] > at) & (last[:, :, None] == first[:, None, :])
-    whole &= (at < length // BLOCK)[
-        :, None
-    ]  # a query block that the sequence does not fill is masked one by one
+    # A query block that the sequence does not fill is masked one by one
+    whole &= (at < length // BLOCK)[:, None]
     partial = seen & ~whole
 
     def listed(entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -45,7 +45,8 @@ def read_config(name: str, key: str) -> dict[str, Any]:
                     "config.json"
                 ) from error
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except ValueError as error:  # code of its own, or an architecture of a later version
+    except ValueError as error:
+        # Code of its own, or an architecture of a later version
         raise ConfigError(
             f"{key} is {name!r}, which this version of Transformers cannot build by itself ({first_line(error)}): choose a "
             "model that needs no code of its own"
@@ -97,7 +98,8 @@ def make_config(plain: dict[str, Any], vocab_size: int | None, end_of_text: int 
         )
     try:
         return AutoConfig.for_model(kind, **plain)
-    except Exception as error:  # each configuration validates in its own way
+    except Exception as error:
+        # Each configuration validates in its own way
         raise ConfigError(f"model.config makes no {kind!r}: {first_line(error)}") from error
 
 
@@ -204,7 +206,8 @@ class TransformersModel(LanguageModel):
             if name not in ("dtype", "torch_dtype", "_name_or_path")
         }
         if (rope := kept.get("rope_parameters")) and "rope_theta" in rope:
-            kept["rope_theta"] = rope["rope_theta"]  # where Transformers 4 reads it
+            # Where Transformers 4 reads it
+            kept["rope_theta"] = rope["rope_theta"]
         return kept | {"architectures": [type(self.inner).__name__], "use_cache": True}
 
     @property

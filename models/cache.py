@@ -29,7 +29,8 @@ class Cache:
 
     def mask(self, docs: torch.Tensor, window: int) -> Mask:
         """What new tokens of documents docs (B, T) see of all tokens; a window counts in whole blocks, as in training."""
-        assert self.docs is not None  # `documents` comes first
+        # `documents` comes first
+        assert self.docs is not None
         keys = torch.arange(self.length, device=docs.device)
         queries = keys[-docs.shape[1] :, None]
         near = (queries >= keys) & (queries // BLOCK - keys // BLOCK < max(1, window // BLOCK))

@@ -135,9 +135,11 @@ class ModelConfig:
             # The 50,304 rows of GPT-2 small and of the plain GPT are their tokenizer's 50,257 in whole blocks of 128
             whole = self.architecture in ("gpt2-small", "gpt")
             values["vocab_size"] = -(-vocab_size // 128) * 128 if whole else vocab_size
-            values["end_of_text"] = -1  # another tokenizer than the full size's
+            # Another tokenizer than the full size's
+            values["end_of_text"] = -1
         elif values["end_of_text"] >= values["vocab_size"]:
-            values["end_of_text"] = -1  # likewise: a smaller vocabulary is not the full size's
+            # Likewise: a smaller vocabulary is not the full size's
+            values["end_of_text"] = -1
         if end_of_text is not None:
             values["end_of_text"] = end_of_text
         if self.end_of_text is not None:

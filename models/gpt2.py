@@ -288,7 +288,8 @@ class GPT2(LanguageModel):
         """x0 (B, T, width), the value embeddings (B, T, inner), and the rotary angles' cos and sin."""
         first = 0 if cache is None else cache.length
         turn = rotary(tokens.shape[1], self.config.head_width, tokens.device, first)
-        kind = tokens.device.type  # blocks compute in the matrices' type, whatever that of the tables
+        # Blocks compute in the matrices' type, whatever that of the tables
+        kind = tokens.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.head.weight.dtype
         return (
             norm(self.embed(tokens)).to(dtype),
@@ -315,7 +316,8 @@ class GPT2Small(GPT2):
     def hidden(self, tokens: torch.Tensor, progress: float, cache: Cache | None = None) -> torch.Tensor:
         x0, values, turn = self._start(tokens, cache)
         (mask,) = self._masks(tokens, [self.window(progress)], cache)
-        x = x0.clone()  # were it x0 itself, the first block would be compiled on its own
+        # Were it x0 itself, the first block would be compiled on its own
+        x = x0.clone()
         kept: list[torch.Tensor] = []
         half = self.config.layers // 2
         for i, block in enumerate(self.layers):
@@ -373,7 +375,8 @@ class GPT2Medium(GPT2):
         layers = self.config.layers
         skip, mix, value_mix = self.scalars.split([layers, 2 * layers, 2 * layers])
         mix, value_mix = mix.view(layers, 2), value_mix.view(layers, 2)
-        x = x0.clone()  # were it x0 itself, the first block would be compiled on its own
+        # Were it x0 itself, the first block would be compiled on its own
+        x = x0.clone()
         kept: dict[int, torch.Tensor] = {}
         for i, block in enumerate(self.layers):
             if i in self.skip_from:

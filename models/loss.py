@@ -88,7 +88,8 @@ class _LossSum(torch.autograd.Function):
             run_compiled(into_gradient, backend, z, target, lse, soft_cap)
             if for_hidden:
                 hidden_grads.append(z @ weight)
-            if for_weight:  # added up in fp32 whatever the weight's type
+            # Added up in fp32 whatever the weight's type
+            if for_weight:
                 part = z.T @ piece
                 weight_grad = part.float() if weight_grad is None else weight_grad.add_(part)
         ctx.save_for_backward(torch.cat(hidden_grads) if hidden_grads else None, weight_grad)

@@ -20,8 +20,10 @@ from models.cache import Cache
 from models.config import Sizes
 from models.gpt2 import HUB_CODE, Turn, gpt_hub_config, norm, rotary, split
 
-STD = {"o": 0.026, "up": 0.031, "down": 0.031}  # where projections do not start at zero
-WIDE = 1 << 30  # a window that no sequence fills
+# Where projections do not start at zero
+STD = {"o": 0.026, "up": 0.031, "down": 0.031}
+# A window that no sequence fills
+WIDE = 1 << 30
 
 
 class PlainAttention(nn.Module):

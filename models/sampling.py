@@ -26,7 +26,8 @@ def choose(
     probabilities = logits.softmax(-1)
     if top_p is not None and top_p < 1:
         ordered, index = probabilities.sort(-1, descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= top_p  # the likeliest token always stays
+        # The likeliest token always stays
+        beyond = ordered.cumsum(-1) - ordered >= top_p
         probabilities = torch.zeros_like(probabilities).scatter(-1, index, ordered.masked_fill(beyond, 0.0))
     if generator is not None and generator.device != probabilities.device:
         return torch.multinomial(probabilities.to(generator.device), 1, generator=generator).to(logits.device)

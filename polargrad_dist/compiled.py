@@ -32,7 +32,8 @@ def run_compiled(
         return function(*args)
     try:
         return _compiled(function, backend, dynamic)(*args)
-    except _no_compiler() as error:  # raised before the kernel runs, so what it would overwrite is as it was
+    except _no_compiler() as error:
+        # Raised before the kernel runs, so what it would overwrite is as it was
         _uncompiled.reason = str(error).splitlines()[0]
         log.warning(
             "torch.compile found no working compiler (%s): loss and optimizer steps run uncompiled, at several times the "
@@ -47,9 +48,8 @@ def _compiled(function: Callable[..., Any], backend: Backend, dynamic: bool | No
     import torch._dynamo
 
     limits = torch._dynamo.config
-    limits.recompile_limit = max(
-        limits.recompile_limit, 64
-    )  # kinds of shapes and dtypes; beyond, compiling is an error
+    # Kinds of shapes and dtypes; beyond, compiling is an error
+    limits.recompile_limit = max(limits.recompile_limit, 64)
     return torch.compile(function, fullgraph=True, backend=backend, dynamic=dynamic)
 
 

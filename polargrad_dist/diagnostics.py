@@ -23,7 +23,8 @@ from polargrad_dist.optim.facts import NAN
 from polargrad_dist.optim.planning import split_of
 from polargrad_dist.polar import InverseSqrt, apply_rows, gram_matrix, inverse_sqrt
 
-RANK_CUTOFF = 1e-7  # of the largest singular value: below it an fp64 Gram matrix holds rounding noise
+# Of the largest singular value: below it an fp64 Gram matrix holds rounding noise
+RANK_CUTOFF = 1e-7
 SPECTRUM = ("condition", "nuclear_norm", "frobenius_norm", "spectral_norm", "stable_rank")
 UPDATE = ("residual", "cosine")
 
@@ -211,7 +212,8 @@ def summary(figures: torch.Tensor) -> torch.Tensor:
     """`SPECTRUM` of a parameter from what was `measured` of its matrices: norms as of one block-diagonal matrix, the
     condition number of the worst, the mean stable rank."""
     condition, nuclear, square, largest, stable = figures
-    condition = torch.where(condition > 0, condition, NAN)  # of a zero matrix there is none
+    # Of a zero matrix there is none
+    condition = torch.where(condition > 0, condition, NAN)
     return torch.stack(
         [
             condition.nan_to_num(0.0).amax() if condition.isfinite().any() else condition[0],
@@ -231,7 +233,8 @@ def judge(gram_of_update: torch.Tensor, inner: torch.Tensor, exact: InverseSqrt)
     eye = torch.eye(gram_of_update.shape[-1], dtype=torch.float64, device=gram_of_update.device)
     residual = torch.linalg.matrix_norm(gram_of_update - eye) / math.sqrt(eye.shape[0])
     lengths = gram_of_update.diagonal(dim1=-2, dim2=-1).sum(-1) * exact.kept.sum(-1)
-    cosine = torch.where(lengths > 0, inner / lengths.sqrt(), math.inf).amin()  # a zero matrix has none
+    # A zero matrix has none
+    cosine = torch.where(lengths > 0, inner / lengths.sqrt(), math.inf).amin()
     return torch.stack([residual.amax(), torch.where(cosine.isfinite(), cosine, NAN)]).cpu()
 
 
@@ -266,4 +269,5 @@ def _small_gram(x: torch.Tensor) -> torch.Tensor:
 
 
 def _spectrum(S: torch.Tensor) -> InverseSqrt:
-    return inverse_sqrt(S, lower=RANK_CUTOFF, root="eigh")  # the whole spectrum: this may wait for a GPU
+    # The whole spectrum: this may wait for a GPU
+    return inverse_sqrt(S, lower=RANK_CUTOFF, root="eigh")

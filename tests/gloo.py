@@ -17,7 +17,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-GRACE = 3.0  # seconds that the other ranks have to say what happened to them, once one has failed
+# Seconds that the other ranks have to say what happened to them, once one has failed
+GRACE = 3.0
 
 _context = mp.get_context("forkserver")
 _context.set_forkserver_preload(
@@ -38,7 +39,8 @@ def _rank_main(
     import torch
     import torch.distributed as dist
 
-    faulthandler.enable()  # a rank that is ended by a signal says where it was
+    # A rank that is ended by a signal says where it was
+    faulthandler.enable()
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world)
@@ -53,7 +55,8 @@ def _rank_main(
         )
         # pickled here: by the queue, tensors would travel as handles to this process's memory, which ends with it
         out.put((rank, True, pickle.dumps(fn(rank, world, *pickle.loads(args)))))
-        all_done.wait(timeout)  # a rank that closes its connections early could be taken for a dead one
+        # A rank that closes its connections early could be taken for a dead one
+        all_done.wait(timeout)
     except BaseException:
         out.put((rank, False, traceback.format_exc()))
     finally:

@@ -24,7 +24,8 @@ from polargrad_dist.trainer.checkpoint import checkpoints_in, verify
 from tests.chaos.harness import kill, last_logged, ranks_of, torchrun, workers
 from tools.report import write_report
 
-LIFE = 240.0  # seconds
+# Seconds
+LIFE = 240.0
 OPTIONS = ["--steps", "100000000", "--every", "20", "--validation", "50", "--fat", "4", "--asynchronous"]
 # What a life may show in its last third, given the first.
 ALLOWED = {
@@ -77,7 +78,8 @@ def live(run_dir: Path, seconds: float) -> dict[str, list[float]]:
     run = torchrun(run_dir, *OPTIONS)
     try:
         deadline = time.monotonic() + 90
-        while last_logged(run_dir) <= begin + 60:  # past the first validation and saves
+        # Past the first validation and saves
+        while last_logged(run_dir) <= begin + 60:
             assert run.poll() is None, told(run_dir)
             assert time.monotonic() < deadline, told(run_dir)
             time.sleep(0.1)

@@ -22,7 +22,8 @@ def test_every_section_runs_in_the_reduced_form(tmp_path, capsys):
         assert all(line["value"] == line["value"] for line in section["lines"])
     printed = capsys.readouterr().out
     assert "0 goals missed" in printed
-    assert "not judged" in printed  # goals of time are a GPU's
+    # Goals of time are a GPU's
+    assert "not judged" in printed
 
 
 def test_a_section_that_fails_or_hangs_fails_alone(tmp_path, monkeypatch, capsys):

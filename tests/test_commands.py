@@ -98,8 +98,10 @@ def test_commands_are_found_in_blocks_and_in_sentences_of_every_page_that_has_so
     assert {
         path.name for path in PAGES if re.search(r"^(python|make|torchrun) ", path.read_text(), re.M)
     } <= pages
-    assert ("gpu.md", "python -m benchmarks.gpu --reduced") in COMMANDS  # an indented block
-    assert ("performance.md", "python -m benchmarks.launches") in COMMANDS  # in a sentence
+    # An indented block
+    assert ("gpu.md", "python -m benchmarks.gpu --reduced") in COMMANDS
+    # In a sentence
+    assert ("performance.md", "python -m benchmarks.launches") in COMMANDS
     assert commands_of("```yaml\npython: 3\n```\nSay `make train` or\n`pytest\ntests`.") == [
         "make train",
         "pytest tests",

@@ -102,7 +102,8 @@ def export(
     config = model.hub_config(checkpoint.progress) | {"dtype": _name(kind), "torch_dtype": _name(kind)}
     if not (isinstance(model, TransformersModel) and model.renames):
         _write_weights(checkpoint, model, out, kind, shard_bytes)
-    else:  # its files and modules name weights differently: Transformers writes them, from the whole model
+    else:
+        # Its files and modules name weights differently: Transformers writes them, from the whole model
         whole: Any = build(checkpoint, known)
         fill(whole, checkpoint, "the run")
         whole.to(kind).inner.save_pretrained(out, max_shard_size=shard_bytes)
@@ -115,7 +116,8 @@ def export(
         "use_cache": True,
     }
     rows = model.get_output_embeddings().weight.shape[0]
-    if rows > model.vocab_size:  # a head padded to whole blocks: the padding rows are not tokens
+    # A head padded to whole blocks: the padding rows are not tokens
+    if rows > model.vocab_size:
         generation["suppress_tokens"] = list(range(model.vocab_size, rows))
     _write(out / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
     if model.hub_code is not None:

@@ -39,7 +39,8 @@ def add_tokenizer(known: Kept, out: Path, *, apart: bool, trust: bool) -> None:
     tokenizer = known.load()
     folder = out / "tokenizer" if apart else out
     fast_tokenizer(tokenizer).save_pretrained(folder)
-    (folder / "special_tokens_map.json").unlink(missing_ok=True)  # tokenizer_config.json says the same
+    # tokenizer_config.json says the same
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
     _plain_class(folder / "tokenizer_config.json")
     from transformers import AutoTokenizer
 

@@ -66,7 +66,8 @@ def main(args: list[str] | None = None) -> int:
 def _is_utf8(text: str) -> bool:
     try:
         text.encode()
-    except UnicodeEncodeError:  # bytes of the command line that are not text
+    except UnicodeEncodeError:
+        # Bytes of the command line that are not text
         return False
     return True
 

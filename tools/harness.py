@@ -92,7 +92,8 @@ def run_tasks(
         log_samples=False,
         bootstrap_iters=0,
     )
-    assert found is not None  # None on ranks other than 0, and there is only one
+    # None on ranks other than 0, and there is only one
+    assert found is not None
     return {task: _figures(values) for task, values in found["results"].items()}
 
 

@@ -90,7 +90,8 @@ class Run:
             ids.append(int(token))
             text = self.tokenizer.decode(ids)
             if text.endswith("\ufffd") and len(ids) < tokens:
-                continue  # in the middle of a character
+                # In the middle of a character
+                continue
             yield text[len(shown) :]
             shown = text
 

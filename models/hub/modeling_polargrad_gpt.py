@@ -17,7 +17,8 @@ from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTra
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 BLOCK = 128
-PADDING = -1  # the document of padding tokens
+# The document of padding tokens
+PADDING = -1
 
 
 class PolarGradGPTConfig(PretrainedConfig):
@@ -243,7 +244,8 @@ class PolarGradGPTForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # its cache has one entry more than layers: `forward` makes it
+        # Its cache has one entry more than layers: `forward` makes it
+        return False
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed

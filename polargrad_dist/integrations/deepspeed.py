@@ -228,7 +228,8 @@ class ZeroPolarGrad(torch.optim.Optimizer):
         """Raises ``ConfigError`` on all ranks where a stretch does not hold the weights that it should."""
         differ = False
         for p in (p for named in self.named for _, p in named):
-            if getattr(p, "_hp_mapping", None) is not None:  # stage 3 has no second copy
+            # Stage 3 has no second copy
+            if getattr(p, "_hp_mapping", None) is not None:
                 start, count, flat, at = self._located(p, 1)
                 assert flat is not None
                 stored = p.detach().flatten()[start : start + count]

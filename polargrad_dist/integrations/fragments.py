@@ -27,7 +27,8 @@ from polargrad_dist.optim.planning import entry, split_of
 from polargrad_dist.optim.world import World
 
 Bounds = tuple[tuple[int, int], ...]
-SPLITS = {"split_sizes": None, "num_heads": None, "flatten": False}  # each fragment is one matrix already
+# Each fragment is one matrix already
+SPLITS = {"split_sizes": None, "num_heads": None, "flatten": False}
 OWN = ("params", "param_names", *SPLITS)
 
 

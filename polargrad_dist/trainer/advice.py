@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from polargrad_dist.optim.rules import ROLES, OptimizerConfig
 
-STEP = 0.5  # lr times the nuclear norm of the momentum that did best in small runs
-LOW = 0.1  # of it: with less a matrix hardly moves
-FIRST, LAST = 40, 100  # steps between which the rule of thumb was found
+# Lr times the nuclear norm of the momentum that did best in small runs
+STEP = 0.5
+# Of it: with less a matrix hardly moves
+LOW = 0.1
+# Steps between which the rule of thumb was found
+FIRST, LAST = 40, 100
 
 
 def slow_roles(optimizer: OptimizerConfig, stats: dict[str, dict[str, float]], step: int) -> list[str]:

@@ -94,7 +94,8 @@ def parse(
         for name, value in json.loads(json.dumps(parsed.as_dict(), default=str)).items()
         if name in names
     }
-    built = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(parsed)  # 4.49 renamed it
+    # 4.49 renamed it
+    built = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(parsed)
     return kind(**{name: built[name] for name in names}), plain, dry_run
 
 
@@ -274,7 +275,8 @@ def sentence(message: str, known: list[str]) -> str:
     if expected and re.search(r"Subtypes: \[<class '[\w.]+\.[A-Z]", text):
         expected.append("a mapping with its fields")
     if expected:
-        value = re.search(r".*(?:Got|Given) value: (.*)$", text)  # the last one is as the user wrote it
+        # The last one is as the user wrote it
+        value = re.search(r".*(?:Got|Given) value: (.*)$", text)
         found = value.group(1) if value else "something else"
         if any("list" in kind or "tuple" in kind for kind in expected) and not found.startswith("["):
             return f"{key.group(1)} is {found}, expected a list: write [{found}]"

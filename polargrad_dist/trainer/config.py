@@ -331,7 +331,8 @@ class TrainerConfig:
         Raises ``ConfigError``, with world sizes that fit, where the ranks cannot share the global batch evenly.
         """
         if self.global_batch < 1 or self.micro_batch < 1:
-            return self  # for `check` to refuse
+            # For `check` to refuse
+            return self
         if self.global_batch % world:
             fit = [n for n in range(1, self.global_batch + 1) if self.global_batch % n == 0]
             *near, most = sorted(sorted(fit, key=lambda n: (abs(n - world), n))[:4])

@@ -89,7 +89,8 @@ class Console:
         """Ignores a closed pipe, a lost terminal and a full disk behind a redirection: the figures are in metrics.jsonl."""
         try:
             act()
-        except (OSError, ValueError, AttributeError):  # ValueError: a closed stream; AttributeError: None
+        except (OSError, ValueError, AttributeError):
+            # ValueError: a closed stream; AttributeError: None
             self.mode, self._bar = "off", None
 
 

@@ -99,7 +99,8 @@ def _download(name: str) -> str:
 
     try:
         return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
-    except Exception as error:  # the client's own errors, and those of its network library
+    except Exception as error:
+        # The client's own errors, and those of its network library
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"model.init_from is {name!r}, which is neither a folder nor available from the hub ({reason}): name a "

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
-UNSET = (("config", None), ("zero_projections", True))  # keys of the model that older checkpoints do not have
+# Keys of the model that older checkpoints do not have
+UNSET = (("config", None), ("zero_projections", True))
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 

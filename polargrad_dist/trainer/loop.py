@@ -43,7 +43,8 @@ from polargrad_dist.trainer.wrapped import Wrapped
 
 log = logging.getLogger("polargrad_dist.trainer")
 
-PATIENCE = 60.0  # seconds that a start waits for another process in its run directory
+# Seconds that a start waits for another process in its run directory
+PATIENCE = 60.0
 
 
 class Trainer:

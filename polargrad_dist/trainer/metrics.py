@@ -25,7 +25,8 @@ from polargrad_dist.trainer.rundir import leaves
 from polargrad_dist.trainer.sinks import RunInfo, Sink, registered
 
 log = logging.getLogger("polargrad_dist.trainer")
-PATIENCE = 5.0  # seconds that a run waits for a full disk at its end
+# Seconds that a run waits for a full disk at its end
+PATIENCE = 5.0
 
 
 def record_in(line: bytes) -> dict[str, Any] | None:
@@ -56,7 +57,8 @@ class JsonLines:
         checkpoint. ``elapsed`` is then the elapsed time of the last kept record."""
         self.path, self._keep_up_to = path, keep_up_to
         self._file: int | None = None
-        self._whole = 0  # bytes of the file up to the end of its last whole row
+        # Bytes of the file up to the end of its last whole row
+        self._whole = 0
         self._waiting: deque[bytes] = deque()
         self._told = False
         self.elapsed = 0.0
@@ -94,7 +96,8 @@ class JsonLines:
                 )
 
     def _put(self, row: bytes) -> None:
-        assert self._file is not None  # for the type checker: opened just before
+        # For the type checker: opened just before
+        assert self._file is not None
         os.ftruncate(self._file, self._whole)
         done = 0
         while done < len(row):

@@ -11,7 +11,8 @@ from polargrad_dist.errors import ConfigError
 
 # gloo connects every rank to every other, once for the run's own group (and each mesh) and once for checkpoints.
 MESHES = 4
-OTHERS = 256  # shards, libraries, logs, NCCL's sockets
+# Shards, libraries, logs, NCCL's sockets
+OTHERS = 256
 
 
 def make_room_for_connections(size: int) -> None:

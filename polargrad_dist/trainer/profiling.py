@@ -10,8 +10,10 @@ import torch
 
 log = logging.getLogger("polargrad_dist.trainer")
 
-WARM_UP = 2  # steps before the trace: compilation, allocator, the profiler itself
-PREFIX = "step/"  # what `Phases` calls the parts of a step
+# Steps before the trace: compilation, allocator, the profiler itself
+WARM_UP = 2
+# What `Phases` calls the parts of a step
+PREFIX = "step/"
 ROWS = 25
 MEMORY_EVENTS = 200_000
 

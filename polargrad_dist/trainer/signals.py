@@ -14,7 +14,8 @@ from collections.abc import Callable
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
-PREEMPTED = 75  # EX_TEMPFAIL: everything is saved, start me again
+# EX_TEMPFAIL: everything is saved, start me again
+PREEMPTED = 75
 _PARENT = os.getppid()
 
 
@@ -63,7 +64,8 @@ class LeaveRequest:
             )
         elif now - self._first > 1.0 and not self._writing():
             self._say("left at once: the newest checkpoint is whole")
-            os._exit(128 + number)  # no clean-up: what is on disk is whole, and nothing may hold this up
+            # No clean-up: what is on disk is whole, and nothing may hold this up
+            os._exit(128 + number)
 
     def _say(self, text: str) -> None:
         """Straight to the file: a buffered stream may be in the middle of a line that this signal interrupted."""

@@ -88,10 +88,12 @@ class Stepper:
         self.wrapped.before(self.progress.step, self.rates.set(self.progress.step))
         self.optimizer.zero_grad()
         mean = self._backward(batches)
-        self._look()  # at the step before, while the device works on this one's gradients
+        # At the step before, while the device works on this one's gradients
+        self._look()
         looked = self.diagnostics.due(self.progress.step + 1)
         unseen = self.late and not looked
-        with self.phases("optimizer"):  # an unseen step shrinks gradients as it reads them
+        # An unseen step shrinks gradients as it reads them
+        with self.phases("optimizer"):
             limit = math.inf if unseen else self.config.clip_norm or math.inf
             norm = self.optimizer.clip_grad_norm_(limit)
         shared = self._shared(mean, norm, leave.asked)

@@ -26,7 +26,8 @@ from polargrad_dist.errors import TrainingError
 
 log = logging.getLogger("polargrad_dist.trainer")
 SAY_EVERY = 60.0
-FINISHED = 1 << 62  # the places of a rank that has nothing left to do
+# The places of a rank that has nothing left to do
+FINISHED = 1 << 62
 T = TypeVar("T")
 
 
@@ -57,7 +58,8 @@ class Requests:
         done = self._last = threading.Event()
 
         def work() -> None:
-            with suppress(RuntimeError):  # the store's errors derive from it
+            # The store's errors derive from it
+            with suppress(RuntimeError):
                 answer.append(request())
             done.set()
 
@@ -143,7 +145,8 @@ class Watch:
         return Sign(int(places), int(beats), where)
 
     def _ask(self, request: Callable[[], T]) -> T | None:
-        with self._lock:  # for the watching thread and the one that waits for rank 0
+        # For the watching thread and the one that waits for rank 0
+        with self._lock:
             return self._requests.ask(request)
 
     def _judge(self) -> None:
@@ -181,8 +184,10 @@ class Watch:
             f"rank {self.rank} ends: it waited {time.monotonic() - since:.0f} s at {self._where}, and {found}. No wait is "
             f"longer than trainer.strategy.timeout_minutes, {self.limit / 60:g}: look at that rank, and start the run again"
         )
-        self._stop.wait(2 * self.interval)  # lets the other ranks report the same
-        with suppress(OSError, ValueError, AttributeError):  # fails where stderr is not a real file
+        # Lets the other ranks report the same
+        self._stop.wait(2 * self.interval)
+        # Fails where stderr is not a real file
+        with suppress(OSError, ValueError, AttributeError):
             faulthandler.dump_traceback(all_threads=True)
         os._exit(1)
 

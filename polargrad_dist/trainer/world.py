@@ -161,9 +161,8 @@ def join(device: str = "auto", timeout_minutes: float = 10.0) -> World:
     if size == 1:
         return World(device=here)
     timeout = timedelta(minutes=timeout_minutes)
-    os.environ.setdefault(
-        "TORCH_FR_BUFFER_SIZE", "2000"
-    )  # the flight recorder, which shows where each rank waited
+    # The flight recorder, which shows where each rank waited
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if use_gpu else "gloo",

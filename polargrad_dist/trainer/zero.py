@@ -65,7 +65,8 @@ def start(
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
-    os.environ.setdefault("LOCAL_RANK", "0")  # required by DeepSpeed; launchers set it
+    # Required by DeepSpeed; launchers set it
+    os.environ.setdefault("LOCAL_RANK", "0")
     if not dist.is_initialized():
         dist.init_process_group(
             "gloo" if world.device.type == "cpu" else "nccl", rank=0, world_size=1, store=dist.HashStore()
@@ -107,7 +108,8 @@ class ZeroPlaced(Placed):
 class ZeroRun:
     """A `ZeroPolarGrad` and its engine as the loop's optimizer: `PolarGrad`'s methods on ZeRO's gradients and weights."""
 
-    late = False  # the engine checks every step on the host, so a failure is raised in the step itself
+    # The engine checks every step on the host, so a failure is raised in the step itself
+    late = False
 
     def __init__(self, engine: Any, client: ZeroPolarGrad, world: World):
         self.engine, self.client, self.world = engine, client, world
@@ -257,7 +259,8 @@ class ZeroRun:
                 states["step"].copy_(tensors[f"optim/{name}.step"])
         self.inner.follow(reload=True)
         for m in self.works:
-            if "step" in m.state:  # also on ranks that store none of its elements
+            # Also on ranks that store none of its elements
+            if "step" in m.state:
                 m.state["step"].copy_(tensors[f"optim/{m.entry.name}.step"])
         if not self.stage3:
             self.zero.refresh_fp32_params()

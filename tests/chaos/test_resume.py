@@ -58,7 +58,8 @@ def test_the_comparison_would_see_a_lost_generator(tmp_path):
     live(1, other, steps=8, every=4, leave_at=3)
     for file in (other / "checkpoints").glob("step-*/manifest.json"):
         body = json.loads(file.read_bytes())
-        body["world_size"] = 2  # so that the generators are taken for those of another world, and start anew
+        # So that the generators are taken for those of another world, and start anew
+        body["world_size"] = 2
         file.write_text(json.dumps(body))
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         file.with_suffix(".sha256").write_text(f"{digest}  manifest.json\n")

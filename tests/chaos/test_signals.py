@@ -80,7 +80,8 @@ def test_a_stopped_rank_ends_the_others_within_the_limit_and_is_named(tmp_path, 
     finally:
         kill([*ranks, psutil.Process(run.pid)])
         run.wait()
-    assert took <= limit + 2  # for a busy machine
+    # For a busy machine
+    assert took <= limit + 2
     log = (run_dir / "log.txt").read_text()
     named = (
         "rank 1 gives no sign of life" if stopped else "rank 0, which holds the store that the ranks meet at,"

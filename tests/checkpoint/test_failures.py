@@ -45,7 +45,8 @@ def fill_the_disk_of_rank_1(rank, world, folder, asynchronous, on_failure):
         seen.append(store.wait())
     except CheckpointError as error:
         seen.append(str(error))
-    dist.all_reduce(torch.ones(1))  # training goes on
+    # Training goes on
+    dist.all_reduce(torch.ones(1))
     limit_file_size(resource.RLIM_INFINITY)
     seen += [store.save(3, large(3, rank)), store.wait(), store.failed]
     left = sorted(os.listdir(folder))
@@ -87,7 +88,8 @@ def run_out_of_memory(rank, world, folder):
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + (280 << 20), resource.RLIM_INFINITY))
     store.save(1, tensors)
-    dist.all_reduce(torch.ones(1))  # training goes on
+    # Training goes on
+    dist.all_reduce(torch.ones(1))
     saved = store.wait()
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     dist.barrier()
@@ -105,7 +107,8 @@ def lose_permission(rank, world, folder):
         os.chmod(folder, 0o555)
     dist.barrier()
     if os.getuid() == 0:
-        os.setuid(65534)  # root may write anywhere
+        # Root may write anywhere
+        os.setuid(65534)
     with pytest.raises(CheckpointError, match=r"step 2 was not saved: .*Permission denied.*"):
         store.save(2, state(2, rank, world))
     with pytest.raises(CheckpointError, match=r"Permission denied"):
@@ -114,7 +117,8 @@ def lose_permission(rank, world, folder):
 
 
 def test_permission_lost_raises_on_all_ranks_and_leaves_the_older_ones():
-    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
+    # pytest's own folders are closed to other users
+    with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         assert run_ranks(lose_permission, 2, f"{folder}/checkpoints") == ["step-00000001"] * 2
 
@@ -225,7 +229,8 @@ def test_a_kill_at_any_moment_leaves_a_valid_checkpoint_and_a_run_that_resumes(t
             run_ranks(save_for_ever, 2, str(tmp_path / "checkpoints"), asynchronous, timeout=30)
         killer.join()
         found = CheckpointStore(tmp_path / "checkpoints").newest_valid()
-        if found is None and newest == 0:  # killed before the first save was done
+        # Killed before the first save was done
+        if found is None and newest == 0:
             continue
         assert found == checkpoints_in(tmp_path / "checkpoints")[-1], "the newest is always whole"
         step = verify(found).step

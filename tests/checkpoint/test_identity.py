@@ -130,7 +130,8 @@ def test_leftovers_that_cannot_be_deleted_do_not_stop_a_start_or_a_save():
         saved(folder, [1])
         os.chmod(folder, 0o777)
         for name in (".saving-step-00000002", ".removing-step-00000000"):
-            os.makedirs(f"{folder}/{name}/open elsewhere")  # root's, as an .nfs file is the server's
+            # root's, as an .nfs file is the server's
+            os.makedirs(f"{folder}/{name}/open elsewhere")
         assert run_ranks(_start_beside_undeletable_leftovers, 1, folder) == ["step-00000002"]
 
 

@@ -73,7 +73,8 @@ def stage(rank, world, folder, strategy, step, asynchronous):
             assert torch.equal(whole(tensor.detach()), expected), f"{name} on rank {rank}"
     fill(tensors, step)
     store.save(step, tensors)
-    fill(tensors, step + 1000)  # a background save must not see this
+    # A background save must not see this
+    fill(tensors, step + 1000)
     assert store.close()
     return path and path.name
 

@@ -75,7 +75,8 @@ def test_an_error_on_one_rank_is_the_same_sentence_on_all(tmp_path):
     raw = bytearray(victim.read_bytes())
     raw[-3] ^= 1
     victim.write_bytes(raw)
-    said = run_ranks(on_a_rank, 2, good)  # the second rank's checksum finds it
+    # The second rank's checksum finds it
+    said = run_ranks(on_a_rank, 2, good)
     assert said[0] == said[1]
     assert f"{victim} is corrupt" in said[0]
 
@@ -129,9 +130,8 @@ def test_several_prepared_folders_are_one_corpus_if_their_tokenizer_is_one(tmp_p
     assert both.vocab_size == 300
     assert both.fingerprint()["shards"] == [*first.fingerprint()["shards"], *second.fingerprint()["shards"]]
     targets = [data.validation.num_targets for data in (first, second, both)]
-    assert (
-        targets[2] == targets[0] + targets[1] + 1
-    )  # between the last token of one and the first of the other
+    # Between the last token of one and the first of the other
+    assert targets[2] == targets[0] + targets[1] + 1
     assert both.validation.bytes_per_token
     assert both.load_tokenizer().encode("ka lo") == first.load_tokenizer().encode("ka lo")
     with pytest.raises(DataError, match="another tokenizer than"):

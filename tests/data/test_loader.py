@@ -80,7 +80,8 @@ def test_a_sample_is_consecutive_tokens_over_shard_boundaries_with_the_next_ones
 def test_the_global_batch_of_a_step_is_the_same_for_every_world_micro_batch_and_prefetch(
     world, micro, prefetch
 ):
-    steps = 12  # into the second epoch
+    # Into the second epoch
+    steps = 12
     expected = np.concatenate([t.numpy() for t, _ in take(loader(micro=12).batches(), steps)])
     per_rank = [
         np.concatenate([t.numpy() for t, _ in take(ranked.batches(), steps * 12 // (world * micro))]).reshape(
@@ -162,4 +163,5 @@ def test_validation_covers_the_same_targets_exactly_once_at_every_world_size(wor
             assert (wanted[real] == tokens[real] + 1).all()
             seen += wanted[real].tolist()
     assert sorted(seen) == list(range(1, targets + 1))
-    assert len(batches) == 1  # ranks make the same number of calls, or their collectives would not match
+    # Ranks make the same number of calls, or their collectives would not match
+    assert len(batches) == 1

@@ -151,8 +151,10 @@ def test_ctrl_c_leaves_with_a_word_on_how_to_go_on(tmp_path):
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path, corpus):
     straight, limited = tmp_path / "straight", tmp_path / "limited"
-    prepare(config(tmp_path, corpus, shard_tokens=10_000), straight, quiet)  # and the tokenizer is cached
-    limit = 20 * 1024  # bytes; a shard takes more
+    # And the tokenizer is cached
+    prepare(config(tmp_path, corpus, shard_tokens=10_000), straight, quiet)
+    # Bytes; a shard takes more
+    limit = 20 * 1024
     run = subprocess.run(
         ["bash", "-c", f'ulimit -f {limit // 1024}; exec "$@"', "_", *arguments(tmp_path, corpus, limited)],
         capture_output=True,
@@ -205,7 +207,8 @@ def test_a_folder_made_from_other_inputs_is_refused_with_the_difference(tmp_path
     prepare(config(tmp_path, corpus, shard_tokens=10_000), tmp_path / "out", quiet)
     with pytest.raises(ConfigError, match=r"other inputs \(shard_tokens: 10000 there, 20000 here\)"):
         prepare(config(tmp_path, corpus, shard_tokens=20_000), tmp_path / "out", quiet)
-    (tmp_path / "out" / "manifest.json").unlink()  # as if interrupted at the end
+    # As if interrupted at the end
+    (tmp_path / "out" / "manifest.json").unlink()
     with pytest.raises(ConfigError, match=r"progress\.json was made from other inputs \(validation_fraction"):
         prepare(config(tmp_path, corpus, validation_fraction=0.3), tmp_path / "out", quiet)
 
@@ -292,5 +295,6 @@ def test_a_thousand_documents_of_openwebtext_give_the_known_number_of_tokens(tmp
     folder = prepare(replace(settings, tokenizer=named, validation_fraction=0.02), report=quiet)
     manifest = Manifest.load(folder)
     shards = manifest.train + manifest.validation
-    assert sum(shard.tokens for shard in shards) == 1_053_999 + 1000  # an end-of-text per document
+    # An end-of-text per document
+    assert sum(shard.tokens for shard in shards) == 1_053_999 + 1000
     assert sum(shard.documents for shard in shards) == 1000

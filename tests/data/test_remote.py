@@ -32,7 +32,8 @@ def packed(path, data: bytes):
     if path.suffix == ".gz":
         path.write_bytes(gzip.compress(data))
     else:
-        half = len(data) // 2  # as parallel packers write them: several frames
+        # As parallel packers write them: several frames
+        half = len(data) // 2
         path.write_bytes(
             b"".join(
                 bytes(pyarrow.compress(part, "zstd", asbytes=True)) for part in (data[:half], data[half:])

@@ -145,7 +145,8 @@ def test_a_foreign_shard_that_changes_between_the_sampled_blocks_is_found_in_the
         return data.fingerprint()
 
     assert first_epoch() == first_epoch()
-    with open(path, "r+b") as file:  # the sixteen sampled blocks of 64 KiB are half a megabyte apart
+    # The sixteen sampled blocks of 64 KiB are half a megabyte apart
+    with open(path, "r+b") as file:
         file.seek(300_000)
         file.write(b"\x01\x00\x00\x00")
     opened(config)

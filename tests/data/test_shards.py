@@ -100,7 +100,8 @@ def test_a_sample_of_shards_finds_damage_sooner_or_later(tmp_path):
             verify_shards(tmp_path, shards, "auto", budget=2500)
         except DataError:
             found += 1
-    assert 0 < found < 40  # a third of the time: a damaged shard is not always in the sample
+    # A third of the time: a damaged shard is not always in the sample
+    assert 0 < found < 40
 
 
 def test_foreign_shards_are_told_apart_by_blocks_all_over_them(tmp_path):

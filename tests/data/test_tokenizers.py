@@ -62,7 +62,8 @@ def test_a_text_without_spaces_is_learnt_from_in_bearable_time(tmp_path):
     settings = config(tmp_path, text, tokenizer=TokenizerConfig(vocab_size=300))
     began = time.monotonic()
     tokenizer = open_tokenizer(settings.tokenizer, open_source(settings), tmp_path / "cache")
-    assert time.monotonic() - began < 60  # in one word it would be a matter of hours
+    # In one word it would be a matter of hours
+    assert time.monotonic() - began < 60
     assert len(tokenizer.encode("ACGT" * 100)) < 300
     with pytest.raises(ConfigError, match="train_bytes is -5"):
         open_tokenizer(TokenizerConfig(train_bytes=-5), open_source(settings), tmp_path / "cache")

@@ -119,7 +119,8 @@ def test_polar_sgd_falls_exponentially_to_a_floor_in_proportion_to_the_variance(
     small, large = noisy_gaps(2000.0, oracle), noisy_gaps(4000.0, oracle)
     clean = noisy_gaps(0.0, oracle, 300)
     rates = [math.log(clean[k] / clean[k + 100]) for k in (0, 100, 200)]
-    assert min(rates) > 0.5  # a constant part of the gap goes in every hundred steps
+    # A constant part of the gap goes in every hundred steps
+    assert min(rates) > 0.5
     floors = [sum(gaps[-400:]) / 400 for gaps in (small, large)]
     assert floors[0] < 1e-2 * small[0]
     assert floors[1] / floors[0] == pytest.approx(4, rel=0.35)
@@ -144,7 +145,8 @@ def test_the_dual_direction_of_the_dimension_agnostic_norm_grows_with_the_output
         W = torch.randn(shape, dtype=F64, generator=draw) + G
         assert float((G * W).sum()) / norm(W) <= dual
     printed = math.sqrt(d_in / d_out) * U
-    assert norm(printed) == pytest.approx(d_in / d_out)  # four times too short, or too long
+    # Four times too short, or too long
+    assert norm(printed) == pytest.approx(d_in / d_out)
 
 
 def test_the_dual_of_the_largest_layer_norm_is_the_sum_of_nuclear_norms():
@@ -169,4 +171,5 @@ def test_polar_express_needs_seven_steps_where_the_tutorial_says_three():
         raise AssertionError("no schedule reaches 1e-4")
 
     assert steps_needed(lambda k: polar_express_coefficients(1e-3, k)) == 7
-    assert steps_needed(lambda k: [(1.5, -0.5, 0.0)] * k) > 20  # there: 7
+    # There: 7
+    assert steps_needed(lambda k: [(1.5, -0.5, 0.0)] * k) > 20

@@ -18,7 +18,8 @@ def curve(problem: str, name: str, steps: int = 1000) -> Curve:
 def test_truncated_polargrad_converges_at_its_printed_rate_where_the_exact_factor_diverges():
     truncated = curve("quadratic", "PolarGrad (QDWH)")
     assert truncated.gap[-1] < 100
-    assert truncated.gap[-1] < 0.5 * truncated.at(500)  # and still falling
+    # And still falling
+    assert truncated.gap[-1] < 0.5 * truncated.at(500)
     assert curve("quadratic", "PolarGrad (exact), 4e-8").diverged_at is not None
 
 
@@ -29,7 +30,8 @@ def test_exact_polargrad_converges_at_its_printed_rate_and_further_at_the_edge_o
 
 def test_muon_stops_at_a_floor_orders_above_polargrad_and_adam():
     muon, adam = curve("quadratic", "Muon (NS)"), curve("quadratic", "Adam")
-    assert muon.gap[-1] == pytest.approx(7.6e4, rel=0.1)  # the authors' own run
+    # The authors' own run
+    assert muon.gap[-1] == pytest.approx(7.6e4, rel=0.1)
     assert muon.gap[-1] > 0.5 * muon.at(500)
     assert 1 < adam.gap[-1] < 1e4
 
@@ -42,7 +44,8 @@ def test_decayed_polargrad_nears_the_fp32_floor_within_300_steps():
 
 def test_completion_is_solved_by_polargrad_and_not_by_muon():
     assert curve("completion", "PolarGrad (QDWH)").gap[-1] < 1e-12
-    assert curve("completion", "PolarGrad (QDWH; lr ↓)").gap[-1] < 1e-10  # the rate runs out at about 1e-11
+    # The rate runs out at about 1e-11
+    assert curve("completion", "PolarGrad (QDWH; lr ↓)").gap[-1] < 1e-10
     for name in ("Muon (NS)", "Muon (QDWH)"):
         assert 1e-4 < curve("completion", name).gap[-1] < 1e-2
     assert curve("completion", "Muon (QDWH; lr ↓)").gap[-1] > 1e-6

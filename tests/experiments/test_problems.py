@@ -98,7 +98,8 @@ def test_one_full_newton_step_lands_on_the_minimizer():
 def test_labels_are_zero_or_one_and_a_zero_label_costs_log_two():
     problem = small("logistic")
     assert set(problem.C.unique().tolist()) == {0.0, 1.0}
-    assert float(problem.C.mean()) == pytest.approx(0.3085, abs=0.03)  # P(N(0, 1) > 0.5)
+    # P(N(0, 1) > 0.5)
+    assert float(problem.C.mean()) == pytest.approx(0.3085, abs=0.03)
     problem.C.zero_()
     assert problem.loss() == pytest.approx(problem.C.numel() * math.log(2), rel=1e-12)
 

@@ -11,7 +11,8 @@ from polargrad_dist import Muon, PolarGrad, PolarGradM
 from polargrad_dist.polar import polar
 
 F64 = torch.float64
-SIZE = (12, 6, 60, 40)  # m, n, p, q: rank 6, condition of the Hessian about 35
+# m, n, p, q: rank 6, condition of the Hessian about 35
+SIZE = (12, 6, 60, 40)
 RANK = 6
 EXACT = dict(oracle="svd", lower=1e-12)
 
@@ -68,8 +69,10 @@ def test_sign_descent_obeys_the_recursion_of_theorem_4_3():
 def test_sign_descent_stops_at_a_floor_that_polargrad_falls_through():
     _, gaps = sign_descent(0, 0.02, 700)
     floor = min(gaps[-200:])
-    assert floor < 1e-2 * gaps[0]  # it did descend
-    assert floor > 0.5 * min(gaps[300:400])  # and then no more
+    # It did descend
+    assert floor < 1e-2 * gaps[0]
+    # And then no more
+    assert floor > 0.5 * min(gaps[300:400])
     problem = Quadratic(0, SIZE, F64)
     optimizer = PolarGrad([problem.X], 1 / (problem.smoothness * RANK), **EXACT)
     for _ in range(700):
@@ -121,8 +124,10 @@ def test_backtracking_on_muon_finds_the_nuclear_norm_by_itself():
     c, largest = 0.5, 64.0
     problem = Quadratic(0, SIZE, F64)
     optimizer = Muon([problem.X], 0.0, beta=0.0, nesterov=False, scale="none", oracle="svd", lower=1e-12)
-    low = (1 - c) / (problem.smoothness * RANK)  # half of what smoothness always admits
-    high = 2 * (1 - c) / (problem.convexity * RANK)  # strong convexity admits no more
+    # Half of what smoothness always admits
+    low = (1 - c) / (problem.smoothness * RANK)
+    # Strong convexity admits no more
+    high = 2 * (1 - c) / (problem.convexity * RANK)
     alphas, ratios = [], []
     start = problem.gap()
     for _ in range(400):

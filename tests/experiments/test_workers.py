@@ -21,7 +21,8 @@ def alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    with open(f"/proc/{pid}/stat") as file:  # whoever adopted it may not have waited for it yet
+    # Whoever adopted it may not have waited for it yet
+    with open(f"/proc/{pid}/stat") as file:
         return file.read().rsplit(")", 1)[1].split()[0] != "Z"
 
 

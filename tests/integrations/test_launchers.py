@@ -59,7 +59,8 @@ def test_the_example_trains_under_deepspeed_and_goes_on_under_torchrun(tmp_path)
         )
         assert said is not None
         assert int(said[2]) == steps
-        assert float(said[1]) < (2.0 if steps == 40 else 1.2)  # from ln 64 = 4.16
+        # From ln 64 = 4.16
+        assert float(said[1]) < (2.0 if steps == 40 else 1.2)
 
 
 def losses(folder: Path, run: str) -> list[float]:

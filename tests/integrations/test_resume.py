@@ -80,7 +80,8 @@ def _with_trainer(folder: str, resume: str | None, world: int) -> list[float]:
 def _with_lightning(folder: str, resume: str | None, world: int) -> list[float]:
     from examples.with_lightning import main
 
-    with mock.patch.dict(os.environ, {"TORCHELASTIC_RUN_ID": "test"}):  # these processes are the ones to use
+    # These processes are the ones to use
+    with mock.patch.dict(os.environ, {"TORCHELASTIC_RUN_ID": "test"}):
         return main(folder, str(world), resume)
 
 

@@ -10,7 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from polargrad_dist import PolarGrad
 
-ROWS = 6  # sequences per rank and micro-batch
+# Sequences per rank and micro-batch
+ROWS = 6
 CLIP = 0.5
 RULES: dict[str, Any] = {
     "hidden": {"lr": 0.01, "nesterov": True, "oracle": "auto", "scale": "nuclear", "weight_decay": 0.1},

@@ -31,7 +31,8 @@ def preempt(cluster: Cluster, job: str) -> None:
     """What Slurm does before the time limit; returns when the job is back in the queue, and lets it start at once."""
     cluster.call("scancel", "--signal=USR1", job)
     cluster.wait_for(job, {"PENDING"}, 60)
-    cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now+4")  # by itself Slurm waits two minutes
+    # By itself Slurm waits two minutes
+    cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now+4")
 
 
 def finish(cluster: Cluster, job: str, log: Path) -> None:

@@ -23,10 +23,13 @@ KINDS = {
     "llama": {},
     "qwen3": {},
     "mixtral": {"num_local_experts": 4, "output_router_logits": True},
-    "gemma2": {},  # caps its logits, and its head is its embedding
+    # Caps its logits, and its head is its embedding
+    "gemma2": {},
     "granite": {"logits_scaling": 3.0},
-    "phi": {},  # its head has a bias
-    "phi3": {"pad_token_id": 0},  # q, k, v in one tensor, gate and up in one tensor
+    # Its head has a bias
+    "phi": {},
+    # q, k, v in one tensor, gate and up in one tensor
+    "phi3": {"pad_token_id": 0},
 }
 
 

@@ -11,8 +11,10 @@ from tests.models.tiny import ALL, awake, tiny
 def test_cached_logits_are_those_of_the_whole_sequence(architecture):
     model = awake(tiny(architecture)).eval()
     tokens = torch.randint(0, 95, (2, 300))
-    tokens[0, 140] = tokens[1, 20] = 95  # documents end
-    progress = 0.03  # windows of one and two blocks
+    # Documents end
+    tokens[0, 140] = tokens[1, 20] = 95
+    # Windows of one and two blocks
+    progress = 0.03
     with torch.no_grad():
         whole = model(tokens, progress=progress)
         cache = model.make_cache()

@@ -81,7 +81,8 @@ def test_the_logits_are_those_of_the_description(architecture):
                 p.add_(0.3 * torch.randn_like(p))
     tokens = torch.randint(0, 95, (1, 400))
     tokens[0, 37] = tokens[0, 250] = 95
-    progress = {"gpt2-small": 0.08, "gpt2-medium": 0.03}[architecture]  # windows of 256; 384 and 128
+    # Windows of 256; 384 and 128
+    progress = {"gpt2-small": 0.08, "gpt2-medium": 0.03}[architecture]
     logits = model(tokens, progress=progress)[0].detach().double()
     torch.testing.assert_close(logits, plain(model, tokens[0], model.window(progress)), rtol=1e-3, atol=1e-3)
 
@@ -170,7 +171,8 @@ def test_a_growing_window_compiles_nothing_again(attention):
             model(torch.randint(0, 96, (1, 384)), progress=progress)
             graphs.append(counters["stats"]["unique_graphs"])
     torch._dynamo.reset()
-    assert graphs == [3] * 5  # with a value embedding, without, without attention
+    # With a value embedding, without, without attention
+    assert graphs == [3] * 5
 
 
 def test_half_of_the_rotary_pairs_turn_and_distances_are_all_that_counts():
@@ -233,9 +235,8 @@ def test_mediums_padding_rows_are_classes_that_never_occur_but_in_samples():
     model = tiny("gpt2-medium")
     tokens = torch.randint(0, 95, (1, 40))
     loss = model(tokens, tokens)
-    assert float(loss.detach()) == pytest.approx(
-        math.log(128), rel=1e-6
-    )  # not ln 96: the head starts at zero
+    # Not ln 96: the head starts at zero
+    assert float(loss.detach()) == pytest.approx(math.log(128), rel=1e-6)
     loss.backward()
     assert model.head.weight.grad[96:].abs().sum() > 0
     assert model(tokens).shape == (1, 40, 128)

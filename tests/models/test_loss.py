@@ -61,9 +61,8 @@ def test_half_precision_weights_get_a_gradient_summed_in_fp32(monkeypatch):
     hidden, weight, targets = (x.detach() for x in example(rows=4096))
     weight = weight.bfloat16().requires_grad_()
     hidden = hidden.bfloat16()
-    monkeypatch.setitem(
-        models.loss.PIECE, "cpu", 96 * 8
-    )  # 512 pieces: a bf16 sum of them would be off by percents
+    # 512 pieces: a bf16 sum of them would be off by percents
+    monkeypatch.setitem(models.loss.PIECE, "cpu", 96 * 8)
     (found,) = torch.autograd.grad(loss_sum(hidden, weight, targets), weight)
     exact = weight.detach().double().requires_grad_()
     (right,) = torch.autograd.grad(plain(hidden.double(), exact, targets, "none"), exact)

@@ -139,8 +139,7 @@ def test_a_tokenizer_says_what_the_configuration_leaves_open():
 def test_flops_are_six_per_weight_and_the_scores():
     model = tiny("gpt2-small", layers=4, width=32)
     c = model.config
-    matrices = (
-        3 * 4 * 32 * 32 + 4 * 8 * 32 * 32 + c.vocab_size * 32
-    )  # one of the four layers has no attention
+    # One of the four layers has no attention
+    matrices = 3 * 4 * 32 * 32 + 4 * 8 * 32 * 32 + c.vocab_size * 32
     scalars = 3 * 2 + 4 * 2 + 2
     assert model.flops_per_token(100) == 6 * (matrices + scalars) + 12 * 4 * 32 * 100

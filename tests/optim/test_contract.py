@@ -27,12 +27,13 @@ RULES = {
     "adamw": {"lr": 0.05, "algorithm": "adamw", "weight_decay": 0.1},
 }
 BAG = {"condition": 1e3}
+# Not square: by the Gram method, whose error grows with the condition squared
 GRAM = {
     "tall",
     "narrow",
     "wide",
     "conv",
-}  # not square: by the Gram method, whose error grows with the condition squared
+}
 
 
 def agree(one: dict, many: dict, tolerance: float = 1e-10, gram: float = 1e-8) -> None:

@@ -30,7 +30,8 @@ from tests.optim.bag import SHAPES, Bag
 from tests.optim.training import backward, distance, whole
 
 NAMES = ("square", "square2", "narrow", "row", "tall", "fused", "experts", "bias")
-LAYOUTS = {  # name: (ranks, mode)
+# Name: (ranks, mode)
+LAYOUTS = {
     "one": (1, "single"),
     "ddp2": (2, "ddp"),
     "fsdp2": (2, "fsdp"),

@@ -121,7 +121,8 @@ def test_a_norm_within_its_limit_leaves_every_bit_of_the_gradients():
     p.grad = torch.full((8, 8), 1e-3)
     version = p.grad._version
     assert PolarGrad([p], lr=0.1).clip_grad_norm_(1.0) < 1
-    assert p.grad._version == version  # nobody wrote to it
+    # Nobody wrote to it
+    assert p.grad._version == version
 
 
 @pytest.mark.slow
@@ -146,7 +147,8 @@ def test_inductor_makes_one_kernel_of_a_step_and_it_agrees():
     exact, got = (
         x.view(torch.int16).to(torch.int32) * 65536 + y for x, y in ((expected, given[1]), (new, mine[1]))
     )
-    assert (exact - got).abs().max() <= 2  # units of the fp32 value that both halves make
+    # Units of the fp32 value that both halves make
+    assert (exact - got).abs().max() <= 2
     assert torch.equal(new[1], given[0][1])
     metrics.reset()
     m, grad = torch.randn(3, 1, 40, 24), torch.randn(3, 1, 40, 24)

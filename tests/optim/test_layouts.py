@@ -26,7 +26,8 @@ from tests.optim.training import distance, whole
 
 BAG = {"condition": 1e2}
 GRAM = (
-    1e-9  # of matrices that are not square: the Gram method's error grows with the condition number squared
+    # Of matrices that are not square: the Gram method's error grows with the condition number squared
+    1e-9
 )
 SAMPLE = [
     (worlds[(i + j) % len(worlds)], layout, rule)

@@ -41,7 +41,8 @@ def build(name):
         return own(name)
     model, loss = getattr(hub, name)()
     if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # grouped products know no fp64
+        # Grouped products know no fp64
+        model.set_experts_implementation("eager")
     return model, loss
 
 

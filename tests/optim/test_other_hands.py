@@ -157,6 +157,5 @@ def _few_tokens(rank: int, world: int) -> torch.Tensor:
 def test_momenta_of_bf16_weights_reach_an_exact_oracle_unrounded():
     one = _few_tokens(0, 1)
     for many in run_ranks(_few_tokens, 2):
-        assert (
-            many - one
-        ).norm() <= 0.02 * 0.3 * 2**0.5  # directions come back in bf16; noise would be of their own size
+        # Directions come back in bf16; noise would be of their own size
+        assert (many - one).norm() <= 0.02 * 0.3 * 2**0.5

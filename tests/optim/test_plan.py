@@ -138,9 +138,8 @@ def test_the_order_starts_and_awaits_on_a_shared_group_alike_whoever_skips_a_buc
     assert sorted(order) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     without = [number for number in order if number != 1]
     assert without == [number for number in in_order([3, 3, 3]) if number != 1]
-    assert without != [
-        2 * number for number in in_order([3, 3])
-    ]  # what a rank that does not know of it would run
+    # What a rank that does not know of it would run
+    assert without != [2 * number for number in in_order([3, 3])]
 
 
 def test_large_models_are_balanced_and_gather_what_they_hold_and_no_more():

@@ -60,11 +60,13 @@ def draw(number: int, world: int) -> dict:
         if by_hand
         else r.choice(layouts)
     )
-    if layout in WORLDS:  # those place the bag's own parameters
+    # Those place the bag's own parameters
+    if layout in WORLDS:
         shapes, own = {}, {}
     names = list(shapes or Bag().shapes)
     rules = [rule for rule in RULES.values() if rule.get("algorithm") != "adamw"]
-    rules += [] if layout in WORLDS else [NORMUON]  # whose alike matrices must be on one mesh
+    # Whose alike matrices must be on one mesh
+    rules += [] if layout in WORLDS else [NORMUON]
     return {
         "shapes": shapes,
         "own": own,

@@ -22,7 +22,8 @@ from tests.optim.training import backward, train, whole
 
 FEW = {name: SHAPES[name] for name in ("square", "square2", "narrow", "tall", "bias")}
 BAG = {"condition": 10.0, "shapes": FEW}
-BAD: dict[str, int | str] = {"rank": -1, "what": ""}  # which rank's rule fails, and how
+# Which rank's rule fails, and how
+BAD: dict[str, int | str] = {"rank": -1, "what": ""}
 
 
 @register_rule("failing rule of the tests")

@@ -225,7 +225,8 @@ def _touched(rank: int, world: int, what: str) -> str:
 def test_a_gradient_on_its_way_to_its_owner_must_not_be_touched():
     for what in ("torch's clipping", "wrapped in DDP"):
         for said in run_ranks(_touched, 2, what, timeout=60):
-            assert "single memory location" in said  # torch's own words: there is nothing to write to
+            # torch's own words: there is nothing to write to
+            assert "single memory location" in said
     plain = run_ranks(_touched, 2, "nothing", timeout=60)
     assert plain[0] == plain[1]
     assert float(plain[0]) != 0

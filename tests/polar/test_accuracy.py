@@ -104,7 +104,8 @@ def test_the_cubic_newton_schulz_converges_and_muons_quintic_stays_biased():
     gains = torch.linalg.svdvals(muon.U.double())
     assert 0.6 < gains.min() < 0.8
     assert 1.1 < gains.max() < 1.3
-    assert muon.nuclear_norm / reference.sigma.sum() < 0.99  # the sum that scales a step is low by percents
+    # The sum that scales a step is low by percents
+    assert muon.nuclear_norm / reference.sigma.sum() < 0.99
     assert abs(cubic.nuclear_norm / reference.sigma.sum() - 1) < 1e-6
 
 
@@ -122,5 +123,6 @@ def test_polar_express_in_bf16_halves_the_error_of_muons_quintic(condition, reac
     a = log_spaced(512, 128, condition).bfloat16()
     reference = exact(a)
     error = direction_error(polar(a, method="polar_express", steps=6, lower=1e-3).U, reference)
-    assert error <= reached  # bf16 itself ends there: two more steps gain nothing
+    # bf16 itself ends there: two more steps gain nothing
+    assert error <= reached
     assert error <= 0.5 * direction_error(polar(a, method="newton_schulz").U, reference)

@@ -77,7 +77,8 @@ def test_small_fp16_entries_are_used(method, check):
 @pytest.mark.parametrize("method", EXACT_METHODS)
 @pytest.mark.parametrize("shape", [(200, 24), (24, 24)])
 def test_denormal_fp32_entries_are_used(method, shape):
-    a = gaussian(*shape).float() * 1e-40  # five digits survive
+    # Five digits survive
+    a = gaussian(*shape).float() * 1e-40
     found = polar(a, method=method, lower=1e-3)
     assert found.U.isfinite().all()
     assert direction_error(found.U, exact(a)) <= 1e-5

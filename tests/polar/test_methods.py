@@ -77,9 +77,8 @@ def test_halley_weights_are_halleys_at_one_and_best_on_the_interval():
         x = np.geomspace(low, 1, 100001)
         y = x * (a + b * x**2) / (1 + c * x**2)
         assert y.max() <= 1 + 1e-12
-        assert (
-            abs(y.min() - y[0]) <= 1e-12
-        )  # the worst point is the lower end: nothing between falls below it
+        # The worst point is the lower end: nothing between falls below it
+        assert abs(y.min() - y[0]) <= 1e-12
 
 
 def test_no_method_takes_more_steps_than_table_a1_allows():
@@ -88,7 +87,8 @@ def test_no_method_takes_more_steps_than_table_a1_allows():
         schedule = zolo_schedule(1 / condition, 1e-15)
         order = len(schedule[0][0])
         assert len(schedule) <= ITERATIONS[order][k]
-        assert len(newton_scaling(1 / condition, 1e-15)) <= 9  # Byers and Xu
+        # Byers and Xu
+        assert len(newton_scaling(1 / condition, 1e-15)) <= 9
 
 
 @pytest.mark.parametrize(("condition", "qdwh", "zolo"), [(1.5, 3, 1), (1e2, 5, 2), (1e14, 6, 2)])
@@ -104,7 +104,8 @@ def test_the_zolotarev_function_stays_within_its_bounds_and_touches_them(order, 
     poles, residues, factor, at_low = zolotarev(order, low)
     x = np.geomspace(low, 1, 200001)
     y = factor * x * (1 + sum(a / (x**2 + c) for a, c in zip(residues, poles, strict=True)))
-    slack = 1e-9 if low < 1e-12 else 1e-12  # of the sum above, not of the coefficients
+    # Of the sum above, not of the coefficients
+    slack = 1e-9 if low < 1e-12 else 1e-12
     assert y.max() <= 1 + slack
     assert y.min() >= at_low - slack
     middle = (1 + at_low) / 2
@@ -124,7 +125,8 @@ def test_tangent_amplitude_agrees_with_scipy(complementary):
 @pytest.mark.parametrize("fraction", [0.01, 0.2, 0.45])
 def test_tangent_amplitude_keeps_its_digits_where_the_modulus_rounds_to_one(complementary, fraction):
     product = tangent_amplitude(fraction, complementary) * tangent_amplitude(1 - fraction, complementary)
-    assert abs(product * complementary - 1) < 1e-12  # sc(K - u) = 1/(k'·sc(u))
+    # sc(K - u) = 1/(k'·sc(u))
+    assert abs(product * complementary - 1) < 1e-12
     assert abs(tangent_amplitude(0.5, complementary) * complementary**0.5 - 1) < 1e-13
 
 

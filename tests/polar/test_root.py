@@ -87,12 +87,17 @@ def test_small_directions_are_damped_in_proportion_not_cut():
     a = with_spectrum(200, sigma)
     _, V, _ = exact(a)
     gains = ((a @ inverse_sqrt(gram_matrix(a), root="products").X) @ V).norm(dim=0)[40:]
-    assert (gains[:5] - 1).abs().max() <= 3e-6  # down to lower/10 = 1e-5
-    assert 0.3 < gains[5] < 0.7  # 1e-6
-    assert 0.03 < gains[6] < 0.07  # 1e-7
-    assert gains[7] < 0.01  # 1e-8
+    # Down to lower/10 = 1e-5
+    assert (gains[:5] - 1).abs().max() <= 3e-6
+    # 1e-6
+    assert 0.3 < gains[5] < 0.7
+    # 1e-7
+    assert 0.03 < gains[6] < 0.07
+    # 1e-8
+    assert gains[7] < 0.01
     cut = ((a @ inverse_sqrt(gram_matrix(a), root="eigh").X) @ V).norm(dim=0)[40:]
-    assert cut[4:].max() <= 1e-6  # the eigendecomposition cuts at lower = 1e-4
+    # The eigendecomposition cuts at lower = 1e-4
+    assert cut[4:].max() <= 1e-6
 
 
 def test_a_batch_is_decomposed_as_its_matrices_are_and_a_zero_gives_zeros():
@@ -222,7 +227,8 @@ def test_what_products_cannot_do_is_refused():
 
 @pytest.mark.parametrize("method", ["gram", "qdwh", "zolo", "newton", "newton_schulz", "polar_express"])
 def test_no_method_copies_numbers_to_the_device(method):
-    with OpCount() as ops:  # torch.tensor([...], device=…) ends in lift_fresh, and waits for a GPU
+    # torch.tensor([...], device=…) ends in lift_fresh, and waits for a GPU
+    with OpCount() as ops:
         polar(torch.empty(2, 48, 16, device="meta"), method=method, lower=3e-3, check=False, info=True)
     assert "lift_fresh" not in ops.counts
 

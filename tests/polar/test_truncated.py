@@ -64,10 +64,12 @@ def test_two_steps_on_the_quadratics_first_gradient_do_what_the_authors_do():
     problem.gradients()
     found = polar(problem.X.grad, method="qdwh", steps=2)
     gains = torch.linalg.svdvals(found.U.double())
-    assert gains.min() == pytest.approx(0.744, abs=2e-3)  # theirs, on their draw: 0.735
+    # Theirs, on their draw: 0.735
+    assert gains.min() == pytest.approx(0.744, abs=2e-3)
     assert gains.max() == pytest.approx(1, abs=1e-3)
     nuclear = torch.linalg.svdvals(problem.X.grad.double()).sum()
-    assert float(found.nuclear_norm / nuclear) == pytest.approx(0.890, abs=2e-3)  # theirs: 0.882
+    # Theirs: 0.882
+    assert float(found.nuclear_norm / nuclear) == pytest.approx(0.890, abs=2e-3)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])

@@ -33,7 +33,8 @@ def really_kept(model, config) -> int:
 
     def pack(x):
         if x.untyped_storage().data_ptr() not in own:
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage()  # held, so that no address comes twice
+            # Held, so that no address comes twice
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
         return x
 
     tokens = torch.zeros(config.micro_batch, config.sequence_length, dtype=torch.int64)
@@ -233,7 +234,8 @@ def test_what_a_run_is_expected_to_need_is_what_its_dry_run_says(tmp_path):
 
 def test_an_estimate_leaves_the_generator_of_the_run_where_it_is(tmp_path):
     def build(device):
-        torch.rand(3)  # as a model does that draws something before its weights
+        # As a model does that draws something before its weights
+        torch.rand(3)
         return placed()(device)
 
     torch.manual_seed(3)

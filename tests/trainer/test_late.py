@@ -59,7 +59,8 @@ def without_seconds(found: list[dict]) -> list[dict]:
 def test_a_run_that_hears_of_its_steps_late_has_the_bits_and_the_metrics_of_one_that_looks(
     tmp_path, monkeypatch
 ):
-    options = {"poison": {13, 14, 75}, "dropout": 0.1}  # steps 2 and 7 are skipped
+    # Steps 2 and 7 are skipped
+    options = {"poison": {13, 14, 75}, "dropout": 0.1}
     seen = trainer(settings(tmp_path / "seen"), **options)
     seen.fit()
     monkeypatch.setattr(PolarGrad, "late", True)
@@ -114,7 +115,8 @@ def test_a_step_that_must_not_happen_changes_no_bit_and_its_gradient_is_named(tm
 
 def test_too_many_of_them_end_the_run_with_the_last_checkpoint_intact(tmp_path, late):
     config = settings(tmp_path, safety=SafetyConfig(max_skipped=2))
-    t = trainer(config, poison=set(range(60, 200)))  # from the sixth step on
+    # From the sixth step on
+    t = trainer(config, poison=set(range(60, 200)))
     with pytest.raises(
         TrainingError, match=r"2 steps in a row were skipped.*step 4 is intact.*from sample 72 on"
     ):
@@ -187,9 +189,8 @@ def _rank(rank: int, world: int, folder: str, strategy: str, gradients: str):
 
     def spoil(head, _):
         calls.append(1)
-        if (
-            rank == 1 and len(calls) == 4
-        ):  # two micro-batches a step; FSDP2's gathered weight exists only here
+        if rank == 1 and len(calls) == 4:
+            # Two micro-batches a step; FSDP2's gathered weight exists only here
             hook = head.weight.register_hook(lambda grad: (hook.remove(), grad * float("inf"))[1])
 
     t.bare.head.register_forward_pre_hook(spoil)
@@ -293,7 +294,8 @@ def watch_third_step(t) -> NoReading:
 
     def watch(batches, leave):
         if t.progress.step == 2:
-            batch = [next(batches) for _ in range(4)]  # drawn beforehand: the toy makes them of numbers
+            # Drawn beforehand: the toy makes them of numbers
+            batch = [next(batches) for _ in range(4)]
             with NoWaiting(), watched:
                 take(iter(batch), leave)
         else:

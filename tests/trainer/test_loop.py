@@ -77,7 +77,8 @@ def test_conditioning_is_logged_at_its_interval_and_the_same_wherever_the_parame
         for parameter, parts in found.items():
             assert parts.keys() == {"gradient", "momentum", "update"}
             assert parts["gradient"]["condition"] > 1
-            for part in ("gradient", "momentum"):  # smallest singular values feel the order of fp32 sums most
+            # Smallest singular values feel the order of fp32 sums most
+            for part in ("gradient", "momentum"):
                 assert many[step][parameter][part] == pytest.approx(parts[part], rel=0.05)
         assert found["embed.weight"]["update"]["cosine"] == pytest.approx(1.0, abs=1e-6)
 
@@ -137,7 +138,8 @@ def test_checkpoints_of_a_run_that_broke_do_not_push_out_the_good_ones(tmp_path)
         checkpoint=CheckpointConfig(every=1, keep_last=2),
         safety=SafetyConfig(max_skipped=50),
     )
-    t = trainer(config, poison=set(range(60, 200)))  # every step from the sixth on
+    # Every step from the sixth on
+    t = trainer(config, poison=set(range(60, 200)))
     t.data.validation = None
     assert t.fit().exit_code == 1
     assert sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*")) == [
@@ -147,9 +149,8 @@ def test_checkpoints_of_a_run_that_broke_do_not_push_out_the_good_ones(tmp_path)
 
 
 def test_a_save_that_fell_on_a_skipped_step_is_made_up_for_at_the_next_good_one(tmp_path):
-    t = trainer(
-        settings(tmp_path, steps=6), poison=set(range(36, 48))
-    )  # the fourth step, where a save was due
+    # The fourth step, where a save was due
+    t = trainer(settings(tmp_path, steps=6), poison=set(range(36, 48)))
     assert t.fit().exit_code == 0
     names = sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*"))
     assert names == ["step-00000005", "step-00000006"]
@@ -175,7 +176,8 @@ def _overflow_in_the_head(rank: int, world: int, folder: str, gradients: str) ->
 def test_only_the_parameter_whose_gradient_is_not_finite_is_named(tmp_path, gradients):
     run_ranks(_overflow_in_the_head, 2, str(tmp_path), gradients)
     skipped = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "is skipped" in line]
-    assert len(skipped) == 4  # two steps on two ranks
+    # Two steps on two ranks
+    assert len(skipped) == 4
     for line in skipped:
         assert set(re.findall(r"on rank \d the gradient of ([^;]*)", line)) == {"head.weight"}, line
 
@@ -258,7 +260,8 @@ def test_a_second_process_is_kept_out_of_a_run_directory_until_the_first_is_gone
         first.wait()
     assert trainer(settings(tmp_path, steps=4)).fit().step == 4
     assert not unfinished.exists()
-    assert trainer(settings(tmp_path, steps=4)).fit().step == 4  # and lets go itself
+    # And lets go itself
+    assert trainer(settings(tmp_path, steps=4)).fit().step == 4
 
 
 def test_offloading_from_cpus_is_refused(tmp_path):

@@ -61,7 +61,8 @@ def test_tensorboard_shows_no_step_twice_after_a_resume(tmp_path):
 
     from polargrad_dist.trainer.metrics import TensorBoard
 
-    for first, last in ((0, 7), (4, 9)):  # a kill after step 7, a checkpoint of step 4
+    # A kill after step 7, a checkpoint of step 4
+    for first, last in ((0, 7), (4, 9)):
         sink = TensorBoard(tmp_path, first)
         for step in range(first + 1, last + 1):
             sink.write({"step": step, "loss": float(step)})

@@ -98,7 +98,8 @@ def test_a_run_directory_that_cannot_be_written_is_one_sentence(tmp_path, what):
 
 
 def _start_as_nobody(rank, world, folder):
-    os.setuid(65534)  # root may write anywhere
+    # Root may write anywhere
+    os.setuid(65534)
     with pytest.raises(
         ConfigError, match=r"cannot be written \(Permission denied\): choose another trainer.run_dir"
     ):
@@ -107,6 +108,7 @@ def _start_as_nobody(rank, world, folder):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody who may not write")
 def test_a_read_only_run_directory_is_one_sentence():
-    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
+    # pytest's own folders are closed to other users
+    with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         run_ranks(_start_as_nobody, 1, folder)

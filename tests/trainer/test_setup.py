@@ -131,7 +131,8 @@ def _fsdp(rank: int, world: int, folder: str) -> bool:
     gathered = [not isinstance(p, DTensor) for p in model.parameters()]
     t.evaluate()
     assert all(isinstance(p, DTensor) for p in model.parameters())
-    return any(gathered) and not all(gathered)  # the root's own alone
+    # The root's own alone
+    return any(gathered) and not all(gathered)
 
 
 def test_fsdps_root_stays_gathered_between_forward_and_backward_but_not_after_an_evaluation(tmp_path):
@@ -160,7 +161,8 @@ def test_batches_are_pinned_by_a_process_that_uses_a_gpu_and_on_its_own(monkeypa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     next(loader().batches())
-    assert pinned == []  # a GPU is there, but this run is on the CPU
+    # A GPU is there, but this run is on the CPU
+    assert pinned == []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(

@@ -22,7 +22,8 @@ from tests.trainer.toy import settings, trainer
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'polargrad-dist[deepspeed]'")
 
-TOLERANCE = 5e-6  # of a parameter's or state's largest element, after 12 steps in fp32
+# Of a parameter's or state's largest element, after 12 steps in fp32
+TOLERANCE = 5e-6
 
 
 def here(rank: int, world: int) -> World:

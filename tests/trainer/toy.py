@@ -73,7 +73,8 @@ def batch(indices, poison=frozenset()) -> tuple[torch.Tensor, torch.Tensor]:
     tokens = torch.stack(rows)
     targets = tokens[:, 1:].clone()
     if poison & set(indices):
-        targets[:] = -100  # the mean over no targets is NaN
+        # The mean over no targets is NaN
+        targets[:] = -100
     return tokens[:, :-1], targets
 
 

@@ -384,7 +384,8 @@ def _expected(run: RunRecords) -> str:
     found = run.fact("expected")
     try:
         return describe_expected(found) if found else ""
-    except (AttributeError, KeyError, TypeError, ValueError):  # of a file that another program wrote
+    except (AttributeError, KeyError, TypeError, ValueError):
+        # Of a file that another program wrote
         return ""
 
 

@@ -24,7 +24,8 @@ from polargrad_dist.words import counted
 
 Array = NDArray[np.float64]
 UNSET = "not set"
-LARGEST = 1e300  # beyond it the difference of two values overflows, and no axis can be drawn
+# Beyond it the difference of two values overflows, and no axis can be drawn
+LARGEST = 1e300
 
 
 @dataclass
@@ -248,7 +249,8 @@ def read_run(folder: Path, label: str) -> RunRecords:
     rundir.expect(folder, "config.yaml", "metrics.jsonl")
     try:
         config = rundir.read(folder / "config.yaml")
-    except ValueError as error:  # bytes that are not text
+    except ValueError as error:
+        # Bytes that are not text
         raise ConfigError(f"{folder / 'config.yaml'} cannot be read as a configuration ({error})") from error
     run = RunRecords(folder, label, json.loads(json.dumps(config, default=str)), read_facts(folder))
     try:

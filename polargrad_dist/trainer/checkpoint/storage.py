@@ -105,7 +105,8 @@ class Copies(DefaultSavePlanner):
         return super().create_local_plan()
 
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
-        assert isinstance(self.data, dict)  # for the type checker: without data there is no plan
+        # For the type checker: without data there is no plan
+        assert isinstance(self.data, dict)
         return self.data[index.fqn]
 
 
@@ -174,7 +175,8 @@ class Writer(StorageWriter):
             pieces[result.index.fqn].append(result.storage_data)
         tensors = {}
         for name, saved in metadata.state_dict_metadata.items():
-            assert isinstance(saved, TensorStorageMetadata)  # for the type checker, as above
+            # For the type checker, as above
+            assert isinstance(saved, TensorStorageMetadata)
             parts = sorted(pieces[name], key=lambda piece: piece.offset)
             tensors[name] = SavedTensor(saved.properties.dtype, tuple(saved.size), tuple(parts))
         self.commit(tensors)
@@ -247,7 +249,8 @@ class Reader(StorageReader):
 
         def read(work: tuple[tuple[str, tuple[int, ...]], list[ReadItem]]) -> None:
             key, items = work
-            if key not in self.pieces:  # no elements, no bytes
+            # No elements, no bytes
+            if key not in self.pieces:
                 return
             piece, dtype = self.pieces[key], self.manifest.tensors[key[0]].dtype
             targets = [planner.resolve_tensor(item) for item in items]
@@ -278,7 +281,8 @@ class Reader(StorageReader):
 
 
 def _chunk(item: WriteItem) -> ChunkStorageMetadata:
-    assert item.tensor_data is not None  # for the type checker: these planners see nothing but tensors
+    # For the type checker: these planners see nothing but tensors
+    assert item.tensor_data is not None
     return item.tensor_data.chunk
 
 

@@ -95,8 +95,10 @@ class CheckpointStore:
         self.failed = 0
         self._ranks = Ranks(timeout)
         self._origin: str | None = None
-        self._verified: Path | None = None  # its hashes are already checked, so that loading can skip them
-        self._superseded: tuple[Path, list[Path]] | None = None  # renamed to aside-… after the load
+        # Its hashes are already checked, so that loading can skip them
+        self._verified: Path | None = None
+        # Renamed to aside-… after the load
+        self._superseded: tuple[Path, list[Path]] | None = None
         self._saving = False
         self._losses: dict[str, float | None] = {}
         self._copies = HostCopies()

@@ -21,7 +21,7 @@ from polargrad_dist.trainer.config import TrainerConfig
 from polargrad_dist.trainer.devices import Device, known
 from polargrad_dist.trainer.strategies import sharded_units
 
-SHARE = 0.4  # assumed fraction of a device's bf16 peak that a model reaches
+SHARE = 0.4  # assumed fraction of a device's peak, in bf16 or fp32, that a model reaches
 LINK = 0.7  # assumed fraction of a link's rate that collectives reach
 # Inductor's decompositions and its partition into forward and backward, run eagerly.
 TRACER = "aot_eager_decomp_partition"

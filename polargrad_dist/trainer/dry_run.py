@@ -147,9 +147,10 @@ def verdicts(found: Estimate, trainer: TrainerConfig) -> str:
             )
         name = device.name if found.ranks == 1 else f"{found.ranks} x {device.name}"
         lines.append((name, f"{device.memory / GIB:,.1f}", verdict, f"{left / GIB:,.1f}", *times))
+    kind = "fp32" if trainer.precision == "fp32" else "bf16"
     return (
         f"{table(lines, '<><>>>>')}\n"
-        f"memory as the data sheets say, of which CUDA itself takes some; the model at {SHARE:.0%} of the peak in bf16,\n"
+        f"memory as the data sheets say, of which CUDA itself takes some; the model at {SHARE:.0%} of the peak in {kind},\n"
         "nothing overlapped, all GPUs linked as in one host: estimated, not measured"
     )
 

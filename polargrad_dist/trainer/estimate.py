@@ -21,7 +21,7 @@ from polargrad_dist.trainer.config import TrainerConfig
 from polargrad_dist.trainer.devices import Device, known
 from polargrad_dist.trainer.strategies import sharded_units
 
-# Assumed fraction of a device's bf16 peak that a model reaches
+# Assumed fraction of a device's peak, in bf16 or fp32, that a model reaches
 SHARE = 0.4
 # Assumed fraction of a link's rate that collectives reach
 LINK = 0.7

@@ -237,11 +237,12 @@ def _validate(
 def _require_finite(finite: Tensor, batch: torch.Size) -> None:
     if bool(finite.all()):
         return
+    advice = "expected finite numbers: fix the input, or pass check=False to get NaN"
+    if not batch:
+        raise PolarError(f"the matrix holds NaN or Inf, {advice}")
     flat = (~finite).nonzero()[:, 0]
-    places = (
-        [str(tuple(int(i) for i in torch.unravel_index(k, batch))) for k in flat[:8]] if batch else ["()"]
-    )
+    places = [str(tuple(int(i) for i in torch.unravel_index(k, batch))) for k in flat[:8]]
     raise PolarError(
-        f"{len(flat)} of {len(finite)} matrices hold NaN or Inf, at batch index {', '.join(places)}, expected finite "
-        "numbers: fix the input, or pass check=False to get NaN for these matrices"
+        f"{len(flat)} of {len(finite)} matrices hold NaN or Inf, at batch index {', '.join(places)}, {advice} "
+        "for these matrices"
     )

@@ -60,6 +60,7 @@ class Member:
     def __post_init__(self) -> None:
         self.rule = rule_of(self.group)
         self.device, self.state_dtype = local(self.p).device, self.entry.state_dtype
+        self.shape = tuple(self.p.shape)
         self.stacked = self.entry.split is not None and self.entry.split.stacked
         low_bits = ["low_bits"] * (self.entry.dtype == torch.bfloat16)
         self.elementwise = [*self.rule.states(self.group), *low_bits]

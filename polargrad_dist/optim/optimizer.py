@@ -200,9 +200,9 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
                     )
                 m.group, m.state = group, state
                 self._world.schedules.clear()
-            if m.p.shape != m.entry.shape:
+            if m.p.shape != m.shape:
                 return ConfigError(
-                    f"{m.entry.name} has shape {tuple(m.p.shape)}, expected {tuple(m.entry.shape)} as at construction: "
+                    f"{m.entry.name} has shape {tuple(m.p.shape)}, expected {m.shape} as at construction: "
                     "build a new optimizer after you resize a parameter, such as an embedding for more tokens"
                 )
             if m.p.dtype != m.entry.dtype or (not isinstance(m.p, DTensor) and m.p.device != m.device):

@@ -253,7 +253,7 @@ def test_a_picture_is_drawn_from_curves(tmp_path):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["race", "--only", "Adam"], "--only names 'Adam'"),
+        (["race", "--only", "Adam"], "--only has 'Adam'"),
         (["paper", "--steps", "3"], "--steps is 3"),
         (["rates", "--steps", "80"], "leave --steps"),
     ],

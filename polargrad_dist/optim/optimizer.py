@@ -178,6 +178,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
                     "build a new optimizer from the new ones, and load the old one's state"
                 )
             self.state.clear()
+            self._state_places = []
             world = self._world
             self._world = self._new_world(world.process_group)
             self._place(self.param_groups)

@@ -208,15 +208,17 @@ class ParsedError(Exception):
 @contextlib.contextmanager
 def only_parsed(loaded, words: list[str], monkeypatch):
     """``python -m MODULE WORDS`` up to the moment when its arguments are read."""
+    parser = getattr(loaded, "Arguments", argparse.ArgumentParser)
     method = "parse_known_args" if "parse_known_args(" in Path(loaded.__file__).read_text() else "parse_args"
-    real = getattr(argparse.ArgumentParser, method)
+    method = "read" if hasattr(parser, "read") else method
+    real = getattr(parser, method)
 
     def parse(self, *args, **kwargs):
         real(self, *args, **kwargs)
         raise ParsedError
 
     with monkeypatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, method, parse)
+        patch.setattr(parser, method, parse)
         patch.setattr(sys, "argv", ["python", *words])
         yield
 

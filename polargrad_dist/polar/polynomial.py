@@ -67,8 +67,7 @@ def polar_express(A: Tensor, options: Options) -> Oracle:
 
 
 def _polynomial(A: Tensor, schedule: Coefficients, margin: float, options: Options) -> Oracle:
-    looks = options.may_wait and not torch.compiler.is_compiling()
-    X, norm = A, _frobenius(A) if looks else None
+    X, norm = A, _frobenius(A) if may_look(options) else None
     if norm is None or not bool(((norm > LEAST_NORM) & (norm < 1 / LEAST_NORM)).all()):
         scale = inverse_scale(largest_entry(A))
         # The scale of entries below 2^-16 is beyond fp16's range; as much of it as fits is enough for the norm.
@@ -79,6 +78,11 @@ def _polynomial(A: Tensor, schedule: Coefficients, margin: float, options: Optio
     residual = orthogonality(U) if options.info else None
     nuclear_norm = inner_product(A, U, torch.float32)
     return Oracle(U.to(options.out_dtype), nuclear_norm, len(schedule), residual=residual)
+
+
+def may_look(options: Options) -> bool:
+    """Whether norms may be read: they are on the host, or the caller waits anyway; and nothing is being compiled."""
+    return options.may_wait and not torch.compiler.is_compiling()
 
 
 def _frobenius(A: Tensor) -> Tensor:

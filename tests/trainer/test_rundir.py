@@ -7,7 +7,7 @@ from tests.trainer.test_output import start, steps_in
 
 def test_two_fresh_starts_of_one_run_directory_train_it_once(tmp_path):
     run_dir = tmp_path / "run"
-    both = [start(run_dir, "--steps", "12", "--pause", "0.05") for _ in range(2)]
+    both = [start(run_dir, "--steps", "12", "--pause", "0.4") for _ in range(2)]
     told = [run.communicate(timeout=90)[1].decode() for run in both]
     assert [run.returncode for run in both] == [0, 0], told
     assert sum("another process trains in" in text for text in told) == 1

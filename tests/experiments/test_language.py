@@ -4,7 +4,7 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +60,11 @@ def test_every_racer_has_the_same_budget_goes_beyond_edges_and_can_be_run(tmp_pa
             2
         ]
         assert (config.optimizer.embed.betas[0] if adam[1] else config.optimizer.embed.beta) == found.best[3]
+        if found.racer.name == "the default rules":
+            swept_or_exact = ("lr", "beta", "oracle_dtype")
+            for role in ("hidden", "embed", "head"):
+                mine, default = (asdict(c.rule(role)) for c in (config.optimizer, OptimizerConfig()))
+                assert [k for k in mine if mine[k] != default[k] and k not in swept_or_exact] == [], role
     muon = swept["Muon + PolarSGDM"]
     assert muon.best[1] > max(muon.racer.ends), "the best lies beyond the grid"
     report = {"races": {"one": race.judge(swept, 64, 160, [2, 3], tmp_path, fake_curves)}}

@@ -1,6 +1,6 @@
 """Runs many small trainings through `train.py`'s own code, a few at a time, and reads their curves.
 
-A complete run with the same arguments and configuration file is not repeated, and an interrupted one is continued. A run
+A complete run with the same configuration file and overrides is not repeated, and an interrupted one is continued. A run
 that another experiment left in the same folder is removed.
 """
 
@@ -81,9 +81,9 @@ class Job:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What identifies this run."""
+        """What identifies this run, wherever the repository and the folder are."""
         text = (ROOT / "configs" / f"{self.config}.yaml").read_bytes()
-        return {"arguments": self.arguments, "configuration": hashlib.sha256(text).hexdigest()}
+        return {"configuration": hashlib.sha256(text).hexdigest(), "overrides": dict(self.overrides)}
 
 
 @dataclass

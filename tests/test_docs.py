@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from polargrad_dist.optim.schedules import RoleSchedule
 from tools.configuration_page import page
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,6 +21,17 @@ def test_the_page_of_configuration_keys_is_that_of_the_code():
     assert (ROOT / "docs" / "configuration.md").read_text() == page(), (
         "run python -m tools.configuration_page > docs/configuration.md"
     )
+
+
+def test_a_key_of_the_page_is_an_option_unless_it_is_that_of_an_item_of_a_list():
+    from train import parse_run
+
+    keys = re.findall(r"^\| `([^`]+)` \|", page(), re.MULTILINE)
+    assert {key.partition("[]")[0] for key in keys if "[]" in key} == {"data.sources"}
+    of_roles = [key.replace("ROLE", "embed") for key in keys if key.startswith("trainer.schedule.ROLE.")]
+    assert len(of_roles) == 9
+    schedule = parse_run([f"--{key}=null" for key in of_roles])[0].trainer.schedule
+    assert schedule.embed == RoleSchedule()
 
 
 def test_every_page_is_on_the_site_and_every_relative_link_and_picture_exists():

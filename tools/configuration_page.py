@@ -21,7 +21,8 @@ from train import RunConfig
 HEAD = """# Every configuration key
 
 Each can be set in a YAML file, in its section, or on the command line: `--trainer.schedule.kind wsd`. Generated from the
-code by `python -m tools.configuration_page`; `python train.py --help` says the same.
+code by `python -m tools.configuration_page`; `python train.py --help` says the same. `ROLE` stands for a role, `[]` for an
+item of a list.
 """
 RULES = """Roles are `hidden`, `embed`, `value_embed`, `head` and `scalar`; `head` and `value_embed` take the rule of `embed`
 where they are null, and what their section leaves out is `embed`'s.
@@ -52,10 +53,19 @@ def sections(prefix: str, config: Any) -> Iterator[str]:
         return
     for name, value in nested:
         yield from sections(f"{name}.", value)
-    for field in fields(config):
-        inner = [part for part in typing.get_args(hints[field.name]) if is_dataclass(part)]
-        if inner and not is_dataclass(getattr(config, field.name)):
-            yield from sections(f"{prefix}{field.name}[].", inner[0]())  # type: ignore[operator]
+    for kind, names in optional(config).items():
+        yield from sections(f"{prefix}{names[0] if len(names) == 1 else 'ROLE'}.", kind())
+
+
+def optional(config: Any) -> dict[type, list[str]]:
+    """The dataclasses that keys without a default one can hold, each with these keys; a list's is marked by ``[]``."""
+    found: dict[type, list[str]] = {}
+    for name, hint in typing.get_type_hints(type(config)).items():
+        many = "[]" if typing.get_origin(hint) is list else ""
+        for part in typing.get_args(hint):
+            if is_dataclass(part) and not is_dataclass(getattr(config, name)):
+                found.setdefault(part, []).append(f"{name}{many}")  # type: ignore[arg-type]
+    return found
 
 
 def rule_section(config: Any) -> str:

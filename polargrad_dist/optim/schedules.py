@@ -17,18 +17,18 @@ Kind = Literal["constant", "cosine", "linear", "wsd"]
 
 @dataclass
 class RoleSchedule:
-    """Changes to the run's schedule for one role; null keeps the run's value.
+    """Changes to the run's schedule for one role, in its section: ``trainer.schedule.hidden`` for example.
 
     Args:
-        kind: as the run's.
-        warmup_steps: as the run's.
-        decay_fraction: as the run's.
-        power: as the run's.
-        floor: as the run's.
-        momentum_warmup_steps: as the run's, of this role.
-        momentum_warmup_start: as the run's.
-        momentum_cooldown_steps: as the run's, of this role.
-        momentum_cooldown_end: as the run's.
+        kind: defaults to the run's.
+        warmup_steps: defaults to the run's.
+        decay_fraction: defaults to the run's.
+        power: defaults to the run's.
+        floor: defaults to the run's.
+        momentum_warmup_steps: of this role's momentum; defaults to the run's for hidden, to 0 for the other roles.
+        momentum_warmup_start: defaults to the run's.
+        momentum_cooldown_steps: of this role's momentum; defaults to the run's for hidden, to 0 for the other roles.
+        momentum_cooldown_end: defaults to the run's.
     """
 
     kind: Kind | None = None

@@ -45,27 +45,36 @@ def main() -> int:
     command = [*torchrun, *train]
     threads = str(max(1, (os.cpu_count() or 2) // processes))
     print("$", shlex.join(["torchrun", *command[3:]]), flush=True)
-    code = ended(command, {"OMP_NUM_THREADS": threads} | os.environ)
+    code, stopped = ended(command, {"OMP_NUM_THREADS": threads} | os.environ)
     if code:
-        print(
-            f"training ended with exit code {code}; what was saved is in the run directory", file=sys.stderr
+        why = (
+            f"stopped by {stopped.name}; the traceback above is torchrun's. The same command resumes from what was saved"
+            if stopped
+            else f"training ended with exit code {code}; what was saved is in the run directory"
         )
+        print(why, file=sys.stderr)
         return code
     sys.path.insert(0, str(ROOT))
     os.chdir(ROOT)
     return summary(processes)
 
 
-def ended(command: list[str], environment: dict[str, str]) -> int:
-    """The exit code of a command. It is a session of its own, so that a signal reaches it once, from here, and
-    however it was sent: this waits until the ranks have saved and gone."""
+def ended(command: list[str], environment: dict[str, str]) -> tuple[int, signal.Signals | None]:
+    """The exit code of a command, and the last signal that was passed on to it. It is a session of its own, so that a
+    signal reaches it once, from here, and however it was sent: this waits until the ranks have saved and gone."""
     process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+    passed: list[signal.Signals] = []
+
+    def forward(number: int, _: object) -> None:
+        passed.append(signal.Signals(number))
+        process.send_signal(number)
+
     for number in SIGNALS:
-        signal.signal(number, lambda number, _: process.send_signal(number))
+        signal.signal(number, forward)
     code = process.wait()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
-    return code if code >= 0 else 128 - code
+    return code if code >= 0 else 128 - code, passed[-1] if passed else None
 
 
 def summary(processes: int) -> int:

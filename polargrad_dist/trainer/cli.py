@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from types import UnionType
+from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from polargrad_dist.arguments import read_arguments, safe_parser
 from polargrad_dist.errors import CheckpointError, ConfigError, DataError, PolarGradError
@@ -199,7 +200,8 @@ def check_section(key: str, value: Any, known: list[str]) -> None:
     """Raises ``ConfigError`` for a section that is given as something else than a mapping or the name of a file."""
     if isinstance(value, dict):
         check_keys(key, value, known)
-    elif not (isinstance(value, str) and Path(value).is_file()):
+    # Only an optional section is a key of its own, and may be null
+    elif not (isinstance(value, str) and Path(value).is_file()) and not (value is None and key in known):
         raise ConfigError(no_section(key, "empty" if value is None else value))
 
 
@@ -222,16 +224,23 @@ def _plain(word: str) -> Any:
 
 
 def known_keys(parser: Any) -> list[str]:
-    """Every dotted key of the command line."""
-    return sorted(
-        {
-            option[2:]
-            for action in parser._actions
-            for option in action.option_strings
-            # Of an optional section the parser knows only a key ".help".
-            if option.startswith("--") and not option.endswith(".help")
-        }
-    )
+    """Every dotted key of the command line, those of optional sections too."""
+    options = {
+        option[2:]: action
+        for action in parser._actions
+        for option in action.option_strings
+        # Of an optional section the parser knows only a key ".help".
+        if option.startswith("--") and not option.endswith(".help")
+    }
+    optional = {
+        f"{key}.{one.name}"
+        for key, action in options.items()
+        if get_origin(hint := getattr(action, "_typehint", None)) in (Union, UnionType)
+        for part in get_args(hint)
+        if is_dataclass(part)
+        for one in fields(part)
+    }
+    return sorted({*options, *optional})
 
 
 _TYPES = {
@@ -258,6 +267,12 @@ def sentence(message: str, known: list[str]) -> str:
     key = re.search(r"(?:[Kk]ey|[Oo]ption|group)\s+['\"]?(?:--)?([\w.]+)['\"]?", text)
     if key is None:
         return text
+    # Of an optional section, what is wrong with one of its keys
+    if within := re.search(
+        r"Problem with given class_path '[^']*': Parser key \"([\w.]+)\": (.*) - Expected a <class 'NoneType'> Given",
+        text,
+    ):
+        return sentence(f'Parser key "{key.group(1)}.{within.group(1)}": {within.group(2)}', known)
     if "File does not exist" in text:
         return f"{key.group(1)} names a file that does not exist: {text.split('File does not exist: ')[1]}"
     if unloadable := re.search(r"Unable to load config ['\"](.*?)['\"]", text):

@@ -95,7 +95,8 @@ def _hint(key: str, known: list[str]) -> str:
     begun = [name for name in known if name.startswith(key)]
     if 1 < len(begun) <= 5:
         return f": did you mean one of {', '.join(begun)}?"
-    leaf = {name.split(".")[-1]: name for name in known}
+    # Of keys with the same end, the one that is not of a role alone
+    leaf = {name.split(".")[-1]: name for name in sorted(known, key=lambda name: (-name.count("."), name))}
     near = (
         begun[:1]
         or difflib.get_close_matches(key, known, 1, 0.6)

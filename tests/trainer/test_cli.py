@@ -69,6 +69,51 @@ def test_a_mistake_is_one_sentence_and_a_non_zero_exit(tmp_path, args, expected)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("optimizer.head.lrr", 3, "there is no configuration key optimizer.head.lrr: did you mean optimizer.head.lr?"),
+        (
+            "trainer.schedule.embed.kind",
+            "cosin",
+            "trainer.schedule.embed.kind is cosin, expected constant, cosine, linear, wsd or null",
+        ),
+        (
+            "trainer.schedule.hidden.warmup_steps",
+            "ten",
+            "trainer.schedule.hidden.warmup_steps is ten, expected a whole number or null",
+        ),
+        ("optimizer.head.beta", "much", "optimizer.head.beta is much, expected a number"),
+        ("trainer.schedule.head", "cosine", "trainer.schedule.head is cosine, expected a mapping with its fields"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_an_optional_section_names_its_key(tmp_path, key, value, expected):
+    with pytest.raises(ConfigError) as error:
+        parse_run([f"--{key}", str(value)])
+    assert str(error.value).endswith(expected)
+    content: object = value
+    for part in reversed(key.split(".")):
+        content = {part: content}
+    file = tmp_path / "my.yaml"
+    file.write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError) as error:
+        parse_run(["--config", str(file)])
+    assert str(error.value).endswith(expected)
+
+
+def test_the_name_of_an_optional_section_is_guessed_with_its_key():
+    with pytest.raises(ConfigError, match=r"did you mean trainer\.schedule\.hidden\.kind\?"):
+        parse_run(["--trainer.schedule.hiden.kind", "wsd"])
+
+
+def test_an_optional_section_may_be_null(tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text("trainer: {schedule: {hidden: null}}\noptimizer: {head: null}\n")
+    config = parse_run(["--config", str(file), "--trainer.schedule.embed=null"])[0]
+    assert config.trainer.schedule.hidden is None is config.trainer.schedule.embed
+    assert config.optimizer.head is None
+
+
 BATCH = "did you mean trainer.global_batch (sequences per step, over all ranks) or trainer.micro_batch ("
 RATES = "each role has its own, one of optimizer.hidden.lr, optimizer.embed.lr"
 TEXT = "did you mean data.paths (files and folders, with data.source files) or data.hub.name ("

@@ -320,6 +320,34 @@ def test_runs_of_one_configuration_differ_in_nothing(tmp_path):
     assert "The configurations are the same." in page.sections["differences"]
 
 
+def test_runs_that_differ_only_in_their_seed_are_one_row_of_means_with_least_and_largest(tmp_path):
+    losses = {"a": (6.0, 6.5, 7.3), "b": (5.0, 5.5), "c": (4.0, 4.5)}
+    folders = []
+    for rule, found in losses.items():
+        for seed, loss in enumerate(found):
+            # The second of c's runs has not come as far as the first.
+            end = 50 if (rule, seed) == ("c", 1) else 100
+            folders.append(run_of(
+                tmp_path / f"{rule}{seed}",
+                [record(10), validation(end, loss, loss / 4)],
+                trainer={"seed": seed, "run_dir": f"runs/{rule}{seed}", "logging": {"wandb_name": f"{seed}"}},
+                optimizer={"hidden": {"lr": {"a": 0.1, "b": 0.2, "c": 0.3}[rule]}},
+            ))  # fmt: skip
+    rows = Page(write_report(folders, tmp_path / "report.html")).rows
+    first = rows.index(["runs", "seeds", "at step", "validation loss", "bits per byte"])
+    assert rows[first + 1 : first + 4] == [
+        ["a0, a1, a2", "0, 1, 2", "100", "6.6000 (6.0000 to 7.3000)", "1.6500 (1.5000 to 1.8250)"],
+        ["b0, b1", "0, 1", "100", "5.2500 (5.0000 to 5.5000)", "1.3125 (1.2500 to 1.3750)"],
+        ["c0, c1", "0, 1", "not the same", "–", "–"],
+    ]
+
+
+def test_one_configuration_with_one_seed_each_has_no_row_of_means(tmp_path):
+    folders = [run_of(tmp_path / name, trainer={"seed": 3}) for name in "ab"]
+    folders += [run_of(tmp_path / "c", trainer={"seed": 4, "steps": 100})]
+    assert "Over seeds" not in Page(write_report(folders, tmp_path / "report.html")).sections["summary"]
+
+
 def test_runs_with_other_roles_and_parameters_share_a_page(tmp_path):
     other = record(
         3, lr={"hidden": 0.1, "value_embed": 0.2}, diagnostics={"wte": {"update": {"cosine": 0.5}}}

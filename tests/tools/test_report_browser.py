@@ -74,3 +74,11 @@ def test_the_bigram_lines_are_named_above_the_plot_each_with_its_runs(tmp_path):
         assert not labels or set(re.findall(r'<text[^>]*class="(\w+)"', figure)) == {"tick"}
     alone = dom(write_report(runs[:1], tmp_path / "alone.html"), 1280)
     assert ">bigram model 3.250<" in alone
+
+
+def test_of_one_run_the_curves_of_a_chart_are_named_above_it(tmp_path):
+    text = dom(write_report([run_of(tmp_path / "a")], tmp_path / "report.html"), 1280)
+    figures = re.findall(r"<figure data-chart.*?</figure>", text, re.DOTALL)
+    named = [re.findall(r'<span class="key"><i style="background: [^"]+"></i>([^<]*)<', f) for f in figures]
+    # The loss by step and by time, then the gradient's norm, whose title names its only curve.
+    assert named[:3] == [["training", "validation"], ["training", "validation"], []]

@@ -210,7 +210,8 @@ class Chart {
     this.key.textContent = "";
     const names = new Map();
     for (const series of this.chart.series) names.set(this.state.name(series), this.state.colour(series));
-    const own = this.chart.series.some((series) => series.colour !== undefined);
+    const alone = this.state.runs.length === 1 && names.size > 1;
+    const own = alone || this.chart.series.some((series) => series.colour !== undefined);
     if (own) for (const [name, colour] of names) {
       const one = html("span", { class: "key" }, this.key);
       html("i", { style: `background: ${colour}` }, one);

@@ -142,7 +142,7 @@ def speed_charts(runs: list[RunRecords], budget: int) -> list[dict[str, Any]]:
     rows = (
         ("tokens_per_second", "Tokens per second", "all ranks, training only"),
         ("mfu", "Model FLOPs utilization", "share of the dense bf16 peak"),
-        ("memory_gib", "Largest memory so far", "GiB, rank 0"),
+        ("memory_gib", "Peak memory", "GiB, rank 0, since its last start"),
     )
     return [
         chart(name, title, unit, series(runs, name, budget=budget, name=title.lower()), zero=True)

@@ -20,7 +20,7 @@ from polargrad_dist.trainer import rundir
 from polargrad_dist.trainer.console import duration
 from polargrad_dist.trainer.header import describe_expected
 from polargrad_dist.words import counted
-from tools.report.runs import UNSET, RunRecords, Summary, differences, printable
+from tools.report.runs import UNSET, Array, RunRecords, Summary, by_seed, differences, printable
 
 NONE = "–"
 HERE = Path(__file__).parent
@@ -213,7 +213,48 @@ def summary(runs: list[RunRecords]) -> str:
     return f"""<div class="wide"><table><thead>{head}</thead>
 <tbody>
 {"".join(lines)}</tbody></table></div>
-{notes}"""
+{over_seeds(runs)}{notes}"""
+
+
+def over_seeds(runs: list[RunRecords]) -> str:
+    """The last validations of runs that differ in nothing but their seed, as mean, least and largest; else nothing."""
+    groups = by_seed(runs)
+    if all(len({run.setting("trainer.seed") for run in group}) == 1 for group in groups):
+        return ""
+    lines = []
+    for group in groups:
+        names = ", ".join(name_of(runs.index(run), run, True) for run in group)
+        seeds = ", ".join(str(run.setting("trainer.seed")) for run in group)
+        ends = [run.curve("validation_loss")[0][-1:].tolist() for run in group]
+        # A mean over different steps would say nothing
+        alike = ends[0] != [] and all(end == ends[0] for end in ends)
+        cells = [f"{ends[0][0]:,.0f}" if alike else "not the same"]
+        cells += [
+            spread_of([run.curve(name)[1] for run in group], alike)
+            for name in ("validation_loss", "bits_per_byte")
+        ]
+        numbers = "".join(f'<td class="number">{escape(cell)}</td>' for cell in cells)
+        lines.append(
+            f'<tr><th scope="row">{names}</th><td class="number">{escape(seeds)}</td>{numbers}</tr>\n'
+        )
+    heads = "".join(
+        f'<th scope="col" class="number">{name}</th>'
+        for name in ("seeds", "at step", "validation loss", "bits per byte")
+    )
+    return f"""<h3>Over seeds: mean (least to largest)</h3>
+<div class="wide"><table><thead><tr><th scope="col">runs</th>{heads}</tr></thead>
+<tbody>
+{"".join(lines)}</tbody></table></div>
+"""
+
+
+def spread_of(curves: list[Array], alike: bool) -> str:
+    """The last values of curves as mean, least and largest."""
+    last = [float(curve[-1]) for curve in curves if curve.size]
+    if not alike or len(last) < len(curves):
+        return NONE
+    mean = f"{sum(last) / len(last):.4f}"
+    return mean if len(last) == 1 else f"{mean} ({min(last):.4f} to {max(last):.4f})"
 
 
 def remarks(run: RunRecords) -> list[str]:

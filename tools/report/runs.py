@@ -24,6 +24,8 @@ from polargrad_dist.words import counted
 
 Array = NDArray[np.float64]
 UNSET = "not set"
+# Keys in which the seeds of one experiment differ
+SEEDED = ("trainer.seed", "trainer.run_dir", "trainer.logging.")
 # Beyond it the difference of two values overflows, and no axis can be drawn
 LARGEST = 1e300
 
@@ -286,6 +288,15 @@ def labels(folders: list[Path]) -> list[str]:
 def printable(text: str) -> str:
     """Replaces characters that are not printable by U+FFFD."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def by_seed(runs: list[RunRecords]) -> list[list[RunRecords]]:
+    """The runs in groups whose configurations differ in seed, place and logging at most, in the order of the runs."""
+    groups: dict[str, list[RunRecords]] = {}
+    for run in runs:
+        rest = {k: v for k, v in rundir.leaves(run.config).items() if not k.startswith(SEEDED)}
+        groups.setdefault(json.dumps(rest, sort_keys=True), []).append(run)
+    return list(groups.values())
 
 
 def differences(runs: list[RunRecords]) -> dict[str, list[str]]:

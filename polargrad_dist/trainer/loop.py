@@ -26,7 +26,7 @@ from polargrad_dist.trainer.checkpoint import CheckpointStore, restore_rng_state
 from polargrad_dist.trainer.config import TrainerConfig
 from polargrad_dist.trainer.evaluation import evaluate
 from polargrad_dist.trainer.guard import Guard
-from polargrad_dist.trainer.header import facts_of, header, write_facts
+from polargrad_dist.trainer.header import facts_of, header, read_facts, write_facts
 from polargrad_dist.trainer.health import poisoned
 from polargrad_dist.trainer.interfaces import Batch, Data, Outcome, Progress, identity_of
 from polargrad_dist.trainer.interval import Interval
@@ -178,11 +178,13 @@ class Trainer:
         return self._outcome(saved, leave if self._stop else None)
 
     def _introduce(self) -> None:
-        """Writes the run's description to the log and to ``run.json``."""
+        """Writes the run's description to the log and, if this start has anything to do, to ``run.json``."""
         given = (self.config, self.world, self.bare, self.optimizer, self.data, self.configuration)
         expected = self._on_main(self.expect) if self.expect else {}
         facts = facts_of(*given, self.run_id, self.progress.step, expected)
-        self._on_main(lambda: write_facts(self.run_dir, facts))
+        # A start of a finished run, on one rank say, must not pass for how it was trained
+        idle = self.progress.step >= self.config.steps and not self.progress.owing
+        self._on_main(lambda: None if idle and read_facts(self.run_dir) else write_facts(self.run_dir, facts))
         if self.world.is_main:
             log.info("this run:\n%s", header(facts))
 

@@ -49,6 +49,16 @@ def test_a_resume_is_another_start_of_the_same_run_and_keeps_its_notes(tmp_path)
     assert "resumed at step 4" in (tmp_path / "log.txt").read_text()
 
 
+def test_a_start_with_nothing_to_do_leaves_the_description_of_the_one_that_trained(tmp_path):
+    trainer(settings(tmp_path, steps=4)).fit()
+    before = facts(tmp_path)
+    trainer(settings(tmp_path, steps=4, micro_batch=1)).fit()
+    assert facts(tmp_path) == before
+    (tmp_path / "run.json").unlink()
+    trainer(settings(tmp_path, steps=4)).fit()
+    assert facts(tmp_path)["training"]["first"] == 4
+
+
 def test_a_damaged_file_is_written_anew(tmp_path):
     (tmp_path / "run.json").write_text('{"starts": [1, {"step"')
     assert read_facts(tmp_path) == {}

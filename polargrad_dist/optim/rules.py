@@ -64,7 +64,7 @@ class Rule:
         options: a registered rule's own options, by name.
     """
 
-    lr: float
+    lr: float = 0.02
     algorithm: str = "polar"
     momentum: Momentum = "momentum_first"
     beta: float = 0.95

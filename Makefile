@@ -88,7 +88,7 @@ paper: setup
 paper-lm: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.language paper
 
-# Eight optimizers on equal terms at two widths and two lengths: hours; the same command continues after an interruption.
+# Nine optimizers on equal terms at two widths and two lengths: hours; the same command continues after an interruption.
 race: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.language race
 

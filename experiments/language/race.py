@@ -72,15 +72,14 @@ _ADAMW_ENDS = _rule("embed", algorithm="adamw") | _rule("head", algorithm="adamw
 _POLAR_ENDS = _polar("embed", scale="nuclear") | _polar("head", scale="nuclear")
 _RELATIVE_ENDS = _polar("embed", scale="nuclear_relative") | _polar("head", scale="nuclear_relative")
 _MUON = _rule("hidden", oracle_dtype="float32")
-_RATES: dict[str, Any] = {"hidden": (0.01, 0.03, 0.09), "ends": (0.1, 0.4, 1.6)}
 _KIN: dict[str, Any] = {"kin": "Muon + PolarSGDM"}
 RACERS = (
     Racer(TARGET, _rule("hidden", algorithm="adamw", nesterov=False) | _ADAMW_ENDS, (2e-3, 6e-3, 18e-3),
           (2e-3, 8e-3, 32e-3), (0.9, 0.9), (True, True)),
     Racer("Muon + AdamW", _MUON | _ADAMW_ENDS, (0.01, 0.03, 0.09), (2e-3, 8e-3, 32e-3), (0.95, 0.9), (False, True)),
-    Racer("Muon + PolarSGDM", _MUON | _POLAR_ENDS, **_RATES),
+    Racer("Muon + PolarSGDM", _MUON | _POLAR_ENDS, (0.01, 0.03, 0.09), (0.1, 0.4, 1.6)),
     Racer("the default rules", _MUON | _RELATIVE_ENDS, (0.01, 0.03, 0.09), (0.25, 1.0, 4.0)),
-    Racer("SOAP-Muon + PolarSGDM", _MUON | _rule("hidden", precondition="soap", normalize="rows") | _POLAR_ENDS, **_RATES),
+    Racer("SOAP-Muon", _MUON | _rule("hidden", precondition="soap", normalize="rows") | _POLAR_ENDS, **_KIN),
     Racer("NorMuon", _MUON | _rule("hidden", normalize="rows") | _POLAR_ENDS, **_KIN),
     # A hidden matrix of 64 columns starts with a norm of about 5, an update of Muon's has one of about 8.
     Racer("hyperball", _MUON | _rule("hidden", control="hyperball", scale="none") | _POLAR_ENDS, factor=1.6, **_KIN),

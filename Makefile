@@ -9,18 +9,22 @@ EXTRAS := train,wandb,tensorboard,accelerate,lightning,deepspeed,plots,lm-eval,d
 
 setup: $(VENV)/.ready
 
-# What training needs; `.ready` adds what tests, pages and integrations need, in the same environment.
+# $(call install,extras,size)
+define install
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
+$(PYTHON) -m venv $(VENV)
+@echo "installing into $(VENV), once: $(2), minutes without further output"
+$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(1)]'
+endef
+
+# What training needs; `.ready` has what tests, pages and integrations need too, in the same environment.
 $(VENV)/.train: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
-	$(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV), once: 1.5 GB, minutes without further output"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train]'
+	$(call install,train,1.5 GB)
 	touch $@
 
-$(VENV)/.ready: $(VENV)/.train
-	@echo "installing into $(VENV), once: what tests, pages and integrations need, 1 GB or more"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
-	touch $@
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(call install,$(EXTRAS),2.3 GB)
+	touch $(VENV)/.train $@
 
 # Pre-trains a small Qwen2.5-style model on the Python standard library: one process per GPU, two on a CPU.
 train: $(VENV)/.train

@@ -165,7 +165,7 @@ def balance() -> list[Row]:
     """(d) On meta tensors: largest over mean load of owners, and bytes of the all-gather relative to the parameters."""
     rows = []
     for name, (hidden, tall) in MODELS.items():
-        groups = [group(hidden, "hidden", muon_rule()), group(tall, "embed", Rule())]
+        groups = [group(hidden, "hidden", muon_rule()), group(tall, "embed", Rule(0.02))]
         for world in (8, 64, 512):
             for mode, shards in (("DDP", 1), ("FSDP2", world), ("HSDP", 4 if world == 8 else 8)):
                 plan = plan_for(groups, replicas=world // shards, shards=shards)
@@ -224,7 +224,7 @@ def _traffic(rank: int, world: int, mode: str) -> tuple[dict[str, int], dict[str
     elif mode == "FSDP2":
         fully_shard(model)
     gradients = "reduce_scatter" if mode == "reduce_scatter" else "all_reduced"
-    optimizer = PolarGrad.from_config(model, OptimizerConfig(hidden=Rule(), gradients=gradients))
+    optimizer = PolarGrad.from_config(model, OptimizerConfig(hidden=Rule(0.02), gradients=gradients))
     optimizer.traffic.clear()
     model(torch.arange(32).view(4, 8) + rank).backward()
     optimizer.step()

@@ -55,7 +55,7 @@ def test_each_model_learns_from_json_lines_and_from_the_shards_made_of_them(tmp_
     assert losses(tmp_path / "shards") == first
 
 
-@pytest.mark.parametrize("gradients", ["all_reduced", "reduce_scatter"])
+@pytest.mark.parametrize("gradients", [pytest.param("all_reduced", marks=pytest.mark.slow), "reduce_scatter"])
 def test_two_processes_have_the_losses_of_one_over_fifty_steps(tmp_path, corpus, gradients):
     assert train(*arguments(tmp_path / "one", corpus, 50)).returncode == 0
     done = torchrun(2, *arguments(tmp_path / "two", corpus, 50, "--optimizer.gradients", gradients))

@@ -154,7 +154,7 @@ def mean_loss(run: Run, tokens: Any, device: torch.device) -> dict[str, float]:
         if number := int((targets != -100).sum()):
             loss = run.model(inputs.to(device), targets.to(device), progress=run.checkpoint.progress)
             total, count = total + float(loss) * number, count + number
-    out = {"loss": total / count, "tokens": count}
+    out = {"loss": total / count, "targets": count}
     if tokens.bytes_per_token:
         out["bits_per_byte"] = total / count / math.log(2) / tokens.bytes_per_token
     return out

@@ -2,9 +2,9 @@
 
 At each width there is a sweep of short runs on two seeds: a grid of two learning rates (hidden matrices; embedding and head),
 then further trials beyond the grid if the best pair is on its edge, else between its points; then momenta of both. A variant
-of a racer starts at that racer's best point and tries two neighbouring rates. The best points run at both lengths, on three
-other seeds. Main racers also run shorter complete schedules, which tell how long a run must be to reach AdamW's mean final
-loss.
+of a racer starts at that racer's best point and tries two neighbouring rates, and further ones while the best is on an edge.
+The best points run at both lengths, on three other seeds. Main racers also run shorter complete schedules, which tell how
+long a run must be to reach AdamW's mean final loss.
 """
 
 from __future__ import annotations
@@ -72,15 +72,14 @@ _ADAMW_ENDS = _rule("embed", algorithm="adamw") | _rule("head", algorithm="adamw
 _POLAR_ENDS = _polar("embed", scale="nuclear") | _polar("head", scale="nuclear")
 _RELATIVE_ENDS = _polar("embed", scale="nuclear_relative") | _polar("head", scale="nuclear_relative")
 _MUON = _rule("hidden", oracle_dtype="float32")
-_RATES: dict[str, Any] = {"hidden": (0.01, 0.03, 0.09), "ends": (0.1, 0.4, 1.6)}
 _KIN: dict[str, Any] = {"kin": "Muon + PolarSGDM"}
 RACERS = (
     Racer(TARGET, _rule("hidden", algorithm="adamw", nesterov=False) | _ADAMW_ENDS, (2e-3, 6e-3, 18e-3),
           (2e-3, 8e-3, 32e-3), (0.9, 0.9), (True, True)),
     Racer("Muon + AdamW", _MUON | _ADAMW_ENDS, (0.01, 0.03, 0.09), (2e-3, 8e-3, 32e-3), (0.95, 0.9), (False, True)),
-    Racer("Muon + PolarSGDM", _MUON | _POLAR_ENDS, **_RATES),
+    Racer("Muon + PolarSGDM", _MUON | _POLAR_ENDS, (0.01, 0.03, 0.09), (0.1, 0.4, 1.6)),
     Racer("the default rules", _MUON | _RELATIVE_ENDS, (0.01, 0.03, 0.09), (0.25, 1.0, 4.0)),
-    Racer("SOAP-Muon + PolarSGDM", _MUON | _rule("hidden", precondition="soap", normalize="rows") | _POLAR_ENDS, **_RATES),
+    Racer("SOAP-Muon", _MUON | _rule("hidden", precondition="soap", normalize="rows") | _POLAR_ENDS, **_KIN),
     Racer("NorMuon", _MUON | _rule("hidden", normalize="rows") | _POLAR_ENDS, **_KIN),
     # A hidden matrix of 64 columns starts with a norm of about 5, an update of Muon's has one of about 8.
     Racer("hyperball", _MUON | _rule("hidden", control="hyperball", scale="none") | _POLAR_ENDS, factor=1.6, **_KIN),
@@ -148,6 +147,8 @@ class Sweep:
     def _ratio(self, axis: int) -> float:
         if axis > 1:
             return 2.0
+        if self.racer.kin is not None:
+            return 2.0
         values = self.racer.hidden if axis == 0 else self.racer.ends
         return values[1] / values[0]
 
@@ -179,7 +180,10 @@ Trained = Callable[[dict[Any, Job], str], dict[Any, Curves]]
 
 
 def sweep(racers: list[Racer], width: int, steps: int, out: Path, trained: Trained) -> dict[str, Sweep]:
-    """Sweeps with equal budgets: 9 + `FURTHER` pairs of rates, 4 + `FURTHER` pairs of momenta, each on two seeds."""
+    """Sweeps with equal budgets: 9 + `FURTHER` pairs of rates, 4 + `FURTHER` pairs of momenta, each on two seeds.
+
+    Variants have 3 rates of hidden matrices, and up to `FURTHER` more while the best is on an edge.
+    """
     found = {r.name: Sweep(r) for r in racers if r.kin is None}
     others = {r.name: r for r in racers if r.kin is not None}
 
@@ -213,6 +217,8 @@ def sweep(racers: list[Racer], width: int, steps: int, out: Path, trained: Train
         starts[name] = [(float(f"{hidden * r.factor * x:.4g}"), *rest) for x in (0.5, 1.0, 2.0)]
         found[name] = Sweep(r)
     trial(starts, "kin")  # type: ignore[arg-type]
+    for number in range(FURTHER):
+        trial({name: found[name].edges((0,)) for name in starts}, f"kin {number + 1}")
     return found
 
 

@@ -71,11 +71,14 @@ def test_the_comparison_would_see_a_lost_generator(tmp_path):
 @pytest.mark.parametrize(
     "lives",
     [
-        [("ddp", 1, 6), ("ddp", 2, 12), ("ddp", 4, 18), ("ddp", 3, 24)],
-        [("ddp", 2, 6), ("fsdp", 2, 12), ("ddp", 2, 18), ("fsdp", 3, 24)],
-        [("fsdp", 2, 8), ("hsdp", 4, 16), ("ddp", 1, 24)],
+        pytest.param([("ddp", 1, 6), ("ddp", 2, 12), ("ddp", 4, 18), ("ddp", 3, 24)], id="world size"),
+        pytest.param(
+            [("ddp", 2, 6), ("fsdp", 2, 12), ("ddp", 2, 18), ("fsdp", 3, 24)],
+            id="ddp and fsdp",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param([("fsdp", 2, 8), ("hsdp", 4, 16), ("ddp", 1, 24)], id="hsdp"),
     ],
-    ids=["world size", "ddp and fsdp", "hsdp"],
 )
 def test_no_sample_is_lost_or_repeated_when_ranks_and_strategy_change(tmp_path, lives):
     straight, changed, steps = tmp_path / "straight", tmp_path / "changed", 24

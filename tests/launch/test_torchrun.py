@@ -15,6 +15,7 @@ from tests.launch.tiny import ROOT, STEPS, options, wait_for_step
 SCRIPTS = sorted((ROOT / "launch").rglob("*.sh")) + sorted((ROOT / "launch").rglob("*.sbatch"))
 
 
+@pytest.mark.slow
 def test_a_run_stopped_by_sigterm_and_moved_to_two_machines_where_a_rank_dies_ends_as_the_undisturbed_one(
     folder, straight, torchrun
 ):

@@ -48,7 +48,7 @@ def test_roles_are_read_from_modules():
 
 def test_hints_override_roles_and_say_how_fused_matrices_split():
     hints = {"qkv.weight": {"split_sizes": (8, 8, 8), "weight_decay_scale": 2.0}, "gain": {"role": "scalar"}}
-    groups = route(Tiny(hints=hints), OptimizerConfig(hidden=Rule(weight_decay=0.1)))
+    groups = route(Tiny(hints=hints), OptimizerConfig(hidden=Rule(0.02, weight_decay=0.1)))
     (qkv,) = [g for g in groups if "qkv.weight" in g["param_names"]]
     assert qkv["split_sizes"] == (8, 8, 8)
     assert qkv["weight_decay"] == pytest.approx(0.2)

@@ -1,5 +1,7 @@
 """`make train`: pre-trains the quick-start model with one process per GPU, or two without GPUs, and prints the results.
 
+Of 3, 5, 6 or 7 GPUs it takes as many as divide the batch.
+
 Training goes through torchrun and train.py like any other run; this script adds the comparison at the end. Arguments are
 passed on to train.py.
 """
@@ -31,7 +33,7 @@ ONLY_SHOW = (
 def main() -> int:
     import torch
 
-    processes = torch.cuda.device_count() or 2
+    processes = ranks(torch.cuda.device_count() or 2)
     torchrun = [
         sys.executable,
         "-m",
@@ -57,6 +59,14 @@ def main() -> int:
     sys.path.insert(0, str(ROOT))
     os.chdir(ROOT)
     return summary(processes)
+
+
+def ranks(most: int) -> int:
+    """The largest number of processes that share the batch of the configuration equally."""
+    import yaml
+
+    batch = yaml.safe_load((ROOT / CONFIG).read_bytes())["trainer"]["global_batch"]
+    return max(count for count in range(1, most + 1) if batch % count == 0)
 
 
 def ended(command: list[str], environment: dict[str, str]) -> tuple[int, signal.Signals | None]:

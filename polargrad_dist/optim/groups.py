@@ -13,7 +13,7 @@ from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.checks import check_keys
 from polargrad_dist.optim.matrix import RULES
 from polargrad_dist.optim.routing import route
-from polargrad_dist.optim.rules import OptimizerConfig, Rule, expect_rate
+from polargrad_dist.optim.rules import ROLES, OptimizerConfig, Rule, expect_rate
 
 _RULE = asdict(Rule(lr=1e-3, momentum="none"))
 DEFAULTS = {key: value for key, value in _RULE.items() if key != "options"} | {
@@ -27,9 +27,13 @@ def routed(
     """A model's parameter groups, with changes to some roles' rules."""
     if common:
         key = min(common)
+        # By default AdamW, which reads these two, is the rule of scalars alone.
+        first, *others = (
+            sorted(ROLES, key=lambda role: role != "scalar") if key in ("betas", "eps") else ROLES
+        )
         raise ConfigError(
             f"{key}={common[key]!r} was given with a model, expected it per role: set "
-            f"hidden={{{key!r}: {common[key]!r}}} (or embed, head, value_embed, scalar), or "
+            f"{first}={{{key!r}: {common[key]!r}}} (or {', '.join(others)}), or "
             "use PolarGrad.from_config(model, OptimizerConfig(…))"
         )
     if gradients == "reduce_scatter" and isinstance(model, nn.parallel.DistributedDataParallel):

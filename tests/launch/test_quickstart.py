@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import quickstart
 from polargrad_dist.trainer.checkpoint import CheckpointStore
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +36,10 @@ def arguments(folder: Path, *more: str) -> list[str]:
     }
     pairs = [word for key, value in small.items() for word in (f"--{key}", str(value))]
     return [sys.executable, str(ROOT / "launch" / "quickstart.py"), *pairs, *more]
+
+
+def test_of_the_gpus_it_takes_as_many_as_divide_the_batch():
+    assert [quickstart.ranks(count) for count in (1, 2, 3, 5, 6, 7, 8)] == [1, 2, 2, 4, 4, 4, 8]
 
 
 def using(folder: Path) -> list[int]:

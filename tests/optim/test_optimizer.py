@@ -499,6 +499,12 @@ def test_a_rule_never_keeps_the_rate_of_another_one(make, said):
         make(torch.nn.Sequential(torch.nn.Embedding(10, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 10)))
 
 
+@pytest.mark.parametrize(("key", "value", "role"), [("lr", 0.1, "hidden"), ("betas", (0.9, 0.99), "scalar")])
+def test_what_was_given_with_a_model_is_asked_for_with_a_role_that_reads_it(key, value, role):
+    with pytest.raises(ConfigError, match=f"set {role}={{'{key}': "):
+        PolarGrad(torch.nn.Sequential(torch.nn.Linear(4, 4)), **{key: value})
+
+
 def test_a_rule_has_the_rate_that_was_given_or_that_of_the_role_it_follows():
     def rates(**rules) -> dict[str, float]:
         model = torch.nn.Sequential(

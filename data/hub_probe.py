@@ -16,7 +16,7 @@ def offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The message of another library's error, shortened to fit into a sentence."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 

@@ -23,7 +23,7 @@ from polargrad_dist.trainer.cli import USER_ERROR, DryRun, parse, run
 from polargrad_dist.trainer.dry_run import dry_run
 from polargrad_dist.trainer.estimate import expected
 from polargrad_dist.trainer.initial import checkpoint_of, initialize
-from polargrad_dist.trainer.preflight import preflight
+from polargrad_dist.trainer.preflight import preflight, same_on_all_ranks
 from polargrad_dist.trainer.rates import check_rates
 
 
@@ -109,6 +109,7 @@ def pretrain(config: RunConfig, configuration: dict[str, Any]) -> Outcome:
     """Trains, or resumes, the run that `parse_run` returned, in one of the launcher's processes."""
     world = join(config.trainer.device, config.trainer.strategy.timeout_minutes)
     try:
+        same_on_all_ranks(world, configuration)
         trainer = config.trainer.for_world(world.size)
         adopted, origin, build = world.together(lambda: checked(config, configuration, trainer, world.size))
         data = open_data(

@@ -52,6 +52,10 @@ def find_corpora(config: DataConfig, report: Report) -> list[Corpus]:
             )
         tokenizer = tokenizer or _tokenizer_of(corpora[0], config)
         corpora.append(validation_corpus(name, paths, config, tokenizer, report))
+        if sum(shard.tokens for shard in corpora[-1].validation) < 2:
+            raise DataError(
+                f"data.validation_sets.{name} holds fewer than two tokens, so nothing to predict: add text, or leave it out"
+            )
     return corpora
 
 

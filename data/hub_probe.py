@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import urllib.error
+import urllib.parse
 import urllib.request
 
 TIMEOUT_S = 10.0
@@ -15,7 +16,7 @@ def offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The message of another library's error, shortened to fit into a sentence."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
@@ -29,7 +30,7 @@ def unreachable(path: str, timeout: float = TIMEOUT_S) -> str | None:
     if offline():
         return "HF_HUB_OFFLINE is set"
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    request = urllib.request.Request(f"{endpoint}/{path}", method="HEAD")
+    request = urllib.request.Request(f"{endpoint}/{urllib.parse.quote(path)}", method="HEAD")
     if token := os.environ.get("HF_TOKEN"):
         request.add_header("Authorization", f"Bearer {token}")
     answer: list[str | None] = []

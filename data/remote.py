@@ -9,6 +9,7 @@ import gzip
 import io
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ def opened(path: File, raw: list[BinaryIO] | None = None) -> Iterator[BinaryIO]:
             else:
                 with _unpacking(file, path.suffix) as unpacked:
                     yield unpacked
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
 
 

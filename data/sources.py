@@ -380,6 +380,10 @@ def read_parquet(path: File, field: str, raw: list[BinaryIO] | None = None) -> I
     try:
         with opened(path, raw) as whole:
             schema = parquet.read_schema(whole)
+            if schema.names.count(field) > 1:
+                raise DataError(
+                    f"{path} has {schema.names.count(field)} columns named {field!r}, expected one: rename the others"
+                )
             whole.seek(0)
             texts = (
                 [field] if field in schema.names and str(schema.field(field).type).endswith("string") else []

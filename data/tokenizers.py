@@ -6,6 +6,7 @@ Special tokens inside text are encoded as text: only `data.prepare` writes end-o
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from numpy.typing import DTypeLike
 
 from data.config import TokenizerConfig
 from data.documents import Source
-from data.files import digest, make_folder, read_json, sha256, write_atomically
+from data.files import digest, make_folder, sha256, write_atomically
 from data.hub_probe import first_line, unreachable
 from polargrad_dist.errors import ConfigError, DataError
 
@@ -65,7 +66,14 @@ class Tokenizer:
         """The ids of each text, without special tokens."""
         if self._tiktoken:
             return [np.array(self.backend.encode_ordinary(text), dtype) for text in texts]
-        found = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        try:
+            found = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:
+            # The Rust side raises nothing narrower
+            raise DataError(
+                f"the tokenizer {self.info.name!r} cannot encode some of this text ({first_line(error)}), expected one "
+                "with an unknown token or with all bytes: add one to it, or choose another"
+            ) from error
         return [np.array(encoding.ids, dtype) for encoding in found]
 
     def encode(self, text: str) -> list[int]:
@@ -96,6 +104,11 @@ def open_ready(name: str, end_of_text: int | str | None) -> Tokenizer:
     if name.startswith("tiktoken:"):
         return _tiktoken(name, end_of_text)
     folder = Path(name).expanduser()
+    if folder.is_file():
+        raise ConfigError(
+            f"data.tokenizer.name is {name!r}, which is a file, expected the folder of a {FILE}: set it to "
+            f"{str(folder.parent)!r}"
+        )
     if (folder / FILE).is_file():
         return _wrap(name, _from_file(folder / FILE), end_of_text, _declared_end(folder))
     fast = _auto(name, str(folder) if folder.is_dir() else name)
@@ -105,8 +118,16 @@ def open_ready(name: str, end_of_text: int | str | None) -> Tokenizer:
 def _declared_end(folder: Path) -> str | None:
     """The end-of-sequence token in a tokenizer's folder."""
     path = folder / "tokenizer_config.json"
-    token = read_json(path).get("eos_token") if path.exists() else None
-    return token["content"] if isinstance(token, dict) else token
+    if not path.exists():
+        return None
+    try:
+        token = json.loads(path.read_bytes()).get("eos_token")
+        return token["content"] if isinstance(token, dict) else token
+    except (OSError, ValueError, RecursionError, AttributeError, KeyError) as error:
+        raise DataError(
+            f"{path} cannot be read as a tokenizer's configuration ({type(error).__name__}: {first_line(error)}): restore "
+            "it, or set data.tokenizer.end_of_text and delete the file"
+        ) from error
 
 
 def _auto(name: str, place: str) -> Any:
@@ -124,6 +145,8 @@ def _auto(name: str, place: str) -> Any:
         except OSError as error:
             local = place != name or name.startswith((".", "/", "~"))
             reason = first_line(error) if local else unreachable(f"api/models/{name}")
+            if local and not Path(place).expanduser().exists():
+                reason = "there is no such folder"
             if reason is not None:
                 raise DataError(_cannot(name, reason)) from error
             fast = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
@@ -183,7 +206,11 @@ def _wrap(name: str, backend: Any, end_of_text: int | str | None, default: str |
     backend.no_truncation()
     # "<|endoftext|>" inside a document is text
     backend.encode_special_tokens = True
-    size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+    size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if not size:
+        raise DataError(
+            f"the tokenizer {name!r} has an empty vocabulary, expected a trained one: choose another"
+        )
     marker = end_of_text
     if marker is None:
         marker = END_OF_TEXT if backend.token_to_id(END_OF_TEXT) is not None else default

@@ -6,6 +6,7 @@ That this gives the model's own logits is checked once, when it is built.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +71,9 @@ def _has(default: Any, key: str) -> bool:
 def make_config(plain: dict[str, Any], vocab_size: int | None, end_of_text: int | None) -> Any:
     """Transformers' configuration from ``model.config``; the tokenizer's facts where it states none.
 
+    A default padding token is left out where the kind allows it: in this vocabulary it is some word, whose embedding would
+    get no gradient.
+
     Raises ``ConfigError`` for an unknown ``model_type`` or a key that its configuration does not have.
     """
     from transformers import AutoConfig
@@ -80,23 +84,25 @@ def make_config(plain: dict[str, Any], vocab_size: int | None, end_of_text: int 
         raise ConfigError(
             "model.config has no model_type, expected the architecture's name in Transformers, such as llama or qwen3"
         )
-    if vocab_size is not None:
-        plain.setdefault("vocab_size", vocab_size)
-    if end_of_text is not None and 0 <= end_of_text < plain.get("vocab_size", end_of_text + 1):
-        plain.setdefault("bos_token_id", end_of_text)
-        plain.setdefault("eos_token_id", end_of_text)
     try:
         default = AutoConfig.for_model(kind)
     except ValueError:
         raise ConfigError(
             f"model.config.model_type is {kind!r}, which Transformers does not know: see its documentation for the names"
         ) from None
+    facts = {"vocab_size": vocab_size} if vocab_size is not None else {}
+    if end_of_text is not None and 0 <= end_of_text < plain.get("vocab_size", end_of_text + 1):
+        facts |= {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    plain = {k: v for k, v in facts.items() if _has(default, k)} | plain
     if unknown := [key for key in plain if not _has(default, key)]:
         raise ConfigError(
             f"model.config.{unknown[0]} is set, but a configuration of {kind!r} has no such key: see "
             f"{type(default).__name__} in the documentation of Transformers"
         )
     try:
+        with contextlib.suppress(Exception):
+            # Some kinds insist on a padding token
+            return AutoConfig.for_model(kind, **({"pad_token_id": None} | plain))
         return AutoConfig.for_model(kind, **plain)
     except Exception as error:
         # Each configuration validates in its own way
@@ -119,7 +125,15 @@ class TransformersModel(LanguageModel):
             raise ConfigError(
                 f"model.config.model_type is {config.model_type!r}, which has no causal language model: {first_line(error)}"
             ) from error
+        except Exception as error:
+            # Each model fails in its own way where its configuration makes no sense
+            raise ConfigError(
+                f"model.config makes no {config.model_type!r} ({type(error).__name__}: {first_line(error)}): see "
+                f"{type(config).__name__} in the documentation of Transformers"
+            ) from error
         text = config.get_text_config()
+        # XLNet's is -1: no limit
+        positions = getattr(text, "max_position_embeddings", None) or 0
         if not (heads := getattr(text, "num_attention_heads", None)):
             raise ConfigError(
                 f"a model of {config.model_type!r} has no attention heads, expected a Transformer: train it as a module of "
@@ -131,7 +145,7 @@ class TransformersModel(LanguageModel):
             width=text.hidden_size,
             layers=text.num_hidden_layers,
             heads=heads,
-            max_sequence_length=getattr(text, "max_position_embeddings", None) or sys.maxsize,
+            max_sequence_length=positions if positions > 0 else sys.maxsize,
             end_of_text=-1 if end_of_text is None else end_of_text,
             head_width=getattr(text, "head_dim", None) or text.hidden_size // heads,
             mlp_width=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
@@ -151,6 +165,7 @@ class TransformersModel(LanguageModel):
         )
         self._cap = getattr(text, "final_logit_softcapping", None)
         self._balance = self._balancing()
+        self._takes_cache = True
         if next(self.inner.parameters()).device.type != "meta":
             self._check_logits()
 
@@ -185,18 +200,40 @@ class TransformersModel(LanguageModel):
 
     @torch.no_grad()
     def _check_logits(self) -> None:
-        """Raises ``ConfigError`` where head and hidden states are not all there is to the model's logits."""
+        """Raises ``ConfigError`` where head and hidden states are not all there is to the model's logits, and where these
+        depend on later tokens. Notes whether the model takes the usual cache."""
         training = self.training
         self.eval()
-        tokens = torch.arange(2)[None] % self.vocab_size
-        theirs = self.inner(input_ids=tokens, use_cache=False).logits.float()
-        ours = self(tokens)
-        self.train(training)
-        if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4):
+        # From the middle of the vocabulary, since padding is at its ends
+        middle = self.vocab_size // 2
+        tokens, other = (
+            torch.tensor([[middle, second % self.vocab_size]]) for second in (middle + 1, middle - 1)
+        )
+        try:
+            theirs, changed = (
+                self.inner(input_ids=t, use_cache=False).logits.float() for t in (tokens, other)
+            )
+            ours = self(tokens)
+            known = ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+        except (AttributeError, RuntimeError, TypeError, ValueError):
+            # Its parts do not fit together as usual
+            known = False
+        if not known:
             raise ConfigError(
                 f"a model of {self._text.model_type!r} changes its logits in a way that this trainer's loss does not know: "
                 "choose another architecture, or train it as a module of your own (docs/own-model.md)"
             )
+        if not torch.allclose(theirs[:, 0], changed[:, 0], rtol=1e-4, atol=1e-4):
+            raise ConfigError(
+                f"this model of {self._text.model_type!r} sees later tokens, so it would learn to copy them, expected a "
+                "causal one: set is_decoder to true in model.config or use_bidirectional_attention to false, "
+                "where it has them, or choose another architecture"
+            )
+        try:
+            self(tokens, cache=self.make_cache())
+        except (AttributeError, RuntimeError, TypeError, ValueError):
+            self._takes_cache = False
+        self.train(training)
 
     def hub_config(self, progress: float) -> dict[str, Any]:
         config = self.inner.config.to_dict()
@@ -222,6 +259,9 @@ class TransformersModel(LanguageModel):
         return list(self._layers)
 
     def make_cache(self) -> Any:
+        """As every model's; None for one with a cache of its own kind, which samples without."""
+        if not self._takes_cache:
+            return None
         from transformers import DynamicCache
 
         return DynamicCache(config=self.inner.config)

@@ -191,3 +191,8 @@ def test_a_malformed_tokenizer_of_a_run_is_a_data_error(tmp_path):
         (tmp_path / "tokenizer" / INFO).write_text(json.dumps(raw))
         with pytest.raises(DataError, match="not a tokenizer's description"):
             kept(tmp_path)
+    (tmp_path / "tokenizer" / INFO).write_bytes(b"")
+    with pytest.raises(DataError, match="start the run once more, which writes it anew"):
+        kept(tmp_path)
+    keep(tmp_path, None, 7)
+    assert kept(tmp_path).end_of_text == 7

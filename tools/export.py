@@ -7,15 +7,18 @@ are read one by one, whatever ranks saved them, so that at most one shard is in 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data.hub_probe import first_line
 from models import LanguageModel
 from models.auto import TransformersModel
 from polargrad_dist.errors import CheckpointError, ConfigError
@@ -58,18 +61,43 @@ def main() -> int:
     )
     options = parser.read()
     checkpoint = find_checkpoint(options.run, options.step)
+    if options.format == "dcp" and options.dtype is not None:
+        raise ConfigError("--dtype is set with --format dcp, which keeps every tensor's dtype: leave it out")
     out = new_folder(Path(options.out))
-    if options.format == "dcp":
-        if options.dtype is not None:
-            raise ConfigError(
-                "--dtype is set with --format dcp, which keeps every tensor's dtype: leave it out"
-            )
-        export_dcp(replace(checkpoint, last=True), out)
-    else:
-        checkpoint = replace(checkpoint, last=options.weights == "last")
-        export(checkpoint, out, dtype=options.dtype, tokenizer=options.tokenizer)
+    with all_or_nothing(out):
+        if options.format == "dcp":
+            export_dcp(replace(checkpoint, last=True), out)
+        else:
+            checkpoint = replace(checkpoint, last=options.weights == "last")
+            export(checkpoint, out, dtype=options.dtype, tokenizer=options.tokenizer)
     print(f"step {checkpoint.step} of {checkpoint.run_dir} is in {out}")
     return 0
+
+
+@contextlib.contextmanager
+def all_or_nothing(out: Path) -> Iterator[None]:
+    """Empties the folder, which was new, if writing it ends early: half an export looks like one.
+
+    Raises ``ConfigError`` if it cannot be written.
+    """
+    from safetensors import SafetensorError
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except BaseException as error:
+        for path in out.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        cause: BaseException = error
+        if isinstance(error, CheckpointException):
+            # A failed write of torch's: often a RuntimeError
+            cause = next(iter(error.failures.values()))[0]
+        if cause is not error or isinstance(cause, OSError | SafetensorError):
+            reason = getattr(cause, "strerror", None) or first_line(cause)
+            raise ConfigError(
+                f"{out} cannot be written ({reason}), and nothing is left there: free some space, or choose another folder"
+            ) from error
+        raise
 
 
 def new_folder(out: Path) -> Path:

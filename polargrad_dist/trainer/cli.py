@@ -21,6 +21,8 @@ from polargrad_dist.trainer.output import flush
 
 T = TypeVar("T")
 USER_ERROR = 2
+# As shells say for SIGINT
+INTERRUPTED = 130
 
 
 class DryRun(NamedTuple):
@@ -320,7 +322,8 @@ def program() -> str:
 
 
 def run(main: Callable[[], int]) -> None:
-    """Exits with the code of ``main``. A known error is one sentence, and exit code 2 if the user can fix it, else 1."""
+    """Exits with the code of ``main``. A known error is one sentence, and exit code 2 if the user can fix it, else 1; an
+    interrupt that ``main`` does not handle is one word, and 130."""
     # Fails if stderr is not a real file.
     with contextlib.suppress(OSError, ValueError, AttributeError):
         faulthandler.enable()
@@ -330,5 +333,9 @@ def run(main: Callable[[], int]) -> None:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             print(f"{program()}: error: {error}", file=sys.stderr, flush=True)
         code = USER_ERROR if isinstance(error, ConfigError | DataError | CheckpointError) else 1
+    except KeyboardInterrupt:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            print(f"{program()}: interrupted", file=sys.stderr, flush=True)
+        code = INTERRUPTED
     flush()
     sys.exit(code)

@@ -16,6 +16,17 @@ from polargrad_dist.trainer import rundir
 from polargrad_dist.trainer.choices import read_questions
 from polargrad_dist.trainer.config import TrainerConfig
 from polargrad_dist.trainer.metrics import check_packages
+from polargrad_dist.trainer.world import World
+
+# What may differ between machines: only rank 0 reads text
+OF_A_MACHINE = (
+    "data.cache",
+    "data.paths",
+    "data.prefetch",
+    "data.validation_paths",
+    "data.workers",
+    "trainer.device",
+)
 
 
 def preflight(
@@ -43,6 +54,11 @@ def preflight(
     check_lengths(config, model)
     rows = getattr(model, "vocab_size", None)
     if vocab_size is not None and isinstance(rows, int) and rows < vocab_size:
+        if (origin := configuration.get("model", {}).get("init_from")) is not None:
+            raise ConfigError(
+                f"the weights of model.init_from have {rows} tokens, but data.tokenizer has {vocab_size}: set "
+                f"data.tokenizer.name to theirs, such as {origin!r}"
+            )
         raise ConfigError(
             f"model.vocab_size is {rows}, but data.tokenizer has {vocab_size} tokens: set it to {vocab_size}, or leave it out"
         )
@@ -52,6 +68,20 @@ def preflight(
             role = group["role"] if getattr(optimizer, group["role"]) is not None else "embed"
             refuse_owner_state(f"optimizer.{role}", group)
     return model
+
+
+def same_on_all_ranks(world: World, configuration: dict[str, Any]) -> None:
+    """Raises ``ConfigError``, on all ranks, where one was started with another configuration: it would train something else,
+    or end the others in the middle of a collective."""
+    everywhere = [rundir.leaves(found) for found in world.gather(configuration)]
+    for rank, found in enumerate(everywhere):
+        for key in everywhere[0] | found:
+            first, here = everywhere[0].get(key), found.get(key)
+            if first != here and key not in OF_A_MACHINE:
+                raise ConfigError(
+                    f"{key} is {first!r} on rank 0 and {here!r} on rank {rank}, expected the same on all: start every rank "
+                    "with the same command and the same files"
+                )
 
 
 def check_lengths(config: TrainerConfig, model: nn.Module) -> None:

@@ -195,9 +195,12 @@ def read(path: Path) -> dict[str, Any]:
 
     try:
         content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        # ValueError: bytes that are no text
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} cannot be read as a configuration ({reason})") from error
+        raise ConfigError(
+            f"{path} cannot be read as a configuration ({reason}): remove it, or choose another run_dir"
+        ) from error
     if not isinstance(content, dict):
         raise ConfigError(
             f"{path} holds no configuration, expected keys and values: remove it, or choose another run_dir"

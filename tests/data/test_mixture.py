@@ -139,6 +139,9 @@ def test_further_validation_sets_are_measured_with_the_runs_tokenizer(tmp_path):
     )
     again = open_data(mixture(tmp_path, validation_sets={"poem": [str(folder)]}), **SIZES)
     assert again.validations["poem"].targets().tolist() == poem.targets().tolist()
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(DataError, match=r"data\.validation_sets\.nothing holds fewer than two tokens"):
+        open_data(mixture(tmp_path, validation_sets={"nothing": [str(tmp_path / "empty.jsonl")]}), **SIZES)
 
 
 def test_held_out_shards_of_every_source_belong_to_the_fingerprint_and_sets_that_are_only_measured_do_not(

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 
 import fsspec
 import numpy as np
@@ -70,6 +71,10 @@ def test_damaged_packing_and_unknown_forms_are_one_sentence(tmp_path):
     (tmp_path / "cut.jsonl.zst").write_bytes(whole[: len(whole) * 2 // 3])
     with pytest.raises(DataError, match=r"cut\.jsonl\.zst cannot be read"):
         parts(config(tmp_path, tmp_path / "cut.jsonl.zst"))
+    bad = gzip.compress(random.Random(0).randbytes(100) + b"text " * 9999)
+    (tmp_path / "bad.txt.gz").write_bytes(bad[:40] + b"\xff" * 3 + bad[43:])
+    with pytest.raises(DataError, match=r"bad\.txt\.gz cannot be read: Error -3 while decompressing"):
+        parts(config(tmp_path, tmp_path / "bad.txt.gz"))
     (tmp_path / "no.txt.zst").write_bytes(b"this is not packed")
     with pytest.raises(DataError, match=r"no\.txt\.zst cannot be"), opened(tmp_path / "no.txt.zst") as file:
         file.read()

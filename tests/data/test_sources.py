@@ -149,6 +149,9 @@ def test_parquet_rows_come_in_order_and_a_missing_column_is_named(tmp_path):
     pq.write_table(pa.table({"text": ["a", None]}), path)
     with pytest.raises(DataError, match=r"a\.parquet, row 2: 'text' holds a NoneType"):
         list(files(path).documents())
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
+    with pytest.raises(DataError, match=r"a\.parquet has 2 columns named 'text', expected one"):
+        list(files(path).documents())
 
 
 def test_paths_are_folders_and_globs_in_sorted_order_and_must_match(tmp_path):

@@ -120,6 +120,36 @@ def test_a_tokenizer_that_cannot_be_had_is_said_at_once_with_the_way_out(tmp_pat
     assert time.monotonic() - start < 30
 
 
+def test_a_path_that_is_no_tokenizers_folder_is_told_from_a_hub_name(tmp_path, trained):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(trained.json())
+    with pytest.raises(ConfigError, match=rf"which is a file, expected the folder .* set it to '{folder}'"):
+        open_ready(str(folder / "tokenizer.json"), None)
+    with pytest.raises(DataError, match="there is no such folder"):
+        open_ready(str(tmp_path / "nowhere"), None)
+    for wrong in ("{", "[1]", '{"eos_token": {"lstrip": false}}'):
+        (folder / "tokenizer_config.json").write_text(wrong)
+        with pytest.raises(DataError, match=r"tokenizer_config\.json cannot be read .* restore it, or"):
+            open_ready(str(folder), "x")
+
+
+def test_a_vocabulary_that_is_empty_or_lacks_a_word_is_said_in_a_sentence(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    for vocabulary in ({}, {"known": 0, "end": 1}):
+        backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+        backend.save(str(tmp_path / "tokenizer.json"))
+        if not vocabulary:
+            with pytest.raises(DataError, match="empty vocabulary"):
+                open_ready(str(tmp_path), None)
+    opened = open_ready(str(tmp_path), "end")
+    assert opened.encode("known") == [0]
+    with pytest.raises(
+        DataError, match=r"cannot encode some of this text \(WordLevel error: Missing \[UNK\]"
+    ):
+        opened.encode("unknown")
+
+
 def test_a_tiktoken_encoding_is_used_by_name(tmp_path, monkeypatch):
     """An encoding of single bytes, registered the way tiktoken's plugins are."""
     tiktoken = pytest.importorskip("tiktoken")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import AutoConfig
 
 from models import ModelConfig, adopt, build_model
 from polargrad_dist.errors import ConfigError
@@ -94,11 +95,45 @@ def test_a_router_is_balanced_in_training_only():
         ({"model_type": "mamba", "num_hidden_layers": 2}, "no attention heads"),
         ({"model_type": "bert", "num_hidden_layers": 2, "hidden_size": 24}, "own-model"),
         ({"model_type": "t5", "num_layers": 2}, "no causal language model"),
+        # Its base model returns logits, and its head has an input of its own
+        (
+            {"model_type": "llama4_text"} | SIZES | {"num_local_experts": 2, "intermediate_size_mlp": 48},
+            "own-model",
+        ),
+        ({"model_type": "electra", "num_hidden_layers": 1, "hidden_size": 24}, "own-model"),
+        # They see the tokens that they are to predict
+        ({"model_type": "bert-generation", "hidden_size": 24, "num_attention_heads": 4}, "sees later tokens"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True} | SIZES, "sees later tokens"),
+        (
+            {"model_type": "phi3", "pad_token_id": 96} | SIZES,
+            r"makes no 'phi3' \(AssertionError: Padding_idx",
+        ),
     ],
 )
 def test_what_makes_no_model_is_one_sentence(config, expected):
     with pytest.raises(ConfigError, match=expected):
         build_model(ModelConfig("transformers", config=config), vocab_size=96)
+
+
+def test_a_kinds_default_padding_token_is_an_ordinary_word_of_another_vocabulary():
+    for kind, padding in (("olmo", 1), ("phi3", 32000)):
+        config = {"model_type": kind} | {k: v for k, v in SIZES.items() if k != "head_dim"}
+        assert AutoConfig.for_model(kind).pad_token_id == padding
+        model = build_model(ModelConfig("transformers", config=config), vocab_size=96, end_of_text=95)
+        tokens = torch.arange(60)[None]
+        model(tokens, tokens.roll(-1, 1)).backward()
+        assert model.get_input_embeddings().weight.grad[:60].abs().sum(1).min() > 0
+    stated = build_model(ModelConfig("transformers", config=config | {"pad_token_id": 7}), vocab_size=96)
+    assert stated.get_input_embeddings().padding_idx == 7
+
+
+def test_a_model_with_a_cache_of_its_own_kind_samples_without():
+    config = {"model_type": "minimax", "num_local_experts": 2} | SIZES
+    model = build_model(ModelConfig("transformers", config=config), vocab_size=96, end_of_text=95).eval()
+    tokens = torch.arange(10)[None]
+    found = [model.generate(tokens, 5, temperature=0, cached=cached) for cached in (True, False)]
+    assert torch.equal(*found)
+    assert found[0].shape == (1, 15)
 
 
 def test_sizes_beside_a_configuration_and_a_configuration_beside_another_architecture_are_refused():

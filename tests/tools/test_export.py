@@ -1,7 +1,10 @@
 """Exports as others see them: plain Transformers, its tokenizers, and torch's own checkpoint format."""
 
+import contextlib
 import json
 import os
+import resource
+import signal
 import stat
 import subprocess
 from pathlib import Path
@@ -142,6 +145,27 @@ def test_the_command_takes_a_run_or_a_checkpoint_and_refuses_what_it_cannot_do(t
         ((run, tmp_path / "b", "--format", "dcp", "--dtype", "bfloat16"), "--dtype is set with --format dcp"),
     ):
         assert expected in tool("tools.export", *args, code=2)
+
+
+@pytest.mark.parametrize("form", ["transformers", "dcp"])
+def test_an_export_to_a_full_disk_leaves_nothing(tmp_path, trained, form):
+    run, out = trained("qwen2.5"), tmp_path / "out"
+    with _files_of_at_most(2000):
+        said = tool("tools.export", run, out, "--format", form, code=2)
+    assert f"{out} cannot be written" in said
+    assert not list(out.iterdir())
+
+
+@contextlib.contextmanager
+def _files_of_at_most(size: int):
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_checkpoint_of_two_sharded_ranks_exports_on_one_process(tmp_path, arguments):

@@ -1,6 +1,7 @@
 """The command line: one sentence for a user's mistake, the merged configuration on request, dry runs with exact counts."""
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import yaml
 
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim import OptimizerConfig
+from polargrad_dist.trainer import rundir
+from polargrad_dist.trainer.cli import run
 from polargrad_dist.trainer.guesses import GUESSES
 from tests.commandline import train
 from train import parse_run
@@ -431,3 +434,20 @@ def test_every_configuration_in_the_project_is_valid(config):
     run.optimizer.check()
     run.trainer.check(1)
     assert plain["trainer"]["run_dir"] == f"runs/{config}"
+
+
+def test_an_interrupt_before_training_is_one_word(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as left:
+        run(interrupted)
+    assert left.value.code == 130
+    assert capsys.readouterr().err == "train.py: interrupted\n"
+
+
+def test_a_configuration_in_a_run_directory_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_bytes(b"\x00\xff")
+    with pytest.raises(ConfigError, match=r"config\.yaml cannot be read as a configuration .* remove it"):
+        rundir.read(tmp_path / "config.yaml")

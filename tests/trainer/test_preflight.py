@@ -2,12 +2,13 @@
 
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from polargrad_dist.errors import ConfigError
-from polargrad_dist.trainer.preflight import check_writable
+from polargrad_dist.trainer.preflight import check_writable, same_on_all_ranks
 from tests.commandline import train
 
 SMALL = (
@@ -93,3 +94,23 @@ def test_a_run_directory_that_cannot_be_written_is_named(tmp_path):
             os._exit(3 if "no permission for" in str(error) else 4)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
     check_writable(tmp_path / "new" / "run")
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("trainer.seed", r"trainer\.seed is 0 on rank 0 and 5 on rank 1, expected the same on all"),
+        # Where data lie may differ, since only rank 0 reads text
+        ("data.cache", None),
+    ],
+)
+def test_ranks_with_other_configurations_are_refused_on_every_one(key, expected):
+    section, name = key.split(".")
+    ours, theirs = {section: {name: 0}}, {section: {name: 5}}
+    for own in (ours, theirs):
+        world = SimpleNamespace(gather=lambda value: [ours, theirs])
+        if expected is None:
+            same_on_all_ranks(world, own)
+        else:
+            with pytest.raises(ConfigError, match=expected):
+                same_on_all_ranks(world, own)

@@ -17,7 +17,7 @@ from data import DataConfig, open_data
 from data.sources import missing_paths
 from models import ModelConfig, adopt, build_model
 from polargrad_dist.optim import OptimizerConfig
-from polargrad_dist.trainer import Outcome, Trainer, TrainerConfig, join, seed_everything
+from polargrad_dist.trainer import Outcome, Trainer, TrainerConfig, join, rundir, seed_everything
 from polargrad_dist.trainer.checkpoint.single import Checkpoint
 from polargrad_dist.trainer.cli import USER_ERROR, DryRun, parse, run
 from polargrad_dist.trainer.dry_run import dry_run
@@ -95,7 +95,9 @@ def checked(
     """Checks everything that needs no data; returns the model's configuration, the checkpoint of its initial weights or None,
     and a function that builds the model."""
     origin = checkpoint_of(config.model.init_from)
-    adopted = adopt(config.model, origin.manifest.configuration["model"] if origin else None)
+    kept = Path(trainer.run_dir) / "config.yaml"
+    before = rundir.read(kept).get("model") if trainer.resumes and kept.exists() else None
+    adopted = adopt(config.model, origin.manifest.configuration["model"] if origin else None, before)
     # The run keeps the model that a hub name stood for at its start
     if adopted != config.model:
         configuration["model"] = asdict(adopted)

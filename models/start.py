@@ -17,16 +17,22 @@ from models.config import ModelConfig
 from polargrad_dist.errors import ConfigError
 
 
-def adopt(config: ModelConfig, of_run: dict[str, Any] | None = None) -> ModelConfig:
+def adopt(
+    config: ModelConfig, of_run: dict[str, Any] | None = None, before: dict[str, Any] | None = None
+) -> ModelConfig:
     """The configuration with what it leaves open taken from where its weights come from, and names replaced by their content.
 
-    of_run: the model's configuration of the run that ``init_from`` names, None where it is in Hugging Face's format. Raises
-    ``ConfigError`` where a size contradicts the weights.
+    of_run: the model's configuration of the run that ``init_from`` names, None where it is in Hugging Face's format.
+    before: that of an earlier start of this run. From the same weights it is taken as it is: they need not be there any more.
+    Raises ``ConfigError`` where a size contradicts the weights.
     """
     if config.architecture == "transformers" and isinstance(config.config, str):
         config = replace(config, config=read_config(config.config, "model.config"))
     if config.init_from is None:
         return config
+    if before is not None and before.get("init_from") == config.init_from:
+        left_open = [one.name for one in fields(config) if getattr(config, one.name) is None]
+        return replace(config, **{name: before[name] for name in left_open if name in before})
     if of_run is not None:
         return _of_run(config, of_run)
     if config.architecture == "transformers":

@@ -26,7 +26,9 @@ def began(run: Path, *args: str) -> Path:
     return run
 
 
-def test_an_exported_run_comes_back_as_qwen_and_as_a_transformers_model(tmp_path, trained, arguments):
+def test_an_exported_run_comes_back_as_qwen_and_as_a_transformers_model_and_resumes_without_the_export(
+    tmp_path, trained, arguments
+):
     export(find_checkpoint(trained("qwen2.5")), tmp_path)
     one = ("--trainer.steps", "1", *FROZEN, *UNSIZED, "--model.max_sequence_length", "null")
     given = arguments(tmp_path / "x", *one, "--model.init_from", str(tmp_path))
@@ -38,8 +40,12 @@ def test_an_exported_run_comes_back_as_qwen_and_as_a_transformers_model(tmp_path
         tokens = torch.arange(60)[None]
         torch.testing.assert_close(opened.model(tokens), source.model(tokens), rtol=1e-5, atol=1e-5)
         assert first_loss(run) == pytest.approx(first_loss(qwen), rel=1e-5)
-    again = train(*given, "--trainer.run_dir", str(qwen), "--trainer.steps", "2")
-    assert again.returncode == 0, again.stderr
+    tmp_path.joinpath("model.safetensors").unlink()
+    tmp_path.joinpath("config.json").unlink()
+    for run in (qwen, other):
+        kind = ("--model.architecture", "transformers") if run == other else ()
+        again = train(*given, *kind, "--trainer.run_dir", str(run), "--trainer.steps", "2")
+        assert again.returncode == 0, again.stderr
 
 
 def test_a_run_begins_with_the_weights_of_another_and_nothing_else_of_it(tmp_path, trained, arguments):

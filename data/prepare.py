@@ -237,7 +237,8 @@ def _write_shards(
             "no text fell into the validation split: raise data.validation_fraction, set data.validation_paths, or raise "
             "data.max_tokens (the validation part of plain text is its end)"
         )
-    report(f"prepared {progress.tokens:,} training and {held:,} validation tokens in {folder}")
+    parts = f"{progress.tokens:,} training and {held:,} validation" if held else f"{progress.tokens:,}"
+    report(f"prepared {parts} tokens in {folder}")
 
 
 @dataclass

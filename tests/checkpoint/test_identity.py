@@ -51,7 +51,7 @@ def test_a_checkpoint_of_another_run_is_passed_over_and_never_pushes_out_good_on
     shutil.copytree(tmp_path / "b" / "step-00000050", tmp_path / "a" / "step-00000050")
     store = store_of(tmp_path / "a", keep_last=2)
     assert store.resume_point().name == "step-00000002"
-    assert "step-00000050: it is of run b, not of this run, a" in caplog.text
+    assert "step-00000050: it is of run b, not of a, which the file run_id names" in caplog.text
     store.load(tmp_path / "a" / "step-00000002", {})
     store.save(3, state(3))
     store.wait()
@@ -80,7 +80,7 @@ def test_tools_pass_over_a_checkpoint_that_was_renamed_or_is_of_another_run(tmp_
     assert find_checkpoint(tmp_path / "a").folder.name == "step-00000002"
     (folder / "step-00000002").rename(folder / "step-00000009")
     assert find_checkpoint(tmp_path / "a").folder.name == "step-00000001"
-    with pytest.raises(CheckpointError, match="it is of run b, not of this run, a"):
+    with pytest.raises(CheckpointError, match="it is of run b, not of a, which the file run_id names"):
         find_checkpoint(tmp_path / "a", 50)
     assert find_checkpoint(folder / "step-00000050").step == 50, "one that is named is taken"
 

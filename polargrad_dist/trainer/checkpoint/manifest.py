@@ -62,7 +62,7 @@ def misplaced(path: Path, manifest: Manifest, run: str | None) -> str | None:
     if named is not None and named != manifest.step:
         return f"its manifest is of step {manifest.step}: it was renamed or copied over another"
     if run is not None and manifest.run != run:
-        return f"it is of run {manifest.run}, not of this run, {run}"
+        return f"it is of run {manifest.run}, not of {run}, which the file run_id names"
     return None
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -63,6 +64,8 @@ def test_a_lost_terminal_makes_the_run_save_and_leave(tmp_path):
     fcntl.ioctl(other_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
 
     def take_the_terminal():
+        # Tests that run under nohup ignore it, and so would the run.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         os.setsid()
         fcntl.ioctl(other_end, termios.TIOCSCTTY, 0)
 

@@ -145,9 +145,8 @@ class Sweep:
         )
 
     def _ratio(self, axis: int) -> float:
-        if axis > 1:
-            return 2.0
-        if self.racer.kin is not None:
+        # A variant has no grid
+        if axis > 1 or self.racer.kin is not None:
             return 2.0
         values = self.racer.hidden if axis == 0 else self.racer.ends
         return values[1] / values[0]

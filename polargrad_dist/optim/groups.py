@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -65,9 +65,24 @@ def routed(
     return groups
 
 
+def listed(params: Any) -> list[Any]:
+    """Parameters, named parameters or groups as a list with at least one of them."""
+    if isinstance(params, torch.Tensor) or not isinstance(params, Iterable):
+        raise ConfigError(
+            f"params is a {type(params).__name__}, expected a model, or a list of parameters or of parameter groups"
+        )
+    if not (found := list(params)):
+        raise ConfigError(
+            "params is empty, expected at least one parameter: a model's `parameters()` can be read only once"
+        )
+    return found
+
+
 def completed(given: dict[str, Any], defaults: dict[str, Any], where: str, count: int) -> dict[str, Any]:
     """A copy of a group with every key and a list of named parameters; ``count`` parameters come before it."""
     check_keys(defaults | given, where)
+    if "params" not in given:
+        raise ConfigError(f"{where} has no key 'params', expected its parameters there")
     params = [given["params"]] if isinstance(given["params"], torch.Tensor) else list(given["params"])
     if not params:
         raise ConfigError("a parameter group is empty, expected at least one parameter")

@@ -24,7 +24,7 @@ from polargrad_dist.optim.bucket import Member, Travel, run
 from polargrad_dist.optim.checks import Watch, check_keys, check_parameter, check_travel, check_values
 from polargrad_dist.optim.elements import by_kind, shrinking, sum_of_squares
 from polargrad_dist.optim.facts import Facts, Sums, failure_of
-from polargrad_dist.optim.groups import DEFAULTS, completed, routed
+from polargrad_dist.optim.groups import DEFAULTS, completed, listed, routed
 from polargrad_dist.optim.routing import route
 from polargrad_dist.optim.rules import OptimizerConfig, Rule
 from polargrad_dist.optim.state import NamedState
@@ -107,7 +107,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         self._steps = 0
         self._keep: frozenset[int] = frozenset()
         self._facts = Facts()
-        super().__init__(params, DEFAULTS | rule)
+        super().__init__(listed(params), DEFAULTS | rule)
         self._place(self.param_groups)
 
     @classmethod

@@ -303,6 +303,20 @@ def test_a_group_that_is_refused_leaves_the_optimizer_as_it_was(bad):
     assert not torch.equal(p.detach(), torch.ones(3, 3))
 
 
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        (None, "params is a NoneType, expected a model"),
+        (nn.Parameter(torch.ones(3, 3)), "params is a Parameter, expected a model"),
+        ([], "params is empty"),
+        ([{"lr": 0.1}], "parameter group 0 has no key 'params'"),
+    ],
+)
+def test_what_holds_no_parameters_is_refused(params, said):
+    with pytest.raises(ConfigError, match=said):
+        PolarGrad(params)
+
+
 def test_groups_are_not_written_to_and_may_be_used_again():
     first, second = {"params": [nn.Parameter(torch.ones(3, 3))]}, {"params": [nn.Parameter(torch.ones(3, 3))]}
     PolarGrad([first, second])

@@ -31,12 +31,12 @@ UPDATE = ("residual", "cosine")
 
 @dataclass
 class DiagnosticsConfig:
-    """Which matrices are looked at, and how often.
+    """Which matrices are diagnosed, and how often.
 
     Args:
-        every: steps between looks, the first step included; 0 for never.
-        hidden: hidden matrices to look at beside embedding, head and value embeddings: evenly over the depth of the model.
-        parameters: names or patterns (``*.mlp.*``) of further matrices to look at.
+        every: steps between diagnoses, beginning with the first step; 0 for never.
+        hidden: number of hidden matrices beside embedding, head and value embeddings, spread evenly over the depth of the model.
+        parameters: names or patterns (``*.mlp.*``) of further matrices.
     """
 
     every: int = 100

@@ -35,7 +35,7 @@ class DiagnosticsConfig:
 
     Args:
         every: steps between diagnoses, beginning with the first step; 0 for never.
-        hidden: number of hidden matrices beside embedding, head and value embeddings, spread evenly over the depth of the model.
+        hidden: number of hidden matrices, beside embedding, head and value embeddings; spread evenly over the depth.
         parameters: names or patterns (``*.mlp.*``) of further matrices.
     """
 

@@ -16,6 +16,7 @@ from polargrad_dist.trainer import rundir
 from polargrad_dist.trainer.choices import read_questions
 from polargrad_dist.trainer.config import TrainerConfig
 from polargrad_dist.trainer.metrics import check_packages
+from polargrad_dist.trainer.strategies import check_gradients
 from polargrad_dist.trainer.world import World
 
 # What may differ between machines: only rank 0 reads text
@@ -44,6 +45,7 @@ def preflight(
     """
     config.check(world)
     optimizer.check()
+    check_gradients(optimizer, config.strategy.name)
     check_packages(config.logging)
     folder = Path(config.run_dir)
     check_writable(folder)

@@ -41,6 +41,11 @@ SMALL = (
         (["--trainer.run_dir", "train.py/run"], "train.py is a file"),
         (["--model.heads", "5"], "which model.heads = 5 does not divide"),
         (["--optimizer.value_embed.lr", "1"], "optimizer.value_embed is set"),
+        (["--trainer.checkpoint.keep_last", "1"], "keep_last is 1, expected a whole number >= 2"),
+        (
+            ["--optimizer.gradients=reduce_scatter", "--trainer.strategy.name=fsdp"],
+            "optimizer.gradients is 'reduce_scatter' with strategy 'fsdp', which reduces gradients itself",
+        ),
         (
             ["--trainer.strategy.name", "deepspeed"],
             "optimizer.embed has scale 'nuclear_relative', which keeps state with whole matrices",

@@ -55,7 +55,7 @@ class CheckpointConfig:
         for key, value in least.items():
             if getattr(self, key) < value:
                 raise ConfigError(
-                    f"trainer.checkpoint.{key} is {getattr(self, key)}; it must be at least {value}"
+                    f"trainer.checkpoint.{key} is {getattr(self, key)}, expected a whole number >= {value}"
                 )
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data.checks import check_values
-from data.config import DataConfig
+from data.config import DataConfig, SourceConfig
 from data.documents import Part, Source, document_hash, split_document, stamp, text_field
 from data.hub import HubSource
 from data.remote import PACKED, File, find_remote, is_remote, kind, opened, size_of, unpacked_size
@@ -212,7 +212,10 @@ def missing_paths(config: DataConfig) -> list[tuple[str, str]]:
     """
     named = {"data.validation_paths": config.validation_paths}
     named |= {f"data.validation_sets.{name}": paths for name, paths in config.validation_sets.items()}
-    sources = {f"data.sources[{i}].": part for i, part in enumerate(config.sources)} or {"data.": config}
+    sources: dict[str, SourceConfig | DataConfig] = {
+        f"data.sources[{i}].": part for i, part in enumerate(config.sources)
+    }
+    sources = sources or {"data.": config}
     for prefix, source in sources.items():
         if source.source not in ("files", "shards"):
             continue

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data import DataConfig, open_data
+from data.checks import check_values
 from data.sources import missing_paths
 from models import ModelConfig, adopt, build_model
 from polargrad_dist.optim import OptimizerConfig
@@ -78,8 +79,8 @@ def main() -> int:
     if show is not None:
         trainer = config.trainer.for_world(show.ranks)
         adopted, _, build = checked(config, configuration, trainer, show.ranks)
-        for path in missing_paths(config.data):
-            print(f"data.paths: {path} does not exist on this machine: a run would be refused here\n")
+        for key, path in missing_paths(config.data):
+            print(f"{key}: {path} does not exist on this machine: a run would be refused here\n")
         if adopted.vocab_size is None and config.data.planned_vocab_size is None:
             print(
                 f"model.vocab_size: {build(device='meta').vocab_size:,} assumed, {adopted.architecture}'s own, since the "
@@ -103,6 +104,7 @@ def checked(
         configuration["model"] = asdict(adopted)
     planned = config.data.planned_vocab_size
     build = partial(build_model, adopted, vocab_size=planned)
+    check_values(config.data)
     preflight(trainer, config.optimizer, build, configuration, world, planned)
     return adopted, origin, build
 

@@ -93,7 +93,7 @@ class DataConfig:
         tokenizer: the tokenizer; foreign shards need it only for text samples and the size of the vocabulary.
         validation_fraction: share of the documents for validation, chosen by a hash of their text; of plain text files, the
             last share of the bytes. 0 for none.
-        validation_tokens: most targets of a validation pass, from the start of its shards; null for all.
+        validation_tokens: largest number of targets of a validation pass, from the start of its shards; null for all.
         shard_tokens: a shard ends with the first chunk of text (about 1 MiB) that brings it to this many tokens.
         max_tokens: preparation ends with the first chunk that brings the training tokens to this many; null for the whole
             corpus.

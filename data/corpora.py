@@ -6,15 +6,16 @@ Runs in one process, which sends the result to the others. Shards have absolute 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from data.checks import OWN, called
 from data.config import DataConfig, SourceConfig
 from data.mixture import MixedText, shares
 from data.prepare import Report, prepare
 from data.remote import fetch_prepared, is_remote
 from data.shards import MANIFEST, Manifest, Shard, foreign_shard
-from data.sources import find_local, open_source
+from data.sources import find_local, missing_paths, open_source
 from data.tokenizers import Tokenizer, TokenizerInfo, open_ready, open_tokenizer
 from polargrad_dist.errors import ConfigError, DataError
 
@@ -40,16 +41,14 @@ class Corpus:
 def find_corpora(config: DataConfig, report: Report) -> list[Corpus]:
     """The run's corpora, training corpora first. Raises ``ConfigError`` or ``DataError``."""
     tokenizer = None
+    # The first corpus may take hours: what a later one lacks is found before
+    for key, pattern in missing_paths(config):
+        raise DataError(f"{key}: {pattern} matches no file, expected one on this machine")
     if config.sources:
         corpora, tokenizer = _mixture(config, report)
     else:
         corpora = [replace(_corpus(config, report, None), weight=1.0)]
-    names = [corpus.name for corpus in corpora]
     for name, paths in config.validation_sets.items():
-        if not name or name in names:
-            raise ConfigError(
-                f"data.validation_sets names {name!r}, expected a name of its own: choose another"
-            )
         tokenizer = tokenizer or _tokenizer_of(corpora[0], config)
         corpora.append(validation_corpus(name, paths, config, tokenizer, report))
         if sum(shard.tokens for shard in corpora[-1].validation) < 2:
@@ -60,17 +59,6 @@ def find_corpora(config: DataConfig, report: Report) -> list[Corpus]:
 
 
 def _mixture(config: DataConfig, report: Report) -> tuple[list[Corpus], Tokenizer | None]:
-    for entry in fields(SourceConfig):
-        default = getattr(DataConfig(), entry.name, None)
-        if entry.name not in ("weight", "name") and getattr(config, entry.name) != default:
-            raise ConfigError(
-                f"data.{entry.name} is set with data.sources, expected it in each source: move it there"
-            )
-    if config.validation_paths:
-        raise ConfigError(
-            "data.validation_paths is set with data.sources, which have validation sets of their own, expected "
-            "data.validation_sets: move the paths there"
-        )
     counts = shares([part.weight for part in config.sources])
     settings = [_alone(config, part) for part in config.sources]
     ready = {i: _corpus(one, report, None) for i, one in enumerate(settings) if one.source == "shards"}
@@ -88,31 +76,15 @@ def _mixture(config: DataConfig, report: Report) -> tuple[list[Corpus], Tokenize
         corpus = ready[i] if i in ready else _corpus(one, report, tokenizer)
         if corpus.manifest is not None and tokenizer is not None:
             _same_tokenizer(corpus, tokenizer.info)
-        name = part.name or _called(part)
-        if name in [other.name for other in found]:
-            raise ConfigError(
-                f"data.sources has two sources called {name!r}, expected different names: set data.sources[].name"
-            )
-        found.append(replace(corpus, name=name, weight=part.weight))
+        found.append(replace(corpus, name=called(part), weight=part.weight))
     # One with a manifest first: it describes the tokenizer.
     return sorted(found, key=lambda corpus: corpus.manifest is None), tokenizer
 
 
 def _alone(config: DataConfig, part: SourceConfig) -> DataConfig:
     """The configuration of one source of a mixture."""
-    own = {
-        entry.name: getattr(part, entry.name)
-        for entry in fields(part)
-        if entry.name not in ("weight", "name")
-    }
+    own = {key: getattr(part, key) for key in OWN}
     return replace(config, sources=[], validation_sets={}, **own)
-
-
-def _called(part: SourceConfig) -> str:
-    """The default name of a source, derived from what it reads."""
-    if part.source == "hub":
-        return part.hub.subset or part.hub.name.split("/")[-1]
-    return Path(part.paths[0].rstrip("/*")).name.split(".")[0] if part.paths else part.source
 
 
 def _corpus(config: DataConfig, report: Report, tokenizer: Tokenizer | None) -> Corpus:
@@ -201,7 +173,7 @@ def _tokenizer_of(corpus: Corpus, config: DataConfig) -> Tokenizer:
 def validation_corpus(
     name: str, paths: list[str], config: DataConfig, tokenizer: Tokenizer, report: Report
 ) -> Corpus:
-    """A named validation set: a prepared folder's validation shards, or or else its training shards; or text."""
+    """A named validation set: a prepared folder's validation shards, or else its training shards; or text."""
     if len(paths) == 1:
         folder = Path(
             _fetched(paths[0], config, report) if _looks_prepared(paths[0]) else paths[0]

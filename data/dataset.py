@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from data.checks import check_values
 from data.checksums import Background
 from data.config import DataConfig
 from data.corpora import Corpus, find_corpora
@@ -99,15 +100,7 @@ def open_data(
     ``all_gather(x)`` returns every rank's x in rank order. ``meanwhile(doing, fn)`` runs ``fn()`` on rank 0, while the others
     wait, however long it takes. An error on one rank (DataError, ConfigError) is raised on all.
     """
-    for name, value in (("validation_tokens", config.validation_tokens), ("prefetch", config.prefetch)):
-        if value is not None and value < 0:
-            raise ConfigError(f"data.{name} is {value}, expected a whole number >= 0")
-
-    if config.sources and config.order == "sequential":
-        raise ConfigError(
-            "data.order is 'sequential' with data.sources, expected 'shuffled', since a mixture draws sequences by weight: "
-            "set it to that, or name one source"
-        )
+    check_values(config)
 
     def on_rank_0(doing: str, fn: Callable[[], Any]) -> Any:
         return _together(lambda: meanwhile(doing, lambda: fn() if rank == 0 else None), all_gather)[0]

@@ -31,7 +31,6 @@ from data.files import digest, folder_lock, make_folder, read_json, write_atomic
 from data.gauge import Gauge
 from data.shards import (
     MANIFEST,
-    MAX_SHARD_TOKENS,
     Manifest,
     Shard,
     check_fields,
@@ -66,7 +65,11 @@ def prepare(
     ``out``: the folder; None for one in ``config.cache`` named by a hash of everything that changes a token. Existing shards
     are kept. ``tokenizer``: an open tokenizer, instead of the configured one. Raises DataError or ConfigError.
     """
-    _check(config)
+    if config.sources:
+        raise ConfigError(
+            "data.sources is a mixture, whose sources are prepared one by one when a run starts, expected one corpus: use "
+            "data.source"
+        )
     source = open_source(config)
     report(source.describe())
     tokenizer = tokenizer or open_tokenizer(config.tokenizer, source, Path(config.cache) / "tokenizers")
@@ -86,24 +89,6 @@ def prepare(
             return folder
         _write_shards(config, source, tokenizer, inputs, folder, report)
     return folder
-
-
-def _check(config: DataConfig) -> None:
-    if config.sources:
-        raise ConfigError(
-            "data.sources is a mixture, whose sources are prepared one by one when a run starts, expected one corpus: use "
-            "data.source"
-        )
-    if not 0 < config.shard_tokens <= MAX_SHARD_TOKENS // 2:
-        raise ConfigError(
-            f"data.shard_tokens is {config.shard_tokens}, expected a whole number from 1 to {MAX_SHARD_TOKENS // 2}"
-        )
-    if config.max_tokens is not None and config.max_tokens < 1:
-        raise ConfigError(
-            f"data.max_tokens is {config.max_tokens}, expected a whole number >= 1, or null for all"
-        )
-    if config.workers < 0:
-        raise ConfigError(f"data.workers is {config.workers}, expected a whole number >= 0 (0: one per core)")
 
 
 def _same(path: Path, found: dict[str, Any], inputs: dict[str, Any]) -> None:

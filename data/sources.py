@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from data.checks import check_values
 from data.config import DataConfig, SourceConfig
 from data.documents import Part, Source, document_hash, split_document, stamp, text_field
 from data.hub import HubSource
@@ -33,15 +34,7 @@ _NO_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "
 
 def open_source(config: DataConfig) -> Source:
     """The configured corpus. Raises ConfigError or DataError."""
-    if not 0 <= config.validation_fraction < 1:
-        raise ConfigError(
-            f"data.validation_fraction is {config.validation_fraction}, expected a number in [0, 1)"
-        )
-    if config.validation_paths and config.source in ("builtin", "hub"):
-        raise ConfigError(
-            f"data.validation_paths is set with data.source {config.source!r}, expected []: leave it out, and set "
-            "data.validation_fraction"
-        )
+    check_values(config)
     if config.source == "builtin":
         return BuiltinSource(config.validation_fraction)
     if config.source == "files":
@@ -212,22 +205,32 @@ class FileSource:
         return (part for where, text in documents for part in split_document(text, self._fraction, where))
 
 
-def missing_paths(config: DataConfig) -> list[str]:
-    """Configured files, folders and globs that match nothing on this machine. Raises ConfigError if none is configured."""
-    missing: list[str] = []
-    sources: list[SourceConfig | DataConfig] = [*config.sources] or [config]
-    for source in sources:
+def missing_paths(config: DataConfig) -> list[tuple[str, str]]:
+    """(key, path) of configured files, folders and globs that match nothing on this machine.
+
+    Raises ``ConfigError`` if a source of files or shards has no paths.
+    """
+    named = {"data.validation_paths": config.validation_paths}
+    named |= {f"data.validation_sets.{name}": paths for name, paths in config.validation_sets.items()}
+    sources: dict[str, SourceConfig | DataConfig] = {
+        f"data.sources[{i}].": part for i, part in enumerate(config.sources)
+    }
+    sources = sources or {"data.": config}
+    for prefix, source in sources.items():
         if source.source not in ("files", "shards"):
             continue
         if not source.paths:
             raise ConfigError(
-                f"data.paths is empty with data.source {source.source!r}, expected files, folders or globs"
+                f"{prefix}paths is empty with {prefix}source {source.source!r}, expected files, folders or globs"
             )
-        for pattern in source.paths:
-            path = Path(pattern).expanduser()
-            if not (is_remote(pattern) or path.exists() or glob.glob(str(path), recursive=True)):
-                missing.append(pattern)
-    return missing
+        named[f"{prefix}paths"] = source.paths
+    return [
+        (key, pattern)
+        for key, paths in named.items()
+        for pattern in paths
+        for path in [Path(pattern).expanduser()]
+        if not (is_remote(pattern) or path.exists() or glob.glob(str(path), recursive=True))
+    ]
 
 
 def find_local(paths: list[str], key: str, suffixes: tuple[str, ...]) -> list[Path]:

@@ -31,12 +31,12 @@ UPDATE = ("residual", "cosine")
 
 @dataclass
 class DiagnosticsConfig:
-    """Which matrices are looked at, and how often.
+    """Which matrices are diagnosed, and how often.
 
     Args:
-        every: steps between looks, the first step included; 0 for never.
-        hidden: hidden matrices to look at beside embedding, head and value embeddings: evenly over the depth of the model.
-        parameters: names or patterns (``*.mlp.*``) of further matrices to look at.
+        every: steps between diagnoses, beginning with the first step; 0 for never.
+        hidden: number of hidden matrices, beside embedding, head and value embeddings; spread evenly over the depth.
+        parameters: names or patterns (``*.mlp.*``) of further matrices.
     """
 
     every: int = 100
@@ -175,6 +175,16 @@ def _together(kind: str, parts: list[torch.Tensor]) -> list[float]:
     return [float(residual.amax()), float(cosines.amin() if len(cosines) else cosine[0])]
 
 
+def check_patterns(config: DiagnosticsConfig, matrices: list[str]) -> None:
+    """Raises ``ConfigError`` for a pattern that is the name of none of these matrices."""
+    for pattern in config.parameters:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in matrices):
+            raise ConfigError(
+                f"trainer.diagnostics.parameters names {pattern!r}, expected the name of a matrix or a pattern, such as "
+                f"{matrices[0] if matrices else '*'!r}"
+            )
+
+
 def choose(works: Sequence[Member], config: DiagnosticsConfig) -> list[Member]:
     """Embeddings and heads, ``config.hidden`` hidden matrices, and those that ``config.parameters`` names."""
     matrices = [w for w in works if len(w.entry.shape) >= 2 and w.entry.numel]
@@ -183,14 +193,9 @@ def choose(works: Sequence[Member], config: DiagnosticsConfig) -> list[Member]:
     count = min(config.hidden, len(hidden))
     steps = [round(k * (len(hidden) - 1) / max(1, count - 1)) for k in range(count)]
     chosen |= {hidden[k].index for k in steps}
+    check_patterns(config, [w.entry.name for w in matrices])
     for pattern in config.parameters:
-        found = [w for w in matrices if fnmatch.fnmatchcase(w.entry.name, pattern)]
-        if not found:
-            raise ConfigError(
-                f"trainer.diagnostics.parameters names {pattern!r}, expected the name of a matrix or a pattern, such as "
-                f"{matrices[0].entry.name if matrices else '*'!r}"
-            )
-        chosen |= {w.index for w in found}
+        chosen |= {w.index for w in matrices if fnmatch.fnmatchcase(w.entry.name, pattern)}
     return [w for w in works if w.index in chosen]
 
 

@@ -39,9 +39,9 @@ class Rule:
         momentum: "none" (C.1), "momentum_first" (C.2, Muon's order), "polar_first" (C.3) or "heavy_ball" (C.4).
         beta: momentum coefficient of the polar algorithm, in [0, 1).
         nesterov: take the polar factor of (1 - beta) G + beta M instead of M, as Muon does.
-        scale: factor of the polar factor: "nuclear" (PolarGrad), "nuclear_relative" (the nuclear norm over its mean in the
-            first 100 steps), "nuclear_shared" (one sum of nuclear norms for all matrices of a role), "muon", "moonlight",
-            "spectral" or "none".
+        scale: what the polar factor is multiplied by: "nuclear" (PolarGrad), "nuclear_relative" (the nuclear norm over its
+            mean in the first 100 steps), "nuclear_shared" (one sum of nuclear norms for all matrices of a role), "muon",
+            "moonlight", "spectral" or "none".
         alpha: exponent of the nuclear norm: 1 gives PolarGrad, 0 the direction alone.
         precondition: "soap" whitens the momentum in the eigenbasis of the gradient's covariance, before the polar factor.
         center_rows: subtract the mean row before the polar factor and after it, for embeddings and heads.

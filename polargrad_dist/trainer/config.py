@@ -116,8 +116,8 @@ class LoggingConfig:
         stats_every: steps between rows with nuclear norm, condition number and residual per role; 0 for never.
         progress: "auto" shows a progress bar on a terminal and lines elsewhere; "bar", "lines" or "off" force one.
         tensorboard: also write TensorBoard events into the run directory.
-        wandb: "disabled", "offline" or "online".
-        wandb_project: wandb project.
+        wandb: also log to wandb, "online" or "offline" (into a folder that `wandb sync` uploads).
+        wandb_project: project on wandb.
         wandb_name: name of the run on wandb; null for the run directory's name.
         profile: steps to trace with torch's profiler, after two warm-up steps; 0 for none. Also ``--profile N``.
     """
@@ -137,7 +137,7 @@ class SafetyConfig:
     """When to skip a step or abort.
 
     Args:
-        max_skipped: skipped steps in a row after which the run aborts; the last good checkpoint stays intact.
+        max_skipped: number of skipped steps in a row after which the run aborts; the last good checkpoint stays intact.
         spike_sigma: also skip a step whose loss is this many standard deviations above the mean of the last
             ``spike_window`` losses; null for never.
         spike_window: number of previous losses that a spike is measured against.
@@ -156,8 +156,8 @@ class TrainerConfig:
         run_dir: folder for the run's configuration, metrics, log and checkpoints.
         steps: total number of optimizer steps.
         global_batch: sequences per optimizer step, over all ranks and micro-batches.
-        micro_batch: most sequences per forward pass on one rank: fewer where a rank's share of the global batch is not a
-            multiple of it, as after a restart on more ranks. Gradients are accumulated to the global batch.
+        micro_batch: largest number of sequences per forward pass on one rank; fewer where a rank's share of the global batch
+            is not a multiple of it, as after a restart on more ranks. Gradients are accumulated to the global batch.
         sequence_length: tokens per sequence.
         seed: random seed of the initial weights, the order of the data and dropout.
         precision: "fp32"; "bf16-mixed": fp32 weights, bf16 matrix products; "bf16": bf16 weights, exactly accumulated.

@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 from polargrad_dist.errors import ConfigError
-from polargrad_dist.optim.rules import ROLES, OptimizerConfig
+from polargrad_dist.optim.matrix import rule_of
+from polargrad_dist.optim.rules import PARTS, ROLES, OptimizerConfig
 from polargrad_dist.trainer import rundir
 from polargrad_dist.trainer.config import TrainerConfig
 from polargrad_dist.trainer.console import COLUMNS, duration, wrapped
@@ -208,9 +209,18 @@ def describe_rule(group: dict[str, Any]) -> str:
         words.append(f"oracle {group['oracle']}{count}")
         if group.get("spectrum", "polar") != "polar":
             words.append(group["spectrum"])
+        parts = {name: group.get(name, nothing) for name, nothing in PARTS.items()}
+        words += [_part(name, value) for name, value in parts.items() if value != PARTS[name]]
+        words += [
+            _part(name, group[name]) for name in getattr(rule_of(group), "options", ()) if name in group
+        ]
     if group.get("weight_decay"):
         words.append(f"decay {group['weight_decay']:g}")
     return ", ".join(words)
+
+
+def _part(name: str, value: Any) -> str:
+    return name if value is True else f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
 
 
 def _roles(optimizer: Any, asked: Any) -> dict[str, dict[str, Any]]:

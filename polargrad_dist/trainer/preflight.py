@@ -9,13 +9,16 @@ from typing import Any
 
 from torch import nn
 
+from polargrad_dist.diagnostics import check_patterns
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.integrations.deepspeed_checks import refuse_owner_state
 from polargrad_dist.optim import OptimizerConfig, route
 from polargrad_dist.trainer import rundir
+from polargrad_dist.trainer.checkpoint.folder import checkpoints_in
 from polargrad_dist.trainer.choices import read_questions
 from polargrad_dist.trainer.config import TrainerConfig
 from polargrad_dist.trainer.metrics import check_packages
+from polargrad_dist.trainer.strategies import check_gradients
 from polargrad_dist.trainer.world import World
 
 # What may differ between machines: only rank 0 reads text
@@ -44,14 +47,17 @@ def preflight(
     """
     config.check(world)
     optimizer.check()
+    check_gradients(optimizer, config.strategy.name)
     check_packages(config.logging)
     folder = Path(config.run_dir)
     check_writable(folder)
     rundir.check(folder, configuration, config.allow_changes, config.checkpoint.resume)
+    check_origin(folder, config.checkpoint.resume)
     if config.evaluation.hellaswag is not None:
         read_questions(config.evaluation.hellaswag, 1)
     model = build(device="meta")
     check_lengths(config, model)
+    check_patterns(config.diagnostics, [name for name, p in model.named_parameters() if p.dim() >= 2])
     rows = getattr(model, "vocab_size", None)
     if vocab_size is not None and isinstance(rows, int) and rows < vocab_size:
         if (origin := configuration.get("model", {}).get("init_from")) is not None:
@@ -82,6 +88,19 @@ def same_on_all_ranks(world: World, configuration: dict[str, Any]) -> None:
                     f"{key} is {first!r} on rank 0 and {here!r} on rank {rank}, expected the same on all: start every rank "
                     "with the same command and the same files"
                 )
+
+
+def check_origin(folder: Path, resume: str) -> None:
+    """Raises ``ConfigError`` for a run that is to begin at a checkpoint that does not exist.
+
+    A run that has checkpoints of its own resumes from these, wherever it began.
+    """
+    if resume in ("auto", "never") or checkpoints_in(folder / "checkpoints") or os.path.isdir(resume):
+        return
+    raise ConfigError(
+        f"trainer.checkpoint.resume is {resume!r}, which is no folder on this machine, expected auto, never, or the path of "
+        "a checkpoint"
+    )
 
 
 def check_lengths(config: TrainerConfig, model: nn.Module) -> None:

@@ -60,12 +60,22 @@ def build(
     model: nn.Module, optimizer: OptimizerConfig, config: TrainerConfig, world: World
 ) -> tuple[Placed, Any]:
     """The model under the configured strategy, and the `PolarGrad`, or its equivalent, that steps it."""
+    check_gradients(optimizer, config.strategy.name)
     if config.strategy.name == "deepspeed":
         from polargrad_dist.trainer.zero import start
 
         return start(model, optimizer, config, world)
     placed = place(model, config, world, optimizer.gradients == "reduce_scatter")
     return placed, PolarGrad.from_config(placed.model, optimizer)
+
+
+def check_gradients(optimizer: OptimizerConfig, strategy: str) -> None:
+    """Raises ``ConfigError`` if both the optimizer and the strategy would reduce the gradients."""
+    if optimizer.gradients == "reduce_scatter" and strategy != "ddp":
+        raise ConfigError(
+            f"optimizer.gradients is 'reduce_scatter' with strategy {strategy!r}, which reduces gradients itself: set it to "
+            "'all_reduced', or use strategy 'ddp'"
+        )
 
 
 def place(model: nn.Module, config: TrainerConfig, world: World, reduces: bool) -> Placed:
@@ -78,11 +88,6 @@ def place(model: nn.Module, config: TrainerConfig, world: World, reduces: bool) 
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     mixed = config.precision == "bf16-mixed"
     sharded = strategy.name in ("fsdp", "hsdp") and world.size > 1
-    if reduces and sharded:
-        raise ConfigError(
-            f"optimizer.gradients is 'reduce_scatter' with strategy {strategy.name!r}, which reduces gradients itself: set "
-            "it to 'all_reduced', or use strategy 'ddp'"
-        )
     if strategy.cpu_offload and world.device.type == "cpu":
         raise ConfigError(
             "trainer.strategy.cpu_offload is true on CPUs, expected GPUs, whose memory it frees: set it to false"

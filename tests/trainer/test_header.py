@@ -2,7 +2,19 @@
 
 import json
 
-from polargrad_dist.trainer.header import describe_expected, header, note, read_facts, write_facts
+import pytest
+import torch
+
+from polargrad_dist import PolarGrad
+from polargrad_dist.optim.matrix import RULES, Polar
+from polargrad_dist.trainer.header import (
+    describe_expected,
+    describe_rule,
+    header,
+    note,
+    read_facts,
+    write_facts,
+)
 from tests.trainer.toy import settings, trainer
 
 
@@ -36,6 +48,29 @@ def test_a_start_writes_what_the_run_is(tmp_path):
     assert "model     ToyModel, 3,744 parameters" in logged
     shown = [line for line in logged.splitlines() if not line[:2].isdigit()]
     assert max(map(len, shown)) <= 120
+
+
+@pytest.mark.parametrize(
+    ("parts", "shown"),
+    [
+        ({"normalize": "rows", "precondition": "soap"}, "oracle auto, precondition soap, normalize rows"),
+        (
+            {"alpha": 0.5, "center_rows": True, "floor": 0.35},
+            "oracle auto, alpha 0.5, center_rows, floor 0.35",
+        ),
+        ({"scale": "none", "control": "hyperball", "lr": 0.1}, "oracle auto, control hyperball"),
+        ({"algorithm": "of_my_own", "beta2": 0.9}, "oracle auto, beta2 0.9"),
+    ],
+)
+def test_a_rule_in_short_names_the_parts_and_options_that_make_it_another_rule(monkeypatch, parts, shown):
+    mine = type("Mine", (Polar,), {"options": {"beta2": 0.95}})
+    monkeypatch.setitem(RULES, "of_my_own", mine())
+    group = {
+        "params": [torch.nn.Parameter(torch.ones(4, 3))],
+        "momentum": "momentum_first",
+        "lr": 0.1,
+    } | parts
+    assert describe_rule(PolarGrad([group]).param_groups[0]).endswith(shown)
 
 
 def test_a_resume_is_another_start_of_the_same_run_and_keeps_its_notes(tmp_path):

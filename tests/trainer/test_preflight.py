@@ -41,6 +41,18 @@ SMALL = (
         (["--trainer.run_dir", "train.py/run"], "train.py is a file"),
         (["--model.heads", "5"], "which model.heads = 5 does not divide"),
         (["--optimizer.value_embed.lr", "1"], "optimizer.value_embed is set"),
+        (["--trainer.checkpoint.resume", "nowhere"], "trainer.checkpoint.resume is 'nowhere'"),
+        (["--trainer.diagnostics.parameters", "[nothing]"], "trainer.diagnostics.parameters names 'nothing'"),
+        (["--data.validation_fraction", "2"], "data.validation_fraction is 2.0, expected a number in [0, 1)"),
+        (
+            ["--data.sources", "[{source: builtin, weight: 0}]"],
+            "data.sources has the weight 0.0, expected a finite number > 0",
+        ),
+        (["--trainer.checkpoint.keep_last", "1"], "keep_last is 1, expected a whole number >= 2"),
+        (
+            ["--optimizer.gradients=reduce_scatter", "--trainer.strategy.name=fsdp"],
+            "optimizer.gradients is 'reduce_scatter' with strategy 'fsdp', which reduces gradients itself",
+        ),
         (
             ["--trainer.strategy.name", "deepspeed"],
             "optimizer.embed has scale 'nuclear_relative', which keeps state with whole matrices",

@@ -35,7 +35,8 @@ class CheckpointConfig:
         asynchronous: copy to host memory, then write in the background while training goes on.
         on_failure: whether a failed save ends the run; null: raise when synchronous, continue when asynchronous.
         threads: threads per rank for hashing, reading and writing.
-        resume: auto (newest valid checkpoint of this run, if any), never, or the path of a checkpoint.
+        resume: "auto" takes the newest valid checkpoint of this run, if any; "never" refuses a run directory with
+            checkpoints; anything else is the path of a checkpoint.
         allow_other_data: resume even if the data differ from the checkpoint's.
     """
 
@@ -54,7 +55,7 @@ class CheckpointConfig:
         for key, value in least.items():
             if getattr(self, key) < value:
                 raise ConfigError(
-                    f"trainer.checkpoint.{key} is {getattr(self, key)}; it must be at least {value}"
+                    f"trainer.checkpoint.{key} is {getattr(self, key)}, expected a whole number >= {value}"
                 )
 
 

@@ -28,7 +28,7 @@ def draw(title: str, embed: str, head: str, curves: dict[str, list[Curves]], pat
     )
     _panel(axes[1, 0], "validation loss", {n: [r.validation for r in runs] for n, runs in curves.items()})
     for column, (where, parameter) in enumerate((("embedding", embed), ("head", head)), 1):
-        for row, (figure_name, title) in enumerate(
+        for row, (figure_name, label) in enumerate(
             (
                 ("condition", f"condition number of the {where}'s gradient"),
                 ("nuclear_norm", f"its nuclear norm, {where}"),
@@ -37,7 +37,7 @@ def draw(title: str, embed: str, head: str, curves: dict[str, list[Curves]], pat
             key = f"{parameter}/gradient/{figure_name}"
             _panel(
                 axes[row, column],
-                title,
+                label,
                 {n: [r.diagnostics.get(key, []) for r in runs] for n, runs in curves.items()},
                 logarithmic=True,
             )

@@ -140,7 +140,7 @@ def test_several_prepared_folders_are_one_corpus_if_their_tokenizer_is_one(tmp_p
     with pytest.raises(ConfigError, match="without a manifest"):
         together(first.folder, shard)
     with pytest.raises(ConfigError, match="validation_paths is set"):
-        together(first.folder, validation_paths=["nowhere"])
+        together(first.folder, validation_paths=[str(more)])
     damaged = bytearray(shard.read_bytes())
     damaged[-1] ^= 1
     shard.write_bytes(damaged)

@@ -313,6 +313,8 @@ class AdamW:
     ) -> None:
         """Steps the weights, all of one dtype, in place; if ``found_inf`` (0-d fp32) is 1, nothing changes."""
         (beta1, beta2), lr = group["betas"], group["lr"]
+        # The fused function reads memory in order whatever the strides; a shard of some columns has gaps.
+        grads = [grad.contiguous() for grad in grads]
         adamw(
             weights, grads, states["exp_avg"], states["exp_avg_sq"], [], steps, fused=True, found_inf=found_inf,
             amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=group["weight_decay"],

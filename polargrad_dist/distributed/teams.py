@@ -161,14 +161,17 @@ def dtensor(here: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Any], sha
     strides = [1]
     for size in reversed(shape[1:]):
         strides.insert(0, strides[0] * size)
-    return DTensor.from_local(
-        here,
+    out = DTensor.from_local(
+        # A DTensor made from a view into a larger buffer cannot be deep-copied: torch takes its offset for an address.
+        here.as_strided(here.shape, here.stride(), 0),
         mesh,
         list(placements),
         run_check=False,
         shape=torch.Size(shape),
         stride=tuple(strides[: len(shape)]),
     )
+    out._local_tensor = here
+    return out
 
 
 class Groups:

@@ -113,6 +113,11 @@ def refuse_flat(name: str, p: torch.Tensor) -> None:
         raise ConfigError(
             f"{name} is an FSDP1 FlatParameter, expected a matrix: shard with FSDP2's fully_shard instead"
         )
+    # Set with use_orig_params=True: each rank has some elements of some parameters.
+    if getattr(p, "_fsdp_flattened", False):
+        raise ConfigError(
+            f"{name} is a part of an FSDP1 FlatParameter, expected a matrix: shard with FSDP2's fully_shard instead"
+        )
     if hasattr(p, "ds_id"):
         raise ConfigError(
             f"{name} is partitioned by DeepSpeed ZeRO 3, expected a matrix: use ZeroPolarGrad of "

@@ -310,6 +310,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             square = self.traffic.all_gather(square, group).wait().sum()
         return square.sqrt()
 
+    # A compiled training step calls it as it is: Dynamo cannot trace collectives on groups of one's own.
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(
         self,

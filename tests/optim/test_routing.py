@@ -95,6 +95,13 @@ def test_flattened_parameters_are_refused_with_the_alternative():
     model.qkv.weight._is_flat_param = True
     with pytest.raises(ConfigError, match="fully_shard"):
         route(model)
+    part = Tiny()
+    # As use_orig_params=True leaves it: a rank's elements of the weight, as a vector.
+    part.qkv.weight = nn.Parameter(part.qkv.weight.detach().flatten()[:7])
+    part.qkv.weight._fsdp_flattened = True
+    for build in (lambda: PolarGrad(part), lambda: PolarGrad(part.parameters(), lr=0.1)):
+        with pytest.raises(ConfigError, match=r"FSDP1 FlatParameter.*fully_shard"):
+            build()
     other = Tiny()
     other.qkv.weight.ds_id = 0
     with pytest.raises(ConfigError, match="ZeRO"):

@@ -255,3 +255,39 @@ def _replicas_differ(rank: int, world: int, same: bool) -> str:
 def test_hsdp_replicas_that_were_never_made_equal_are_named_on_all_ranks():
     assert all("differs between ranks" in said for said in run_ranks(_replicas_differ, 4, False, timeout=60))
     assert run_ranks(_replicas_differ, 4, True, timeout=60) == ["nothing was said"] * 4
+
+
+def _compiled_and_copied(rank: int, world: int, mode: str) -> tuple[bool, bool]:
+    """Whether a compiled step moves weights as a plain one does, and whether a deep copy of the state is the state."""
+    import copy
+
+    from tests.optim.training import backward
+
+    weights = []
+    for compiled in (False, True):
+        model, optimizer = build(mode, BAG, RULES["polargradm"])
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for number in range(2):
+            optimizer.zero_grad()
+            backward(mode, model, optimizer, rank, world, number)
+            step()
+        weights.append([p.detach().clone() for p in model.parameters()])
+    same = all(
+        torch.equal(getattr(a, "_local_tensor", a), getattr(b, "_local_tensor", b))
+        for a, b in zip(*weights, strict=True)
+    )
+    kept = copy.deepcopy(optimizer.state_dict())
+    before = optimizer.full_state_dict()
+    optimizer.zero_grad()
+    backward(mode, model, optimizer, rank, world, 2)
+    optimizer.step()
+    optimizer.load_state_dict(kept)
+    after = optimizer.full_state_dict()
+    return same, all(
+        torch.equal(v, after["state"][i][k]) for i, s in before["state"].items() for k, v in s.items()
+    )
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_a_step_may_be_compiled_and_its_state_deep_copied(mode):
+    assert run_ranks(_compiled_and_copied, 2, mode, timeout=100) == [(True, True)] * 2

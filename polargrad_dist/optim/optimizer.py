@@ -6,6 +6,8 @@ is in `bucket`, the mathematics of a rule in `matrix`, placement in `world`, sav
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -21,7 +23,14 @@ from polargrad_dist.distributed.transport import Agreement, Traffic
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.alike import RATES_CHECKED, check_alike, redistribute
 from polargrad_dist.optim.bucket import Member, Travel, run
-from polargrad_dist.optim.checks import Watch, check_keys, check_parameter, check_travel, check_values
+from polargrad_dist.optim.checks import (
+    Watch,
+    check_keys,
+    check_parameter,
+    check_travel,
+    check_values,
+    replaced,
+)
 from polargrad_dist.optim.elements import by_kind, shrinking, sum_of_squares
 from polargrad_dist.optim.facts import Facts, Sums, failure_of
 from polargrad_dist.optim.groups import DEFAULTS, completed, listed, routed
@@ -86,7 +95,9 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         check_keys(rule, "PolarGrad")
         roles = {"hidden": hidden, "embed": embed, "head": head, "value_embed": value_embed, "scalar": scalar}
         given = {role: changes for role, changes in roles.items() if changes is not None}
+        self._model: weakref.ref[nn.Module] | None = None
         if isinstance(params, nn.Module):
+            self._model = weakref.ref(params)
             params = routed(params, gradients, given, rule)
         elif given:
             raise ConfigError(
@@ -117,13 +128,15 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         """Routes a model by its roles and builds the optimizer that the configuration describes."""
         if not isinstance(config, OptimizerConfig):
             raise ConfigError(f"the configuration is a {type(config).__name__}, expected an OptimizerConfig")
-        return cls(
+        optimizer = cls(
             route(model, config),
             process_group=process_group,
             gradients=config.gradients,
             comm_dtype=config.comm_dtype,
             bucket_mb=config.bucket_mb,
         )
+        optimizer._model = weakref.ref(model)
+        return optimizer
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, on all ranks. The owners of earlier parameters do not change."""
@@ -247,6 +260,12 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
                         f"the gradient of {name} is sparse, expected a dense one: build nn.Embedding with sparse=False (zero "
                         "rows stay zero, and on CPUs cost nothing)"
                     )
+        if (
+            self._steps % RATES_CHECKED == 0
+            and self._model is not None
+            and (model := self._model()) is not None
+        ):
+            return replaced(model, self._world.members)
         return None
 
     @property
@@ -381,6 +400,13 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             self._raise_together()
         if max(somewhere, default=0) > 1:
             redistribute(world)
+        if self._steps == 1 and not any(somewhere):
+            warnings.warn(
+                "no parameter of the optimizer has a gradient on any rank, so its first step changes nothing: call "
+                "backward() before it, and build the optimizer after fully_shard, load_state_dict(assign=True) and whatever "
+                "else replaces the model's parameters",
+                stacklevel=4,
+            )
         return tuple(map(bool, somewhere))
 
     def _raise_together(self) -> None:

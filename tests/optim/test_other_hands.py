@@ -1,11 +1,16 @@
 """What other hands do to an optimizer between two steps: it is honoured or refused, never passed over in silence."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from polargrad_dist import ConfigError, PolarGrad, PolarGradM
+from polargrad_dist.optim import OptimizerConfig
 from polargrad_dist.optim.elements import join_bf16
 from tests.gloo import run_ranks
 
@@ -159,3 +164,69 @@ def test_momenta_of_bf16_weights_reach_an_exact_oracle_unrounded():
     for many in run_ranks(_few_tokens, 2):
         # Directions come back in bf16; noise would be of their own size
         assert (many - one).norm() <= 0.02 * 0.3 * 2**0.5
+
+
+def _assigned(model: nn.Module) -> None:
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+
+
+def _another_head(model: nn.Module) -> None:
+    model[1] = nn.Linear(6, 5, bias=False)
+
+
+@pytest.mark.parametrize("change", [_assigned, _another_head])
+@pytest.mark.parametrize("config", [False, True])
+def test_parameters_that_were_replaced_in_the_model_are_refused(change, config):
+    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Linear(6, 6, bias=False))
+    optimizer = PolarGrad.from_config(model, OptimizerConfig()) if config else PolarGrad(model)
+    change(model)
+    model(torch.ones(2, 4)).sum().backward()
+    with pytest.raises(ConfigError, match=r"(1\.weight was|0\.weight and 1 more were) replaced"):
+        optimizer.step()
+
+
+def test_a_module_that_was_taken_out_or_is_unused_is_no_error():
+    model = nn.ModuleDict({name: nn.Linear(4, 4, bias=False) for name in ("used", "idle", "aside")})
+    optimizer = PolarGrad(model)
+    del model["aside"]
+    for _ in range(2):
+        model["used"](torch.ones(2, 4)).sum().backward()
+        before = model["used"].weight.detach().clone()
+        optimizer.step()
+        assert not torch.equal(model["used"].weight, before)
+
+
+def test_a_first_step_without_any_gradient_is_warned_of_once():
+    model = nn.Linear(4, 4, bias=False)
+    optimizer = PolarGrad(model.parameters(), lr=0.1)
+    _assigned(model)
+    model(torch.ones(2, 4)).sum().backward()
+    with pytest.warns(UserWarning, match="no parameter of the optimizer has a gradient on any rank"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+def _sharded_afterwards(rank: int, world: int, mode: str) -> str:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    optimizer = PolarGrad(model)
+    if mode == "fsdp2":
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    elif mode == "fsdp1":
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    elif rank == 1:
+        _assigned(model)
+    model(torch.ones(2, 8)).sum().backward()
+    try:
+        optimizer.step()
+    except ConfigError as error:
+        return str(error)
+    return "nothing was said"
+
+
+@pytest.mark.parametrize("mode", ["fsdp2", "fsdp1", "one rank"])
+def test_a_model_that_is_sharded_after_the_optimizer_was_built_is_refused_on_all_ranks(mode):
+    said = run_ranks(_sharded_afterwards, 2, mode, timeout=100)
+    assert "0.weight and 3 more were replaced in the model" in said[1]
+    assert ("another rank cannot step" if mode == "one rank" else "3 more were replaced") in said[0]

@@ -48,15 +48,19 @@ class AverageConfig:
     weight: float = 1.0
 
 
-def check_around(lookahead: LookaheadConfig, average: AverageConfig) -> None:
-    """Raises ``ConfigError`` for an invalid value."""
+def check_around(lookahead: LookaheadConfig, average: AverageConfig, steps: int) -> None:
+    """Raises ``ConfigError`` for a value that is invalid in a run of ``steps``."""
+    first = lookahead.start if lookahead.beta else 0
     for name, value, good, expected in (
         ("lookahead.beta", lookahead.beta, 0 <= lookahead.beta < 100, "a number in [0, 100)"),
         ("lookahead.decay", lookahead.decay, 0 <= lookahead.decay < 1, "a number in [0, 1)"),
         ("lookahead.start", lookahead.start, lookahead.start >= 0, "a step >= 0"),
+        ("lookahead.start", lookahead.start, first < steps, f"a step before the last, trainer.steps = {steps}"),
         ("lookahead.end", lookahead.end, lookahead.end is None or lookahead.end > lookahead.start,
          "null, or a step after start"),
         ("average.start", average.start, average.start is None or average.start >= 0, "null, or a step >= 0"),
+        ("average.start", average.start, (average.start or 0) < steps,
+         f"null, or a step before the last, trainer.steps = {steps}"),
         ("average.horizon", average.horizon, 1 <= average.horizon < 1e9, "steps >= 1"),
         ("average.weight", average.weight, 0 < average.weight <= 1, "a share in (0, 1]"),
     ):  # fmt: skip

@@ -146,7 +146,8 @@ class World:
     def _refuse_difference(self) -> None:
         raise ConfigError(
             "parameters, shapes or rules differ between ranks, expected the same on all ranks that store a parameter: "
-            "build the same model and groups on every rank"
+            "build the same model and groups on every rank. Where ranks hold different models (pipeline stages), name each "
+            "stage's ranks in process_group, and all of them in norm_group"
         )
 
     def _make_groups(self, merged: list[Entry]) -> dict[Any, tuple[int, Any, Any]]:

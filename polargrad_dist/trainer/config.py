@@ -275,7 +275,7 @@ class TrainerConfig:
             )
         self.diagnostics.check()
         self.schedule.check(self.steps)
-        check_around(self.lookahead, self.average)
+        check_around(self.lookahead, self.average, self.steps)
         if self.lookahead.beta and self.precision == "bf16":
             raise ConfigError(
                 f"trainer.lookahead.beta is {self.lookahead.beta} with precision 'bf16', whose weights would round the "

@@ -147,6 +147,8 @@ def test_undo_gives_back_the_bits():
     [
         ({"lookahead": LookaheadConfig(beta=0.5, start=9, end=3)}, "trainer.lookahead.end is 3, expected null, or a step"),
         ({"average": AverageConfig(start=1, weight=1.5)}, "trainer.average.weight is 1.5, expected a share"),
+        ({"average": AverageConfig(start=400)}, "trainer.average.start is 400, expected null, or a step before the last"),
+        ({"lookahead": LookaheadConfig(beta=0.5, start=400)}, "trainer.lookahead.start is 400, expected a step before"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(tmp_path, changes, said):

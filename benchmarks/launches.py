@@ -26,7 +26,7 @@ from benchmarks.step import FREE
 from models import ModelConfig, build_model
 from polargrad_dist import OptimizerConfig, PolarGrad
 from polargrad_dist.distributed import transport
-from polargrad_dist.optim import bucket, facts, optimizer
+from polargrad_dist.optim import bucket, facts, member, optimizer
 from polargrad_dist.optim.elements import shrinking
 from polargrad_dist.polar import gram
 from train import parse_run
@@ -103,7 +103,8 @@ def as_a_gpu() -> Iterator[None]:
             (facts, "Late", lambda _: None),
             (facts.Facts, "worst", lambda _: (0, 0)),
             (gram, "fast_fp64", lambda _: True),
-            (bucket.Travel, "backend", "inductor"),
+            (member.Travel, "backend", "inductor"),
+            (member, "run_compiled", one_kernel),
             (bucket, "run_compiled", one_kernel),
         ):
             stack.enter_context(mock.patch.object(where, name, instead))

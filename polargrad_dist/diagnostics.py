@@ -18,8 +18,8 @@ from polargrad_dist.distributed.layout import Split, Stretches, slices, volume
 from polargrad_dist.distributed.transport import Traffic, pack_triangle, unpack_triangle
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim import PolarGrad
-from polargrad_dist.optim.bucket import Member
 from polargrad_dist.optim.facts import NAN
+from polargrad_dist.optim.member import Member
 from polargrad_dist.optim.planning import split_of
 from polargrad_dist.polar import InverseSqrt, apply_rows, gram_matrix, inverse_sqrt
 

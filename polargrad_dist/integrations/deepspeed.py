@@ -20,10 +20,10 @@ from polargrad_dist.distributed.plan import Plan
 from polargrad_dist.errors import CheckpointError, ConfigError
 from polargrad_dist.integrations.deepspeed_checks import WAY_OUT, check_version, refuse_unknown
 from polargrad_dist.integrations.fragments import Fragment, FragmentPolarGrad, fragments_of
-from polargrad_dist.optim.bucket import Member
 from polargrad_dist.optim.checks import check_travel, check_values
 from polargrad_dist.optim.facts import Facts
 from polargrad_dist.optim.groups import DEFAULTS, completed, routed
+from polargrad_dist.optim.member import Member
 from polargrad_dist.optim.optimizer import PolarGrad
 from polargrad_dist.optim.routing import route
 from polargrad_dist.optim.rules import OptimizerConfig, Rule

@@ -20,8 +20,8 @@ from polargrad_dist.distributed.plan import Entry, Plan
 from polargrad_dist.distributed.teams import Placing
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.integrations.deepspeed_checks import refuse_owner_state
-from polargrad_dist.optim.bucket import Member, Travel
 from polargrad_dist.optim.matrix import rule_of
+from polargrad_dist.optim.member import Member, Travel
 from polargrad_dist.optim.optimizer import PolarGrad
 from polargrad_dist.optim.planning import entry, split_of
 from polargrad_dist.optim.world import World

@@ -15,8 +15,8 @@ from polargrad_dist.distributed.layout import overlap, slices
 from polargrad_dist.distributed.plan import Entry, sum_rows
 from polargrad_dist.distributed.transport import Agreement
 from polargrad_dist.errors import ConfigError
-from polargrad_dist.optim.bucket import Member
 from polargrad_dist.optim.matrix import RULES, kept_states, rule_of
+from polargrad_dist.optim.member import Member
 from polargrad_dist.optim.rules import ROLES, Rule
 
 RULE_KEYS = tuple(key for key in Rule.__dataclass_fields__ if key != "options")

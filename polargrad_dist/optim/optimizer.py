@@ -22,7 +22,7 @@ from polargrad_dist.distributed.teams import local
 from polargrad_dist.distributed.transport import Agreement, Traffic
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.alike import RATES_CHECKED, check_alike, redistribute
-from polargrad_dist.optim.bucket import Member, Travel, run
+from polargrad_dist.optim.bucket import run
 from polargrad_dist.optim.checks import (
     Watch,
     check_keys,
@@ -34,6 +34,7 @@ from polargrad_dist.optim.checks import (
 from polargrad_dist.optim.elements import by_kind, shrinking, sum_of_squares
 from polargrad_dist.optim.facts import Facts, Sums, failure_of
 from polargrad_dist.optim.groups import DEFAULTS, completed, listed, routed
+from polargrad_dist.optim.member import Member, Travel
 from polargrad_dist.optim.routing import route
 from polargrad_dist.optim.rules import OptimizerConfig, Rule
 from polargrad_dist.optim.state import NamedState

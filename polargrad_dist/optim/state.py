@@ -21,9 +21,9 @@ from polargrad_dist.distributed.layout import volume
 from polargrad_dist.distributed.teams import local
 from polargrad_dist.distributed.transport import Traffic
 from polargrad_dist.errors import CheckpointError, ConfigError
-from polargrad_dist.optim.bucket import Member
 from polargrad_dist.optim.checks import FIXED, check_values, fixed_part
 from polargrad_dist.optim.matrix import kept_states
+from polargrad_dist.optim.member import Member
 from polargrad_dist.optim.world import World
 
 TORCH_CHECKPOINT = "torch.distributed.checkpoint."

@@ -17,9 +17,11 @@ from polargrad_dist.distributed.schedule import in_order as resumed
 from polargrad_dist.distributed.teams import Groups, Placing, Team, placing, widest
 from polargrad_dist.distributed.transport import Agreement
 from polargrad_dist.errors import ConfigError
-from polargrad_dist.optim.bucket import KINDS, Batch, Member, Schedule, Travel
+from polargrad_dist.optim.batch import Batch
+from polargrad_dist.optim.bucket import KINDS, Schedule
 from polargrad_dist.optim.checks import refuse_zero
 from polargrad_dist.optim.matrix import kept_states
+from polargrad_dist.optim.member import Member, Travel
 from polargrad_dist.optim.planning import entry
 
 # The group's number, the group, the parameter's name, the parameter.

@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 from polargrad_dist.distributed.plan import Plan
 from polargrad_dist.integrations.fragments import planned
 from polargrad_dist.optim import OptimizerConfig, plan_for, route
-from polargrad_dist.optim.bucket import CPU_BUCKET, GPU_BUCKET
+from polargrad_dist.optim.member import CPU_BUCKET, GPU_BUCKET
 from polargrad_dist.trainer.config import TrainerConfig
 from polargrad_dist.trainer.devices import Device, known
 from polargrad_dist.trainer.strategies import sharded_units

@@ -29,9 +29,9 @@ from polargrad_dist.integrations.deepspeed import ZeroPolarGrad, without_inferen
 from polargrad_dist.integrations.deepspeed_checks import check_config
 from polargrad_dist.integrations.fragments import FragmentPolarGrad
 from polargrad_dist.optim import OptimizerConfig
-from polargrad_dist.optim.bucket import Member
 from polargrad_dist.optim.facts import Facts
 from polargrad_dist.optim.matrix import rule_of
+from polargrad_dist.optim.member import Member
 from polargrad_dist.optim.routing import clean_name
 from polargrad_dist.trainer.config import TrainerConfig
 from polargrad_dist.trainer.strategies import Placed

@@ -9,8 +9,8 @@ from torch import nn
 
 from polargrad_dist import PolarGrad, compiled
 from polargrad_dist.distributed.transport import pack_triangle, unpack_triangle
-from polargrad_dist.optim.bucket import Travel
 from polargrad_dist.optim.elements import join_bf16, selected_ema, selected_step
+from polargrad_dist.optim.member import Travel
 from tests.gloo import run_ranks
 
 GROUPS = {

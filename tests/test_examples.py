@@ -26,3 +26,13 @@ def test_a_module_of_ones_own_trains(tmp_path):
     assert float(first[1]) < 4.5
     assert len((ROOT / "examples" / "own_model.py").read_text().splitlines()) <= 60
     assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").exists()
+
+
+def test_data_of_ones_own_train_on_two_ranks(tmp_path):
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    found = LOSS.search(
+        ran([sys.executable, *ranks, "-m", "examples.own_data", str(tmp_path / "run")], tmp_path)
+    )
+    assert found is not None
+    # The results of all sums but a few are known.
+    assert float(found[1]) < 0.1

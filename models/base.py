@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
@@ -139,6 +138,9 @@ class LanguageModel(nn.Module, ABC):
         are."""
         # Blocks share their code: up to 4 kinds of them, each in training, in evaluation and in sampling. Beyond the limit
         # (8) PyTorch would go on uncompiled, where FlexAttention holds all scores at once.
+        # Imported here, since that takes two seconds.
+        import torch._dynamo
+
         limits = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, 32)
         self.loss_backend = options.get("backend", "inductor")

@@ -85,3 +85,11 @@ def test_importing_the_library_does_not_import_torch():
 
     code = "import sys, polargrad_dist, polargrad_dist.errors; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_command_does_not_import_the_compiler():
+    import subprocess
+    import sys
+
+    code = "import sys, train; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

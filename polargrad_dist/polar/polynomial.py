@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..compiled import constant_result
 from ..errors import PolarError
 from .oracle import Options, Oracle, inner_product, inverse_scale, largest_entry, orthogonality
 
@@ -187,7 +188,7 @@ def _solve(rows: list[list[float]]) -> list[float]:
 
 
 # The result is constant: a compiled caller need not trace the exchange.
-@torch.compiler.assume_constant_result
+@constant_result
 def polar_express_coefficients(
     lower: float, steps: int, safety: float = 1.0, cushion: float = CUSHION
 ) -> tuple[tuple[float, float, float], ...]:

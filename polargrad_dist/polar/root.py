@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..compiled import constant_result
 from ..errors import PolarError
 from .gram import gram_matrix
 from .polynomial import polar_express_coefficients
@@ -210,7 +211,7 @@ def dominant_directions(M: Tensor) -> Tensor:
     return v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_min(tiny)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def root_schedule(lower: float) -> tuple[tuple[float, float, float], ...]:
     """The fewest minimax quintics that bring every σ/σ_max ≥ lower/10 (at least 1e-6) to within 1e-10 of 1."""
     return _schedule(min(max(REACH * lower, SMALLEST_REACH), 0.5))

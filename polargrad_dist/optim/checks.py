@@ -155,7 +155,7 @@ def refuse_zero(members: Sequence[Member], entries: Sequence[Entry], agreement: 
     rows = sum_rows(entries)
     if not rows:
         return
-    seen = torch.zeros(len(rows), dtype=torch.int32)
+    seen = torch.zeros(len(rows), dtype=torch.int32, device="cpu")
     for m in members:
         if not m.entry.pauses or m.entry.split is None:
             continue

@@ -391,7 +391,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             marks[m.index] = int(reducer.present[m.p] if reducer else grad is not None)
             marks[m.index] += isinstance(grad, DTensor) and m.misplaced
         late = self._facts.sent is not None and self._facts.worst()[0] > 0
-        present = torch.tensor([*marks, late, problem is not None], dtype=torch.int32)
+        present = torch.tensor([*marks, late, problem is not None], dtype=torch.int32, device="cpu")
         if world.agreement is not None:
             world.agreement.largest(present)
         *somewhere, failed, refused = present.tolist()
@@ -417,7 +417,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             kind, index = facts.worst()
             worst = kind << 32 | index
             if world.agreement is not None:
-                worst = int(world.agreement.largest(torch.tensor([worst])))
+                worst = int(world.agreement.largest(torch.tensor([worst], device="cpu")))
             if worst:
                 kind, index = worst >> 32, worst & 0xFFFFFFFF
                 own = facts.error if facts.failure == (kind, index) else None

@@ -196,6 +196,44 @@ def test_a_module_that_was_taken_out_or_is_unused_is_no_error():
         assert not torch.equal(model["used"].weight, before)
 
 
+def test_a_default_dtype_of_bf16_does_not_stop_the_count_of_steps():
+    torch.manual_seed(0)
+    ours, theirs = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        optimizer = PolarGrad([{"params": [ours], "algorithm": "adamw", "betas": (0.9, 0.999), "lr": 1e-3}])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torchs = torch.optim.AdamW([theirs], lr=1e-3, weight_decay=0.0)
+    for _ in range(400):
+        ours.grad = torch.randn(3)
+        theirs.grad = ours.grad.clone()
+        optimizer.step()
+        torchs.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def _under_meta(rank: int, world: int) -> list[float]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with torch.device("meta"):
+        optimizer = PolarGrad(model, hidden={"control": "hyperball", "scale": "none", "lr": 0.1})
+        optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.full_state_dict())
+        optimizer.stats()
+    return model[0].weight.flatten().tolist()
+
+
+def test_a_default_device_is_not_the_optimizers():
+    # As torch.set_default_device("cuda") around a whole program, whose small collectives are of host tensors.
+    alone = _under_meta(0, 1)
+    for many in run_ranks(_under_meta, 2, timeout=100):
+        assert many == pytest.approx(alone, rel=1e-5)
+
+
 def test_a_first_step_without_any_gradient_is_warned_of_once():
     model = nn.Linear(4, 4, bias=False)
     optimizer = PolarGrad(model.parameters(), lr=0.1)

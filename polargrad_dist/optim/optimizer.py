@@ -7,7 +7,6 @@ is in `bucket`, the mathematics of a rule in `matrix`, placement in `world`, sav
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -29,12 +28,12 @@ from polargrad_dist.optim.checks import (
     check_parameter,
     check_travel,
     check_values,
-    replaced,
 )
 from polargrad_dist.optim.elements import by_kind, shrinking, sum_of_squares
 from polargrad_dist.optim.facts import Facts, Sums, failure_of
 from polargrad_dist.optim.groups import DEFAULTS, completed, listed, routed
 from polargrad_dist.optim.member import Member, Travel
+from polargrad_dist.optim.replaced import ModelWatch
 from polargrad_dist.optim.routing import route
 from polargrad_dist.optim.rules import OptimizerConfig, Rule
 from polargrad_dist.optim.state import NamedState
@@ -96,9 +95,9 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         check_keys(rule, "PolarGrad")
         roles = {"hidden": hidden, "embed": embed, "head": head, "value_embed": value_embed, "scalar": scalar}
         given = {role: changes for role, changes in roles.items() if changes is not None}
-        self._model: weakref.ref[nn.Module] | None = None
+        self._model: ModelWatch | None = None
         if isinstance(params, nn.Module):
-            self._model = weakref.ref(params)
+            self._model = ModelWatch(params)
             params = routed(params, gradients, given, rule)
         elif given:
             raise ConfigError(
@@ -136,7 +135,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             comm_dtype=config.comm_dtype,
             bucket_mb=config.bucket_mb,
         )
-        optimizer._model = weakref.ref(model)
+        optimizer._model = ModelWatch(model)
         return optimizer
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -261,12 +260,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
                         f"the gradient of {name} is sparse, expected a dense one: build nn.Embedding with sparse=False (zero "
                         "rows stay zero, and on CPUs cost nothing)"
                     )
-        if (
-            self._steps % RATES_CHECKED == 0
-            and self._model is not None
-            and (model := self._model()) is not None
-        ):
-            return replaced(model, self._world.members)
+        if self._model is not None and self._steps % RATES_CHECKED == 0:
+            return self._model.complaint(self._world.members)
         return None
 
     @property

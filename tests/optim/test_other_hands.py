@@ -8,9 +8,11 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.utils.parametrizations import weight_norm
 
 from polargrad_dist import ConfigError, PolarGrad, PolarGradM
 from polargrad_dist.optim import OptimizerConfig
+from polargrad_dist.optim.alike import RATES_CHECKED
 from polargrad_dist.optim.elements import join_bf16
 from tests.gloo import run_ranks
 
@@ -102,8 +104,9 @@ def test_a_rate_held_in_a_tensor_is_watched_like_any_other():
     optimizer.param_groups[0]["lr"].fill_(torch.nan)
     with pytest.raises(ConfigError, match="lr is nan"):
         stepped(optimizer, p)
-    with pytest.raises(ConfigError, match=r"lr is tensor\(\[0.1"):
-        PolarGrad([p], lr=torch.tensor([0.1, 0.2]))
+    for several in ([0.1, 0.2], [0.1]):
+        with pytest.raises(ConfigError, match=r"lr is tensor\(\[0.1.*expected a number, or a tensor without"):
+            PolarGrad([p], lr=torch.tensor(several))
 
 
 def test_a_group_that_is_refused_leaves_the_optimizer_as_it_was(monkeypatch):
@@ -183,6 +186,48 @@ def test_parameters_that_were_replaced_in_the_model_are_refused(change, config):
     model(torch.ones(2, 4)).sum().backward()
     with pytest.raises(ConfigError, match=r"(1\.weight was|0\.weight and 1 more were) replaced"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("change", [_assigned, _another_head, lambda model: weight_norm(model[1])])
+def test_parameters_that_were_replaced_amid_a_run_are_refused_though_their_gradients_remain(change):
+    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Linear(6, 6, bias=False))
+    optimizer = PolarGrad(model)
+
+    def step():
+        # Unlike the optimizer's, it leaves the gradients of parameters that are no longer the model's.
+        model.zero_grad()
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+
+    step()
+    change(model)
+    for _ in range(RATES_CHECKED - 1):
+        step()
+    with pytest.raises(ConfigError, match=r"(1\.weight was|0\.weight and 1 more were) replaced"):
+        step()
+
+
+def _unfrozen(model: nn.ModuleDict) -> nn.Module:
+    return model["frozen"].requires_grad_(True)
+
+
+def _beside(model: nn.ModuleDict) -> nn.Module:
+    model["new"] = nn.Linear(4, 4, bias=False)
+    return model["new"]
+
+
+@pytest.mark.parametrize("change", [_unfrozen, _beside])
+def test_a_module_that_was_taken_out_while_another_optimizer_trains_a_new_one_is_no_error(change):
+    model = nn.ModuleDict({name: nn.Linear(4, 4, bias=False) for name in ("used", "frozen", "aside")})
+    model["frozen"].requires_grad_(False)
+    optimizer = PolarGrad(model)
+    del model["aside"]
+    other = change(model)
+    for _ in range(2):
+        model["used"](other(torch.ones(2, 4))).sum().backward()
+        before = model["used"].weight.detach().clone()
+        optimizer.step()
+        assert not torch.equal(model["used"].weight, before)
 
 
 def test_a_module_that_was_taken_out_or_is_unused_is_no_error():

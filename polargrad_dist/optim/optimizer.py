@@ -114,7 +114,6 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         # The numbers of each group when it was last checked.
         self._said: dict[int, tuple[Any, ...]] = {}
         self._state_places: list[tuple[torch.Tensor, int, torch.Size, torch.dtype]] = []
-        self._placed: list[int] | None = None
         self._steps = 0
         self._keep: frozenset[int] = frozenset()
         self._facts = Facts()
@@ -157,7 +156,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             )
         named = list(zip(group.pop("param_names"), group.pop("params"), strict=True))
         super().add_param_group(group | {"params": named})
-        if self._placed is not None:
+        if self._world.placed:
             try:
                 self._place(self.param_groups[-1:])
             except ConfigError:
@@ -177,14 +176,14 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
              for name, p in zip(group["param_names"], group["params"], strict=True)],
             self.state,
         )  # fmt: skip
-        self._placed = [id(p) for group in self.param_groups for p in group["params"]]
+        self._world.placed = [id(p) for group in self.param_groups for p in group["params"]]
 
     def _check_placed(self) -> ConfigError | None:
         """Adopts parameters replaced before the first step, as by Accelerate's FSDP2, and states replaced at any time.
 
         Returns the error for what cannot be adopted.
         """
-        if self._placed != [id(p) for group in self.param_groups for p in group["params"]]:
+        if self._world.placed != [id(p) for group in self.param_groups for p in group["params"]]:
             if self._steps or self._travel.reducer is not None:
                 return ConfigError(
                     "the parameters of the optimizer's groups were replaced after its first step, expected the same ones: "

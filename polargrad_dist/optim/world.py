@@ -37,6 +37,9 @@ class World:
         self.process_group, self.travel, self.gradients = process_group, travel, gradients
         self.members: list[Member] = []
         self.entries: list[Entry] = []
+        # Ids of the parameters of all groups, in order, once they are members. Kept here because Lightning's wrapper of an
+        # optimizer has attributes of its own, and adds groups by its own methods.
+        self.placed: list[int] = []
         self.agreement: Agreement | None = None
         self.group: dist.ProcessGroup | None = None
         self.plan = Plan(1, gradients, None if travel.dtype is None else travel.dtype.itemsize)

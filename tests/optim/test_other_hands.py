@@ -126,6 +126,17 @@ def test_a_group_that_is_refused_leaves_the_optimizer_as_it_was(monkeypatch):
     stepped(optimizer, p, q)
 
 
+def test_a_group_that_is_added_through_lightnings_wrapper_is_stepped():
+    wrappers = pytest.importorskip("lightning.pytorch.core.optimizer")
+    first, second = (nn.Parameter(torch.zeros(4, 4)) for _ in range(2))
+    optimizer = PolarGrad([first], lr=0.1)
+    stepped(optimizer, first)
+    # What self.optimizers() returns: an object of a class derived from PolarGrad, with attributes of its own.
+    wrappers.LightningOptimizer(optimizer).add_param_group({"params": [second], "lr": 0.1})
+    stepped(optimizer, first, second)
+    assert second.any()
+
+
 def test_what_is_no_predicate_is_refused():
     p = nn.Parameter(torch.randn(4, 4))
     optimizer = PolarGrad([p], lr=0.1)

@@ -34,8 +34,8 @@ class ModelWatch:
             return None
         known = {m.p for m in members} | {p for ref in self._frozen if (p := ref()) is not None}
         new = [name for p, name in now.items() if p.grad is not None and p not in known]
-        homes = tuple(name[: name.rfind(".") + 1] for name in gone)
-        if not new or not (len(gone) == len(members) or any(name.startswith(homes) for name in new)):
+        homes = {name.rpartition(".")[0] for name in gone}
+        if not new or not (len(gone) == len(members) or any(_within(name, homes) for name in new)):
             return None
         which = f"{gone[0]} and {len(gone) - 1} more were" if len(gone) > 1 else f"{gone[0]} was"
         return ConfigError(
@@ -43,3 +43,11 @@ class ModelWatch:
             "expected the parameters of construction: build it after fully_shard, load_state_dict(assign=True) and whatever "
             "else replaces parameters; if another optimizer trains the new ones, freeze the old ones (requires_grad_(False))"
         )
+
+
+def _within(name: str, homes: set[str]) -> bool:
+    """Whether a parameter is held by one of these modules or lies below it; below the root, only as a parametrization."""
+    owner = name.rpartition(".")[0]
+    if owner in homes or ("" in homes and name.startswith("parametrizations.")):
+        return True
+    return any(home and name.startswith(f"{home}.") for home in homes)

@@ -241,6 +241,16 @@ def test_a_module_that_was_taken_out_while_another_optimizer_trains_a_new_one_is
         assert not torch.equal(model["used"].weight, before)
 
 
+def test_a_parameter_of_the_root_that_was_taken_out_is_not_replaced_by_one_elsewhere():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    model.scale = nn.Parameter(torch.ones(4))
+    optimizer = PolarGrad(model)
+    del model.scale
+    model.append(nn.Linear(4, 4, bias=False))
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+
+
 def test_a_module_that_was_taken_out_or_is_unused_is_no_error():
     model = nn.ModuleDict({name: nn.Linear(4, 4, bias=False) for name in ("used", "idle", "aside")})
     optimizer = PolarGrad(model)

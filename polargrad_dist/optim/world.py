@@ -84,7 +84,9 @@ class World:
             self.counts.setdefault(e.name, e.key)
         for m in new:
             m.state = state[m.p]
-        self._make_state(new)
+        # Tensors made in inference mode could not be updated outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            self._make_state(new)
         self.members += new
         self.schedules.clear()
         if self.gradients == "reduce_scatter":

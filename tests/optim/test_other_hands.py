@@ -293,6 +293,15 @@ def _under_meta(rank: int, world: int) -> list[float]:
     return model[0].weight.flatten().tolist()
 
 
+def test_an_optimizer_that_was_built_in_inference_mode_steps_outside_it():
+    params = [nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4))]
+    with torch.inference_mode():
+        matrix = {"params": params[:1], "momentum": "momentum_first", "lr": 0.1}
+        optimizer = PolarGrad([matrix, {"params": params[1:], "algorithm": "adamw", "lr": 0.1}])
+    stepped(optimizer, *params)
+    assert all((p < 1).all() for p in params)
+
+
 def test_a_default_device_is_not_the_optimizers():
     # As torch.set_default_device("cuda") around a whole program, whose small collectives are of host tensors.
     alone = _under_meta(0, 1)

@@ -127,7 +127,7 @@ class Team:
         groups = [found.mesh.get_group(dim) for dim in found.dims]
         if len(groups) == 1:
             return DeviceMesh.from_group(groups[0], self.device_type)
-        ranks = torch.tensor(found.ranks).view(found.sizes)
+        ranks = torch.tensor(found.ranks, device="cpu").view(found.sizes)
         names = tuple(f"cut{i}" for i in range(len(groups)))
         return DeviceMesh.from_group(groups, self.device_type, mesh=ranks, mesh_dim_names=names)
 

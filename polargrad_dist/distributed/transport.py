@@ -236,7 +236,7 @@ class Late:
     def __init__(self, x: torch.Tensor):
         self._event: Any = None
         if x.device.type == "cuda":
-            self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self._host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
             self._host.copy_(x, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()

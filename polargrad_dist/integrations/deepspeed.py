@@ -236,7 +236,7 @@ class ZeroPolarGrad(torch.optim.Optimizer):
                 held = flat.detach().narrow(0, at, count).to(stored.device, stored.dtype)
                 differ |= not torch.equal(stored, held)
         if inner.agreement is not None:
-            differ = bool(inner.agreement.largest(torch.tensor([differ], dtype=torch.int32)))
+            differ = bool(inner.agreement.largest(torch.tensor([differ], dtype=torch.int32, device="cpu")))
         if differ:
             raise ConfigError(
                 "ZeRO's fp32 weights are not those of the model: leave zero_optimization.round_robin_gradients out, and "
@@ -315,7 +315,7 @@ class ZeroPolarGrad(torch.optim.Optimizer):
         except CheckpointError as error:
             problem = error
         if inner.agreement is not None and int(
-            inner.agreement.largest(torch.tensor([problem is not None]).int())
+            inner.agreement.largest(torch.tensor([problem is not None], device="cpu").int())
         ):
             problem = problem or CheckpointError(
                 "another rank could not load its optimizer state: see its error"

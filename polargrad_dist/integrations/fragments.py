@@ -160,7 +160,7 @@ class FragmentWorld(World):
             else:
                 m.state[key] = fragment.of(self.states[fragment.flat][key])
         if not m.rule.matrices:
-            m.state["step"] = torch.zeros((), device=m.device)
+            m.state["step"] = torch.zeros((), dtype=torch.float32, device=m.device)
             if fragment.flat is not None:
                 m.state["step"].copy_(self.states[fragment.flat]["step"])
 
@@ -277,4 +277,4 @@ def make_state(group: Mapping[str, Any], flat: Tensor, states: dict[str, Any]) -
         if key not in states:
             states[key] = torch.zeros_like(flat, requires_grad=False)
     if not rule.matrices and "step" not in states:
-        states["step"] = torch.zeros((), device=flat.device)
+        states["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)

@@ -26,14 +26,14 @@ def redistribute(world: World) -> None:
     """Redistributes gradients whose placement differs from their parameter's (sequence parallelism) to the parameter's."""
     if world.agreement is None:
         return
-    here = torch.zeros(len(world.entries), dtype=torch.int32)
+    here = torch.zeros(len(world.entries), dtype=torch.int32, device="cpu")
     for m in world.members:
         here[m.index] = m.misplaced
     somewhere = world.agreement.largest(here.clone())
     if not somewhere.any():
         return
     unlike = [m.entry.name for m in world.members if somewhere[m.index] and not here[m.index]]
-    if int(world.agreement.largest(torch.tensor([len(unlike)]))):
+    if int(world.agreement.largest(torch.tensor([len(unlike)], device="cpu"))):
         name = unlike[0] if unlike else world.entries[int(somewhere.nonzero()[0])].name
         raise ConfigError(
             f"the gradient of {name} is missing or has another placement on some ranks, expected the same placement on "
@@ -76,10 +76,10 @@ def check_alike(world: World, groups: Sequence[Mapping[str, Any]], step: int) ->
 def other_numbers(world: World, agreement: Agreement, groups: Sequence[Mapping[str, Any]]) -> Entry | None:
     """The first parameter whose group has different numbers on another rank; ranks may have different groups."""
     nowhere = torch.iinfo(torch.int64).min
-    found = torch.full((2, len(world.entries)), nowhere)
+    found = torch.full((2, len(world.entries)), nowhere, device="cpu")
     digests = {id(group): zlib.crc32(repr(numbers(group)).encode()) for group in groups}
     for m in world.members:
-        found[:, m.index] = torch.tensor([digests[id(m.group)], -digests[id(m.group)]])
+        found[:, m.index] = torch.tensor([digests[id(m.group)], -digests[id(m.group)]], device="cpu")
     high, low = agreement.largest(found)
     differ = (high != -low) & (high != nowhere)
     return world.entries[int(differ.nonzero()[0])] if differ.any() else None

@@ -67,7 +67,7 @@ class Owned(Batch):
         by_rows, by_cols = several and not split.transposed, several and split.transposed
         depth, rows, cols = (b - a for a, b in here)
         size = len(self.members), depth, rows if by_rows else 1, cols if by_cols else 1
-        index = torch.zeros(size, dtype=torch.int64)
+        index = torch.zeros(size, dtype=torch.int64, device="cpu")
         for at, (i, j) in enumerate(self.arrival):
             deep, down, across = slices(overlap(here, split.matrices[j]))
             index[i, deep, down if by_rows else slice(None), across if by_cols else slice(None)] = at

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
 
 from polargrad_dist.distributed.layout import overlap, slices
@@ -126,27 +125,6 @@ def refuse_flat(name: str, p: torch.Tensor) -> None:
         )
 
 
-def replaced(model: nn.Module, members: Sequence[Member]) -> ConfigError | None:
-    """The error for parameters that others have replaced in the model since construction: the optimizer would train nothing.
-
-    A module that was taken out is no error: besides a parameter without a gradient that has left the model, there must be
-    one to train that the optimizer does not hold.
-    """
-    idle = [m for m in members if m.p.requires_grad and m.p.grad is None]
-    if not idle:
-        return None
-    held, there = {m.p for m in members}, set(model.parameters())
-    gone = [m.entry.name for m in idle if m.p not in there]
-    if not gone or not any(p.requires_grad and p not in held for p in there):
-        return None
-    which = f"{gone[0]} and {len(gone) - 1} more were" if len(gone) > 1 else f"{gone[0]} was"
-    return ConfigError(
-        f"{which} replaced in the model after the optimizer was built, which would train nothing there, "
-        "expected the parameters of construction: build it after fully_shard, load_state_dict(assign=True) and whatever "
-        "else replaces parameters"
-    )
-
-
 def refuse_zero(members: Sequence[Member], entries: Sequence[Entry], agreement: Agreement | None) -> None:
     """Raises ``ConfigError``, on all ranks, for a matrix of zeros with control "hyperball". A collective.
 
@@ -155,7 +133,7 @@ def refuse_zero(members: Sequence[Member], entries: Sequence[Entry], agreement: 
     rows = sum_rows(entries)
     if not rows:
         return
-    seen = torch.zeros(len(rows), dtype=torch.int32)
+    seen = torch.zeros(len(rows), dtype=torch.int32, device="cpu")
     for m in members:
         if not m.entry.pauses or m.entry.split is None:
             continue

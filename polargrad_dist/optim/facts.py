@@ -172,12 +172,12 @@ class Facts:
         residuals, -1 where unknown.
         """
         sums, largest = (
-            torch.zeros(count, 2, dtype=torch.float64),
-            torch.full((count, 2), -1.0, dtype=torch.float64),
+            torch.zeros(count, 2, dtype=torch.float64, device="cpu"),
+            torch.full((count, 2), -1.0, dtype=torch.float64, device="cpu"),
         )
         for numbers, columns in self._spectra:
             nuclear, high, low, residual = columns.double().cpu().unbind(1)
-            at = torch.tensor(numbers)
+            at = torch.tensor(numbers, device="cpu")
             sums.index_add_(0, at, torch.stack([nuclear, torch.ones_like(nuclear)], 1))
             condition = torch.where(low > 0, high / low, -1.0).nan_to_num(-1.0)
             figures = torch.stack([condition, residual.nan_to_num(-1.0)], 1)
@@ -190,7 +190,9 @@ class Facts:
         """`PolarGrad.stats`, from the facts of all ranks. Two small collectives."""
         sums, largest = self.table(len(entries))
         roles = list(dict.fromkeys(e.role for e in entries))
-        seconds = torch.tensor([self.total_seconds(role) for role in roles], dtype=torch.float64)
+        seconds = torch.tensor(
+            [self.total_seconds(role) for role in roles], dtype=torch.float64, device="cpu"
+        )
         if agreement is not None:
             agreement.total(sums)
             both = agreement.largest(torch.cat([largest.flatten(), seconds]))

@@ -7,7 +7,6 @@ is in `bucket`, the mathematics of a rule in `matrix`, placement in `world`, sav
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -29,12 +28,12 @@ from polargrad_dist.optim.checks import (
     check_parameter,
     check_travel,
     check_values,
-    replaced,
 )
 from polargrad_dist.optim.elements import by_kind, shrinking, sum_of_squares
 from polargrad_dist.optim.facts import Facts, Sums, failure_of
 from polargrad_dist.optim.groups import DEFAULTS, completed, listed, routed
 from polargrad_dist.optim.member import Member, Travel
+from polargrad_dist.optim.replaced import ModelWatch
 from polargrad_dist.optim.routing import route
 from polargrad_dist.optim.rules import OptimizerConfig, Rule
 from polargrad_dist.optim.state import NamedState
@@ -96,9 +95,9 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         check_keys(rule, "PolarGrad")
         roles = {"hidden": hidden, "embed": embed, "head": head, "value_embed": value_embed, "scalar": scalar}
         given = {role: changes for role, changes in roles.items() if changes is not None}
-        self._model: weakref.ref[nn.Module] | None = None
+        self._model: ModelWatch | None = None
         if isinstance(params, nn.Module):
-            self._model = weakref.ref(params)
+            self._model = ModelWatch(params)
             params = routed(params, gradients, given, rule)
         elif given:
             raise ConfigError(
@@ -115,7 +114,6 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         # The numbers of each group when it was last checked.
         self._said: dict[int, tuple[Any, ...]] = {}
         self._state_places: list[tuple[torch.Tensor, int, torch.Size, torch.dtype]] = []
-        self._placed: list[int] | None = None
         self._steps = 0
         self._keep: frozenset[int] = frozenset()
         self._facts = Facts()
@@ -136,7 +134,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             comm_dtype=config.comm_dtype,
             bucket_mb=config.bucket_mb,
         )
-        optimizer._model = weakref.ref(model)
+        optimizer._model = ModelWatch(model)
         return optimizer
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -158,7 +156,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             )
         named = list(zip(group.pop("param_names"), group.pop("params"), strict=True))
         super().add_param_group(group | {"params": named})
-        if self._placed is not None:
+        if self._world.placed:
             try:
                 self._place(self.param_groups[-1:])
             except ConfigError:
@@ -178,14 +176,14 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
              for name, p in zip(group["param_names"], group["params"], strict=True)],
             self.state,
         )  # fmt: skip
-        self._placed = [id(p) for group in self.param_groups for p in group["params"]]
+        self._world.placed = [id(p) for group in self.param_groups for p in group["params"]]
 
     def _check_placed(self) -> ConfigError | None:
         """Adopts parameters replaced before the first step, as by Accelerate's FSDP2, and states replaced at any time.
 
         Returns the error for what cannot be adopted.
         """
-        if self._placed != [id(p) for group in self.param_groups for p in group["params"]]:
+        if self._world.placed != [id(p) for group in self.param_groups for p in group["params"]]:
             if self._steps or self._travel.reducer is not None:
                 return ConfigError(
                     "the parameters of the optimizer's groups were replaced after its first step, expected the same ones: "
@@ -261,12 +259,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
                         f"the gradient of {name} is sparse, expected a dense one: build nn.Embedding with sparse=False (zero "
                         "rows stay zero, and on CPUs cost nothing)"
                     )
-        if (
-            self._steps % RATES_CHECKED == 0
-            and self._model is not None
-            and (model := self._model()) is not None
-        ):
-            return replaced(model, self._world.members)
+        if self._model is not None and self._steps % RATES_CHECKED == 0:
+            return self._model.complaint(self._world.members)
         return None
 
     @property
@@ -391,7 +385,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             marks[m.index] = int(reducer.present[m.p] if reducer else grad is not None)
             marks[m.index] += isinstance(grad, DTensor) and m.misplaced
         late = self._facts.sent is not None and self._facts.worst()[0] > 0
-        present = torch.tensor([*marks, late, problem is not None], dtype=torch.int32)
+        present = torch.tensor([*marks, late, problem is not None], dtype=torch.int32, device="cpu")
         if world.agreement is not None:
             world.agreement.largest(present)
         *somewhere, failed, refused = present.tolist()
@@ -417,7 +411,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             kind, index = facts.worst()
             worst = kind << 32 | index
             if world.agreement is not None:
-                worst = int(world.agreement.largest(torch.tensor([worst])))
+                worst = int(world.agreement.largest(torch.tensor([worst], device="cpu")))
             if worst:
                 kind, index = worst >> 32, worst & 0xFFFFFFFF
                 own = facts.error if facts.failure == (kind, index) else None

@@ -94,9 +94,13 @@ class Rule:
             if value is None and name == "steps":
                 continue
             kind = Integral if name == "steps" else Real
-            scalar = isinstance(value, Tensor) and value.numel() == 1 and name != "steps"
+            scalar = isinstance(value, Tensor) and value.ndim == 0 and name != "steps"
             if not (isinstance(value, kind) or scalar) or isinstance(value, bool):
-                what = "null or a whole number" if name == "steps" else "a number"
+                what = (
+                    "null or a whole number"
+                    if name == "steps"
+                    else "a number, or a tensor without dimensions"
+                )
                 raise ConfigError(f"{where}.{name} is {value!r}, expected {what}")
         if not (isinstance(self.betas, list | tuple) and all(isinstance(beta, Real) for beta in self.betas)):
             raise ConfigError(f"{where}.betas is {self.betas!r}, expected two numbers in [0, 1)")

@@ -191,7 +191,9 @@ class NamedState:
             )
             problem.__cause__ = error
         if self._world.agreement is not None:
-            someone = int(self._world.agreement.largest(torch.tensor([int(problem is not None)])))
+            someone = int(
+                self._world.agreement.largest(torch.tensor([int(problem is not None)], device="cpu"))
+            )
             if someone and problem is None:
                 problem = CheckpointError(
                     "another rank could not load its optimizer state, so no rank loads: see its error"

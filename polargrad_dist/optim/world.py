@@ -37,6 +37,9 @@ class World:
         self.process_group, self.travel, self.gradients = process_group, travel, gradients
         self.members: list[Member] = []
         self.entries: list[Entry] = []
+        # Ids of the parameters of all groups, in order, once they are members. Kept here because Lightning's wrapper of an
+        # optimizer has attributes of its own, and adds groups by its own methods.
+        self.placed: list[int] = []
         self.agreement: Agreement | None = None
         self.group: dist.ProcessGroup | None = None
         self.plan = Plan(1, gradients, None if travel.dtype is None else travel.dtype.itemsize)
@@ -58,7 +61,9 @@ class World:
         found = {id(p): self.placing(name, p) for _, _, name, p in given}
         mine = [self.entry(group, number, name, p, found[id(p)]) for number, group, name, p in given]
         self._meet([found[id(p)] for *_, p in given], [p for *_, p in given])
-        meshes = torch.tensor([any(f.mesh is not None for f in found.values())], dtype=torch.int32)
+        meshes = torch.tensor(
+            [any(f.mesh is not None for f in found.values())], dtype=torch.int32, device="cpu"
+        )
         self.meshes |= bool(self.agreement.largest(meshes) if self.agreement else meshes)
         merged = self._merged(mine)
         numbers = {e.key: len(self.entries) + i for i, e in enumerate(merged)}
@@ -79,7 +84,9 @@ class World:
             self.counts.setdefault(e.name, e.key)
         for m in new:
             m.state = state[m.p]
-        self._make_state(new)
+        # Tensors made in inference mode could not be updated outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            self._make_state(new)
         self.members += new
         self.schedules.clear()
         if self.gradients == "reduce_scatter":
@@ -126,7 +133,7 @@ class World:
         if self.agreement is None:
             return mine
         facts = "\n".join(repr((e.key, e.shape, e.rule, e.group, e.dtype, e.layout, e.split)) for e in mine)
-        digest = torch.tensor([len(mine), zlib.crc32(facts.encode())], dtype=torch.int64)
+        digest = torch.tensor([len(mine), zlib.crc32(facts.encode())], dtype=torch.int64, device="cpu")
         alike = bool(self.agreement.same(digest).all())
         if alike:
             return mine
@@ -190,7 +197,8 @@ class World:
                     m.state["low_bits"] = m.team.state(here.view(*shape, 2), m.entry.layout, m.p, (2,))
             if not first.rule.matrices:
                 for m in members:
-                    m.state["step"] = torch.zeros((), device=m.device)
+                    # Never in a default dtype such as bf16, which cannot count beyond 256.
+                    m.state["step"] = torch.zeros((), dtype=torch.float32, device=m.device)
         self._make_owner_state(new)
 
     def _make_owner_state(self, new: list[Member]) -> None:
@@ -250,7 +258,7 @@ class World:
 
     def digests(self) -> Tensor:
         """For every parameter, sums over the bits of its weights and of its gradient here; 0 if not stored here."""
-        out = torch.zeros(2, len(self.entries), dtype=torch.int64)
+        out = torch.zeros(2, len(self.entries), dtype=torch.int64, device="cpu")
         for m in self.members:
             if m.entry.layout.copies > 1:
                 out[0, m.index] = digest(m.canonical(m.p))

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.utils.parametrizations import weight_norm
 
 from polargrad_dist import ConfigError, PolarGrad, PolarGradM
 from polargrad_dist.optim import OptimizerConfig
+from polargrad_dist.optim.alike import RATES_CHECKED
 from polargrad_dist.optim.elements import join_bf16
 from tests.gloo import run_ranks
 
@@ -102,8 +104,9 @@ def test_a_rate_held_in_a_tensor_is_watched_like_any_other():
     optimizer.param_groups[0]["lr"].fill_(torch.nan)
     with pytest.raises(ConfigError, match="lr is nan"):
         stepped(optimizer, p)
-    with pytest.raises(ConfigError, match=r"lr is tensor\(\[0.1"):
-        PolarGrad([p], lr=torch.tensor([0.1, 0.2]))
+    for several in ([0.1, 0.2], [0.1]):
+        with pytest.raises(ConfigError, match=r"lr is tensor\(\[0.1.*expected a number, or a tensor without"):
+            PolarGrad([p], lr=torch.tensor(several))
 
 
 def test_a_group_that_is_refused_leaves_the_optimizer_as_it_was(monkeypatch):
@@ -121,6 +124,17 @@ def test_a_group_that_is_refused_leaves_the_optimizer_as_it_was(monkeypatch):
     assert len(optimizer.param_groups) == len(optimizer.state_dict()["param_groups"]) == 1
     optimizer.add_param_group({"params": [("q", q)]})
     stepped(optimizer, p, q)
+
+
+def test_a_group_that_is_added_through_lightnings_wrapper_is_stepped():
+    wrappers = pytest.importorskip("lightning.pytorch.core.optimizer")
+    first, second = (nn.Parameter(torch.zeros(4, 4)) for _ in range(2))
+    optimizer = PolarGrad([first], lr=0.1)
+    stepped(optimizer, first)
+    # What self.optimizers() returns: an object of a class derived from PolarGrad, with attributes of its own.
+    wrappers.LightningOptimizer(optimizer).add_param_group({"params": [second], "lr": 0.1})
+    stepped(optimizer, first, second)
+    assert second.any()
 
 
 def test_what_is_no_predicate_is_refused():
@@ -185,6 +199,58 @@ def test_parameters_that_were_replaced_in_the_model_are_refused(change, config):
         optimizer.step()
 
 
+@pytest.mark.parametrize("change", [_assigned, _another_head, lambda model: weight_norm(model[1])])
+def test_parameters_that_were_replaced_amid_a_run_are_refused_though_their_gradients_remain(change):
+    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Linear(6, 6, bias=False))
+    optimizer = PolarGrad(model)
+
+    def step():
+        # Unlike the optimizer's, it leaves the gradients of parameters that are no longer the model's.
+        model.zero_grad()
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+
+    step()
+    change(model)
+    for _ in range(RATES_CHECKED - 1):
+        step()
+    with pytest.raises(ConfigError, match=r"(1\.weight was|0\.weight and 1 more were) replaced"):
+        step()
+
+
+def _unfrozen(model: nn.ModuleDict) -> nn.Module:
+    return model["frozen"].requires_grad_(True)
+
+
+def _beside(model: nn.ModuleDict) -> nn.Module:
+    model["new"] = nn.Linear(4, 4, bias=False)
+    return model["new"]
+
+
+@pytest.mark.parametrize("change", [_unfrozen, _beside])
+def test_a_module_that_was_taken_out_while_another_optimizer_trains_a_new_one_is_no_error(change):
+    model = nn.ModuleDict({name: nn.Linear(4, 4, bias=False) for name in ("used", "frozen", "aside")})
+    model["frozen"].requires_grad_(False)
+    optimizer = PolarGrad(model)
+    del model["aside"]
+    other = change(model)
+    for _ in range(2):
+        model["used"](other(torch.ones(2, 4))).sum().backward()
+        before = model["used"].weight.detach().clone()
+        optimizer.step()
+        assert not torch.equal(model["used"].weight, before)
+
+
+def test_a_parameter_of_the_root_that_was_taken_out_is_not_replaced_by_one_elsewhere():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    model.scale = nn.Parameter(torch.ones(4))
+    optimizer = PolarGrad(model)
+    del model.scale
+    model.append(nn.Linear(4, 4, bias=False))
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+
+
 def test_a_module_that_was_taken_out_or_is_unused_is_no_error():
     model = nn.ModuleDict({name: nn.Linear(4, 4, bias=False) for name in ("used", "idle", "aside")})
     optimizer = PolarGrad(model)
@@ -194,6 +260,53 @@ def test_a_module_that_was_taken_out_or_is_unused_is_no_error():
         before = model["used"].weight.detach().clone()
         optimizer.step()
         assert not torch.equal(model["used"].weight, before)
+
+
+def test_a_default_dtype_of_bf16_does_not_stop_the_count_of_steps():
+    torch.manual_seed(0)
+    ours, theirs = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        optimizer = PolarGrad([{"params": [ours], "algorithm": "adamw", "betas": (0.9, 0.999), "lr": 1e-3}])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torchs = torch.optim.AdamW([theirs], lr=1e-3, weight_decay=0.0)
+    for _ in range(400):
+        ours.grad = torch.randn(3)
+        theirs.grad = ours.grad.clone()
+        optimizer.step()
+        torchs.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def _under_meta(rank: int, world: int) -> list[float]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with torch.device("meta"):
+        optimizer = PolarGrad(model, hidden={"control": "hyperball", "scale": "none", "lr": 0.1})
+        optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.full_state_dict())
+        optimizer.stats()
+    return model[0].weight.flatten().tolist()
+
+
+def test_an_optimizer_that_was_built_in_inference_mode_steps_outside_it():
+    params = [nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4))]
+    with torch.inference_mode():
+        matrix = {"params": params[:1], "momentum": "momentum_first", "lr": 0.1}
+        optimizer = PolarGrad([matrix, {"params": params[1:], "algorithm": "adamw", "lr": 0.1}])
+    stepped(optimizer, *params)
+    assert all((p < 1).all() for p in params)
+
+
+def test_a_default_device_is_not_the_optimizers():
+    # As torch.set_default_device("cuda") around a whole program, whose small collectives are of host tensors.
+    alone = _under_meta(0, 1)
+    for many in run_ranks(_under_meta, 2, timeout=100):
+        assert many == pytest.approx(alone, rel=1e-5)
 
 
 def test_a_first_step_without_any_gradient_is_warned_of_once():

@@ -244,6 +244,14 @@ def test_without_arguments_it_says_how_to_begin_and_starts_nothing():
     assert "error" not in found.stderr
 
 
+def test_help_names_every_key_once_after_a_usage_of_one_line():
+    found = train("--help")
+    assert found.returncode == 0
+    usage, _, rest = found.stdout.partition("\n\n")
+    assert usage == "usage: train.py --config FILE [--any.key VALUE ...] [--dry_run [N]]"
+    assert rest.count("  --optimizer.hidden.lr ") == 1
+
+
 def test_a_number_in_place_of_a_section_is_refused(tmp_path):
     (tmp_path / "c.yaml").write_text("optimizer: 3\n")
     found = train("--config", str(tmp_path / "c.yaml"))

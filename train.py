@@ -5,7 +5,9 @@ The same under `torchrun`, `srun`, `accelerate launch` and `deepspeed`. Every ke
 
 from __future__ import annotations
 
+import logging
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -26,6 +28,8 @@ from polargrad_dist.trainer.estimate import expected
 from polargrad_dist.trainer.initial import checkpoint_of, initialize
 from polargrad_dist.trainer.preflight import preflight, same_on_all_ranks
 from polargrad_dist.trainer.rates import check_rates
+
+log = logging.getLogger("polargrad_dist.trainer")
 
 
 @dataclass
@@ -63,7 +67,7 @@ def report(run_dir: Path) -> Path:
     return write_report([run_dir], run_dir / "report.html")
 
 
-WITHOUT_ARGUMENTS = """train.py needs a configuration. Three to begin with:
+WITHOUT_ARGUMENTS = """train.py needs a configuration. Three commands to begin with:
 
   python train.py --config configs/quickstart.yaml             a small model on a CPU, in minutes
   python train.py --config configs/one-gpu.yaml --dry_run 1    the plan of a run on one GPU; without --dry_run it trains
@@ -135,7 +139,11 @@ def pretrain(config: RunConfig, configuration: dict[str, Any]) -> Outcome:
         made = Trainer(trainer, config.optimizer, model, data, world, configuration)
         made.report = report
         made.expect = partial(expected, build, config.optimizer, trainer, world.size, world.device)
-        return made.fit()
+        outcome = made.fit()
+        if outcome.exit_code == 0 and world.is_main:
+            folder = shlex.quote(str(trainer.run_dir))
+            log.info("finished; next: python -m tools.report %s (or tools.evaluate, tools.generate)", folder)
+        return outcome
     finally:
         world.close()
 

@@ -47,6 +47,7 @@ def main() -> int:
     command = [*torchrun, *train]
     threads = str(max(1, (os.cpu_count() or 2) // processes))
     print("$", shlex.join(["torchrun", *command[3:]]), flush=True)
+    print("importing torch: up to a minute without output on busy cores", flush=True)
     code, stopped = ended(command, {"OMP_NUM_THREADS": threads} | os.environ)
     if code:
         why = (

@@ -45,6 +45,7 @@ def test_each_model_learns_from_json_lines_and_from_the_shards_made_of_them(tmp_
     model = ("--model.architecture", architecture)
     done = train(*arguments(tmp_path / "lines", corpus, 16, *model))
     assert done.returncode == 0, done.stderr
+    assert f"finished; next: python -m tools.report {tmp_path / 'lines'} (" in done.stderr
     first = losses(tmp_path / "lines")
     assert first[-1] < first[0] - 0.2
 

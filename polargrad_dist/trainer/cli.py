@@ -60,7 +60,14 @@ def parse(
     """
     from jsonargparse import ArgumentError
 
-    parser = safe_parser(description=description, default_env=False, parser_mode="yaml", env_prefix=False)
+    parser = safe_parser(
+        # In place of a list of all keys
+        usage="%(prog)s --config FILE [--any.key VALUE ...] [--dry_run [N]]",
+        description=description,
+        default_env=False,
+        parser_mode="yaml",
+        env_prefix=False,
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
     parser.add_argument(
         "--dry_run",

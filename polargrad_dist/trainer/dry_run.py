@@ -151,7 +151,8 @@ def verdicts(found: Estimate, trainer: TrainerConfig) -> str:
     return (
         f"{table(lines, '<><>>>>')}\n"
         f"memory as the data sheets say, of which CUDA itself takes some; the model at {SHARE:.0%} of the peak in {kind},\n"
-        "nothing overlapped, all GPUs linked as in one host: estimated, not measured"
+        "nothing overlapped, all GPUs linked as in one host, kernel launches not counted (they slow small models most):\n"
+        "estimated, not measured"
     )
 
 

@@ -280,11 +280,27 @@ def test_hardware_versions_commit_and_command_are_those_of_run_json(tmp_path):
     assert rows["rules"] == "hidden: polar, lr 0.02"
     assert rows["starts"] == "step 0 (1970-01-01 00:00 UTC), step 40 ()"
     assert "machine" not in rows
+    described = {"cores": 2, "threads": 1, "system": "Linux 6", "memory_gib": 23.6}
+    (run / "run.json").write_text(json.dumps({"machine": described}))
+    rows |= dict(Page(write_report([run], tmp_path / "page.html")).rows)
+    assert rows["machine"] == "2 cores, 1 thread per rank, Linux 6, 23.6 GiB of memory"
     assert rows["expected"] == (
         "60.0 of 80.0 GiB per rank (20.0 GiB left), 500 ms per step, 1:00:00 for the whole run on H100 SXM, estimated"
     )
     (run / "run.json").write_text(json.dumps({"expected": {"device": "H100", "memory": 3}}))
     assert "expected" not in dict(Page(write_report([run], tmp_path / "page.html")).rows)
+
+
+@pytest.mark.parametrize(("targets", "marked"), [((558, 558), 1), ((558, 93_594), 0)])
+def test_the_lowest_loss_is_marked_only_among_runs_validated_on_as_many_targets(tmp_path, targets, marked):
+    runs = [
+        run_of(tmp_path / name, [*LITTLE, validation(3, loss)]) for name, loss in (("a", 3.0), ("b", 4.6))
+    ]
+    for run, count in zip(runs, targets, strict=True):
+        (run / "run.json").write_text(json.dumps({"data": {"validation_targets": count}}))
+    page = Page(write_report(runs, tmp_path / "report.html"))
+    assert page.source.count('<td class="number best">') == marked
+    assert ("Validated on different data (558, 93,594 targets)" in page.source) == (not marked)
 
 
 def test_several_runs_lie_beside_each_other_with_only_their_differences(tmp_path):

@@ -244,6 +244,14 @@ def test_without_arguments_it_says_how_to_begin_and_starts_nothing():
     assert "error" not in found.stderr
 
 
+def test_help_names_every_key_once_after_a_usage_of_one_line():
+    found = train("--help")
+    assert found.returncode == 0
+    usage, _, rest = found.stdout.partition("\n\n")
+    assert usage == "usage: train.py --config FILE [--any.key VALUE ...] [--dry_run [N]]"
+    assert rest.count("  --optimizer.hidden.lr ") == 1
+
+
 def test_a_number_in_place_of_a_section_is_refused(tmp_path):
     (tmp_path / "c.yaml").write_text("optimizer: 3\n")
     found = train("--config", str(tmp_path / "c.yaml"))
@@ -366,6 +374,11 @@ def test_help_explains_every_key():
         assert words in found.stdout
 
 
+def planned(folder: Path, config: str = "quickstart") -> tuple[str, ...]:
+    """A shipped configuration in a new run directory: its own may hold a run of this checkout's user."""
+    return ("--config", f"configs/{config}.yaml", "--trainer.run_dir", str(folder / "run"))
+
+
 @pytest.mark.parametrize(
     ("config", "count"),
     [
@@ -378,15 +391,15 @@ def test_help_explains_every_key():
         ("qwen2.5-muon-polarsgdm", "540,865,536"),
     ],
 )
-def test_a_dry_run_of_each_paper_run_shows_its_exact_parameter_count(config, count):
-    found = train("--config", f"configs/{config}.yaml", "--dry_run", "8")
+def test_a_dry_run_of_each_paper_run_shows_its_exact_parameter_count(tmp_path, config, count):
+    found = train(*planned(tmp_path, config), "--dry_run", "8")
     assert found.returncode == 0, found.stderr
     assert f"parameters: {count}" in found.stdout
     assert "max/mean over 8 ranks" in found.stdout
 
 
 def test_a_dry_run_says_which_data_are_not_there(tmp_path):
-    command = ("--config", "configs/quickstart.yaml", "--dry_run", "1", "--data.source", "files")
+    command = (*planned(tmp_path), "--dry_run", "1", "--data.source", "files")
     refused = train(*command)
     assert refused.returncode == 2
     assert "data.paths is empty with data.source 'files'" in refused.stderr
@@ -395,16 +408,16 @@ def test_a_dry_run_says_which_data_are_not_there(tmp_path):
     assert f"data.paths: {tmp_path}/none.txt does not exist on this machine" in found.stdout
 
 
-def test_a_dry_run_says_which_vocabulary_it_assumes_where_none_is_known():
-    command = ("--config", "configs/quickstart.yaml", "--dry_run", "1")
+def test_a_dry_run_says_which_vocabulary_it_assumes_where_none_is_known(tmp_path):
+    command = (*planned(tmp_path), "--dry_run", "1")
     hub = train(*command, "--data.tokenizer.name", "gpt2")
     assert "model.vocab_size: 151,936 assumed, qwen2.5's own" in hub.stdout
     for known in ((), ("--data.tokenizer.name", "gpt2", "--model.vocab_size", "50257")):
         assert "assumed" not in train(*command, *known).stdout
 
 
-def test_a_dry_run_has_a_line_per_role_and_the_full_one_a_line_per_matrix():
-    command = ("--config", "configs/quickstart.yaml")
+def test_a_dry_run_has_a_line_per_role_and_the_full_one_a_line_per_matrix(tmp_path):
+    command = planned(tmp_path)
     short = train(*command, "--dry_run", "2").stdout
     rows = {line.split()[0]: line.split()[1:3] for line in short.splitlines() if line.strip()}
     assert rows["embed"] == rows["head"] == ["131,072", "1"]
@@ -419,8 +432,8 @@ def test_a_dry_run_has_a_line_per_role_and_the_full_one_a_line_per_matrix():
     assert "both --dry_run 3 and --dry_run_full 2 are given, expected one of them" in both.stderr
 
 
-def test_a_dry_run_without_a_number_is_one_of_one_rank():
-    found = train("--config", "configs/quickstart.yaml", "--dry_run")
+def test_a_dry_run_without_a_number_is_one_of_one_rank(tmp_path):
+    found = train(*planned(tmp_path), "--dry_run")
     assert found.returncode == 0, found.stderr
     assert "\n1 rank, strategy" in found.stdout
     assert "max/mean over 1 rank:" in found.stdout

@@ -20,7 +20,7 @@ from polargrad_dist.trainer import rundir
 from polargrad_dist.trainer.console import duration
 from polargrad_dist.trainer.header import describe_expected
 from polargrad_dist.words import counted
-from tools.report.runs import UNSET, Array, RunRecords, Summary, by_seed, differences, printable
+from tools.report.runs import UNSET, Array, RunRecords, Summary, by_seed, differences, finite, printable
 
 NONE = "–"
 HERE = Path(__file__).parent
@@ -200,12 +200,18 @@ def summary(runs: list[RunRecords]) -> str:
         )
         return f'<dl class="tiles">{tiles}</dl>\n{notes}'
     losses = [row.best_loss for row in rows if row.best_loss is not None]
+    targets = sorted(
+        {count for run in runs if (count := finite(run.fact("data.validation_targets"))) is not None}
+    )
+    if len(targets) > 1:
+        counts = ", ".join(f"{count:,.0f}" for count in targets)
+        notes = f'<p class="note">Validated on different data ({counts} targets): do not compare these losses.</p>\n{notes}'
     judged = "best validation loss" if "best validation loss" in filled else "final validation loss"
     lines = []
     for i, (run, row) in enumerate(zip(runs, rows, strict=True)):
         cells = f'<th scope="row">{name_of(i, run, True)}</th><td>{escape(row.model or NONE)}</td>'
         for name, texts in filled.items():
-            best = name == judged and len(losses) > 1 and row.best_loss == min(losses)
+            best = name == judged and len(losses) > 1 and len(targets) < 2 and row.best_loss == min(losses)
             cells += f'<td class="number{" best" if best else ""}">{escape(texts[i])}</td>'
         lines.append(f"<tr>{cells}</tr>\n")
     heads = "".join(f'<th scope="col" class="number">{escape(name)}</th>' for name in filled)
@@ -374,7 +380,7 @@ def setup(runs: Sequence[RunRecords]) -> str:
     """Hardware, versions, commit and command of each run, as far as its ``run.json`` says."""
     rows: dict[str, Callable[[RunRecords], Any]] = {
         "ranks": lambda r: _ranks(r),
-        "machine": lambda r: _pairs(r.fact("machine")),
+        "machine": lambda r: _machine(r.fact("machine")),
         "precision": lambda r: r.fact("training.precision"),
         "expected": lambda r: _expected(r),
         "data": lambda r: _data(r),
@@ -406,6 +412,19 @@ def _cell(name: str, text: Any) -> str:
 
 def _pairs(tree: Any) -> str:
     return ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in tree.items()) if isinstance(tree, dict) else ""
+
+
+def _machine(found: Any) -> str:
+    if not isinstance(found, dict):
+        return ""
+    parts = [
+        f"{counted(found[key], noun)}{where}"
+        for key, noun, where in (("cores", "core", ""), ("threads", "thread", " per rank"))
+        if isinstance(found.get(key), int)
+    ]
+    parts += [str(found["system"])] if "system" in found else []
+    parts += [f"{found['memory_gib']} GiB of memory"] if "memory_gib" in found else []
+    return ", ".join(parts)
 
 
 def _rules(roles: Any) -> str:

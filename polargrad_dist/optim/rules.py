@@ -244,9 +244,9 @@ def relative_rule(lr: float | None = None, **changes: Any) -> Rule:
 def adamw_rule(lr: float | None = None, **changes: Any) -> Rule:
     """AdamW with betas (0.9, 0.95).
 
-    lr: defaults to 0.03, a rate for vectors and scalars; hidden matrices need a tenth of it or less.
+    lr: defaults to 0.05, a rate for vectors and scalars; hidden matrices need a tenth of it or less.
     """
-    return _changed("adamw_rule", "embed", Rule(0.03, algorithm="adamw"), lr, changes)
+    return _changed("adamw_rule", "embed", Rule(0.05, algorithm="adamw"), lr, changes)
 
 
 def _changed(where: str, role: str, default: Rule, lr: float | None, changes: dict[str, Any]) -> Rule:

@@ -526,7 +526,7 @@ def test_a_rule_has_the_rate_that_was_given_or_that_of_the_role_it_follows():
         )
         return {group["role"]: group["lr"] for group in PolarGrad(model, **rules).param_groups}
 
-    default = {"hidden": 0.02, "embed": 1.0, "head": 1.0, "scalar": 0.03}
+    default = {"hidden": 0.02, "embed": 1.0, "head": 1.0, "scalar": 0.05}
     assert rates() == rates(hidden={"algorithm": "polar"}, embed={"scale": "nuclear_relative"}) == default
     adamw = {"algorithm": "adamw", "lr": 0.01}
     assert rates(embed=adamw) == default | {"embed": 0.01, "head": 0.01}

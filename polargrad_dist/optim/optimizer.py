@@ -400,7 +400,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
                 "no parameter of the optimizer has a gradient on any rank, so its first step changes nothing: call "
                 "backward() before it, and build the optimizer after fully_shard, load_state_dict(assign=True) and whatever "
                 "else replaces the model's parameters",
-                stacklevel=4,
+                # The caller, beyond what torch wraps a step in.
+                stacklevel=7,
             )
         return tuple(map(bool, somewhere))
 

@@ -314,8 +314,9 @@ def test_a_first_step_without_any_gradient_is_warned_of_once():
     optimizer = PolarGrad(model.parameters(), lr=0.1)
     _assigned(model)
     model(torch.ones(2, 4)).sum().backward()
-    with pytest.warns(UserWarning, match="no parameter of the optimizer has a gradient on any rank"):
+    with pytest.warns(UserWarning, match="no parameter of the optimizer has a gradient on any rank") as said:
         optimizer.step()
+    assert said[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step()

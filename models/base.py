@@ -136,11 +136,11 @@ class LanguageModel(nn.Module, ABC):
     def compile_blocks(self, **options: Any) -> None:
         """Compiles each block, and the loss; much quicker to the first step than the whole model, and names stay as they
         are."""
-        # Blocks share their code: up to 4 kinds of them, each in training, in evaluation and in sampling. Beyond the limit
-        # (8) PyTorch would go on uncompiled, where FlexAttention holds all scores at once.
         # Imported here, since that takes two seconds.
         import torch._dynamo
 
+        # Blocks share their code: up to 4 kinds of them, each in training, in evaluation and in sampling. Beyond the limit
+        # (8) PyTorch would go on uncompiled, where FlexAttention holds all scores at once.
         limits = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, 32)
         self.loss_backend = options.get("backend", "inductor")

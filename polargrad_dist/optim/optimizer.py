@@ -199,8 +199,9 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
             here = m.p.to_local() if isinstance(m.p, DTensor) else m.p
             if not here.is_contiguous():
                 return ConfigError(
-                    f"{m.entry.name} is no longer contiguous in memory, as after to(memory_format=channels_last), expected "
-                    "it contiguous as at construction: convert only the inputs, not the weights"
+                    f"{m.entry.name} is no longer contiguous in memory, as after to(memory_format=channels_last) or the "
+                    "removal of a parametrization, expected it contiguous as at construction: "
+                    "set its data to data.contiguous()"
                 )
             group, state = self.param_groups[m.number], self.state.get(m.p)
             if group is not m.group or state is not m.state:

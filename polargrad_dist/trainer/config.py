@@ -261,7 +261,8 @@ class TrainerConfig:
         if self.strategy.name == "hsdp" and (replicas < 2 or world % replicas or world // replicas < 2):
             raise ConfigError(
                 f"trainer.strategy.replicas is {replicas} on {counted(world, 'rank')}, expected a divisor of the world size "
-                "with at least 2 replicas of at least 2 shards each: set it so, or use strategy 'fsdp' or 'ddp'"
+                "with at least 2 replicas of at least 2 shards each: set it so, have torchrun or --dry_run use more ranks, "
+                "or use strategy 'fsdp' or 'ddp'"
             )
         if self.strategy.name != "hsdp" and replicas != 1:
             raise ConfigError(

@@ -30,6 +30,11 @@ def test_weights_that_are_no_longer_contiguous_are_refused(rule):
     layer.to(memory_format=torch.channels_last)
     with pytest.raises(ConfigError, match="no longer contiguous"):
         stepped(optimizer, layer.weight)
+    # As the message advises.
+    layer.weight.data = layer.weight.data.contiguous()
+    before = layer.weight.detach().clone()
+    stepped(optimizer, layer.weight)
+    assert not torch.equal(layer.weight, before)
 
 
 @pytest.mark.parametrize("rule", [{}, {"momentum": "momentum_first"}, {"algorithm": "adamw"}])

@@ -14,7 +14,7 @@ from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.control import lengths, per_matrix
 from polargrad_dist.optim.elements import join_bf16, split_bf16
 from polargrad_dist.optim.facts import Facts
-from polargrad_dist.optim.matrix import decay_and_step, relative
+from polargrad_dist.optim.matrix import decay_and_step, relative, width_factor
 from polargrad_dist.optim.member import Member, Travel
 
 # A bucket's step: it yields each collective that it starts, or None for a pause, and is resumed with the result.
@@ -213,12 +213,15 @@ class Batch:
             may = ok.view(-1, *[1] * (value.ndim - 1))
             value[rows] = torch.where(may, after[key].to(value.dtype), value[rows])
 
-    def _related(self, scale: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _related(
+        self, scale: Tensor, state: dict[str, Tensor], shape: Sequence[int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """A rule's scales (matrices,), relative to their early mean if the group's ``scale`` says so, and the next mean."""
         seen = state["nuclear_mean"]
         # A group may switch to another scale between steps.
         if self.group["scale"] == "nuclear_relative":
             scale, seen = relative(scale.double(), seen)
+            scale = scale * width_factor(shape, self.group)
         return scale, {"nuclear_mean": seen}
 
     def _share_nuclear(self, norms: Tensor | None, scale: Tensor, ok: Tensor, facts: Facts) -> None:

@@ -142,7 +142,10 @@ class Owned(Batch):
                 f"the rule {self.group['algorithm']!r} returned directions {tuple(answer.D.shape)} and scales "
                 f"{tuple(answer.scale.shape)} for matrices {tuple(A.shape)}, expected {tuple(A.shape)} and {(len(A),)}"
             )
-        scale, seen = self._related(answer.scale, state) if "nuclear_mean" in state else (answer.scale, {})
+        scale = answer.scale
+        seen: dict[str, Tensor] = {}
+        if "nuclear_mean" in state:
+            scale, seen = self._related(scale, state, A.shape[1:])
         ok = answer.D.sum((-2, -1)) if answer.nuclear_norm is None else answer.nuclear_norm
         ok = is_finite(ok) & is_finite(scale)
         if held:
@@ -232,7 +235,9 @@ class Tall(Batch):
             state = {key: value[rows] for key, value in held.items()}
             asked = S, e.shape[0], self.group, bound
             root, scales = facts.timed(e.role, S.device, self.rule.root, *asked)
-            scales, after = self._related(scales, state) if "nuclear_mean" in state else (scales, {})
+            after: dict[str, Tensor] = {}
+            if "nuclear_mean" in state:
+                scales, after = self._related(scales, state, (e.split.rows, e.split.cols))
         # As in `Owned.directed`.
         except Exception as error:
             facts.failed(self.first.index, error)

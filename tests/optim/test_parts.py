@@ -234,6 +234,27 @@ def test_a_matrix_without_a_gradient_for_a_hundred_steps_then_trains_at_its_rate
     assert float(torch.linalg.matrix_norm(p.detach(), 2)) == pytest.approx(0.5, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("role", "shape", "transposed", "factor"),
+    [
+        ("head", (20, 16), False, 2.0),
+        ("head", (5, 16), False, 2.0),
+        ("head", (300, 16), False, 2.0),
+        ("head", (16, 300), True, 2.0),
+        ("head", (20, 256), False, 0.5),
+        ("embed", (300, 16), False, 1.0),
+        ("hidden", (20, 16), False, 1.0),
+    ],
+)
+def test_a_head_s_relative_step_shrinks_with_the_root_of_its_width(role, shape, transposed, factor):
+    p = torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+    rule = {"lr": 0.1, "scale": "nuclear_relative", "beta": 0.5}
+    optimizer = PolarGrad([{"params": [p], "role": role, "transposed": transposed, **rule}])
+    p.grad = 1e3 * torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    optimizer.step()
+    assert float(torch.linalg.matrix_norm(p.detach(), 2)) == pytest.approx(0.1 * factor, rel=1e-6)
+
+
 @pytest.mark.parametrize("more", [{}, {"owner_states": lambda self, group: {"calls": lambda m, n: (1,)}}])
 def test_a_rule_of_one_s_own_takes_the_relative_scale_too(more):
     def direction(self, A, state, group):

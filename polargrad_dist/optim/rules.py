@@ -33,15 +33,15 @@ class Rule:
 
     Args:
         lr: base learning rate. With scale "nuclear" it multiplies the nuclear norm of the momentum, which differs by orders
-            of magnitude between models; with "nuclear_relative" one rate suited both model families at width 64
+            of magnitude between models; with "nuclear_relative" one rate serves both model families at three widths
             (docs/choosing-rules.md). A role that changes algorithm or scale must set it.
         algorithm: "polar" for matrices, "adamw" for anything, or the name of a registered rule.
         momentum: "none" (C.1), "momentum_first" (C.2, Muon's order), "polar_first" (C.3) or "heavy_ball" (C.4).
         beta: momentum coefficient of the polar algorithm, in [0, 1).
         nesterov: take the polar factor of (1 - beta) G + beta M instead of M, as Muon does.
         scale: what the polar factor is multiplied by: "nuclear" (PolarGrad), "nuclear_relative" (the nuclear norm over its
-            mean in the first 100 steps), "nuclear_shared" (one sum of nuclear norms for all matrices of a role), "muon",
-            "moonlight", "spectral" or "none".
+            mean in the first 100 steps; for a head of d inputs times sqrt(64/d)), "nuclear_shared" (one sum of nuclear norms
+            for all matrices of a role), "muon", "moonlight", "spectral" or "none".
         alpha: exponent of the nuclear norm: 1 gives PolarGrad, 0 the direction alone.
         precondition: "soap" whitens the momentum in the eigenbasis of the gradient's covariance, before the polar factor.
         center_rows: subtract the mean row before the polar factor and after it, for embeddings and heads.
@@ -235,6 +235,8 @@ def polarsgdm_rule(lr: float | None = None, **changes: Any) -> Rule:
 
 def relative_rule(lr: float | None = None, **changes: Any) -> Rule:
     """PolarSGDM with the nuclear norm over its mean in the first steps, so that the rate is the typical length of a step.
+
+    A head's step is also multiplied by sqrt(64/d), d its inputs.
 
     lr: defaults to 1.0; another algorithm or scale needs a rate of its own.
     """

@@ -93,8 +93,8 @@ def width_factor(shape: Sequence[int], group: Group) -> float:
     """What a relative scale is multiplied by: sqrt(64/d) for a head of d inputs, 1 for other roles; ``shape`` is as stored.
 
     The final norm gives a head inputs of norm sqrt(d), so a step of spectral norm s changes the logits by up to s sqrt(d):
-    with this factor one rate serves all widths. Source: Yang, Simon and Bernstein (2023), "A Spectral Condition for Feature
-    Learning", for a fixed number of outputs; what was measured is in docs/choosing-rules.md.
+    with this factor one rate served widths 64 to 256 (docs/choosing-rules.md). Source: Yang, Simon and Bernstein (2023),
+    "A Spectral Condition for Feature Learning", for a fixed number of outputs.
     """
     inputs = shape[0] if group["transposed"] else shape[1]
     return math.sqrt(HEAD_WIDTH / inputs) if group["role"] == "head" else 1.0

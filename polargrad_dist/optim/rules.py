@@ -33,7 +33,7 @@ class Rule:
 
     Args:
         lr: base learning rate. With scale "nuclear" it multiplies the nuclear norm of the momentum, which differs by orders
-            of magnitude between models; with "nuclear_relative" one rate serves both model families at three widths
+            of magnitude between models; with "nuclear_relative" one rate serves both model families at widths 64 to 256
             (docs/choosing-rules.md). A role that changes algorithm or scale must set it.
         algorithm: "polar" for matrices, "adamw" for anything, or the name of a registered rule.
         momentum: "none" (C.1), "momentum_first" (C.2, Muon's order), "polar_first" (C.3) or "heavy_ball" (C.4).

@@ -52,7 +52,9 @@ class PartsReference:
             power = nuclear ** rule["alpha"]
             scale = {"nuclear": power, "none": 1.0}.get(rule["scale"], shape)
             if rule["scale"] == "nuclear_relative":
-                scale = self._relative(i, float(power))
+                scale = self._relative(i, float(power)) * (
+                    math.sqrt(64 / n) if rule.get("role") == "head" else 1
+                )
             steps.append(scale * u)
             norms.append(shape * nuclear)
         for i, update in enumerate(steps):

@@ -51,6 +51,7 @@ TALL = {
     "hyperball, tall": {"control": "hyperball", "scale": "none", "oracle": "auto"},
     "center_rows, tall": {"center_rows": True, "oracle": "auto", "beta": 0.5},
     "nuclear_relative, tall": {"scale": "nuclear_relative", "lr": 0.5, "oracle": "auto", "alpha": 0.5},
+    "nuclear_relative, head": {"scale": "nuclear_relative", "lr": 0.5, "oracle": "auto", "role": "head"},
     "nuclear_shared, tall": {"scale": "nuclear_shared", "oracle": "auto", "floor": 0.05},
 }
 EVERY = PARTS | TALL

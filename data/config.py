@@ -5,6 +5,7 @@ Independent of model and trainer. Every setting that changes a token is part of 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -124,6 +125,9 @@ class DataConfig:
     verify: Literal["auto", "full", "sizes"] = "auto"
     order: Literal["shuffled", "sequential"] = "shuffled"
     prefetch: int = 4
+
+    def __post_init__(self) -> None:
+        self.cache = os.path.expanduser(self.cache)
 
     @property
     def planned_vocab_size(self) -> int | None:

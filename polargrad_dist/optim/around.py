@@ -119,7 +119,7 @@ class Average:
 
     def active(self, step: int) -> bool:
         """Whether there is an average after ``step`` steps."""
-        return self.config.start is not None and step >= self.config.start
+        return self.config.start is not None and step >= max(1, self.config.start)
 
     @torch.no_grad()
     def stepped(self, step: int) -> None:

@@ -20,12 +20,12 @@ from torch.nn.utils.parametrize import ParametrizationList
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim.checks import refuse_flat
 from polargrad_dist.optim.matrix import rule_of
+from polargrad_dist.optim.names import cleaner, unwrap
 from polargrad_dist.optim.roles import Home, Place, output_layers, place
 from polargrad_dist.optim.rules import ROLES, OptimizerConfig
 from polargrad_dist.words import counted
 
 log = logging.getLogger("polargrad_dist.optim")
-_WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod|_checkpoint_wrapped_module)\.")
 _SPLITS = ("split_sizes", "num_heads", "flatten", "transposed")
 _HINTS = ("role", *_SPLITS, "weight_decay_scale")
 
@@ -38,22 +38,6 @@ class Groups(list[dict[str, Any]]):
     def __init__(self, groups: list[dict[str, Any]], notes: dict[str, str]) -> None:
         super().__init__(groups)
         self.notes = notes
-
-
-def clean_name(name: str) -> str:
-    """A parameter's name without the prefixes of DDP, ``torch.compile`` and activation checkpointing."""
-    return _WRAPPERS.sub("", name)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DDP and whole-model ``torch.compile``."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
 
 
 def route(model: nn.Module, config: OptimizerConfig | None = None) -> Groups:
@@ -108,10 +92,11 @@ def route(model: nn.Module, config: OptimizerConfig | None = None) -> Groups:
 
 def _homes(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, Home]]:
     """Each parameter with its name and the module that holds it; several times where it is tied."""
-    bare = {clean_name(f"{path}.")[:-1]: module for path, module in model.named_modules()}
+    clean = cleaner(model)
+    bare = {clean(path): module for path, module in model.named_modules()}
     for path, module in model.named_modules():
         for leaf, p in module.named_parameters(recurse=False):
-            name = clean_name(f"{path}.{leaf}" if path else leaf)
+            name = clean(f"{path}.{leaf}" if path else leaf)
             owner, tensor = name.rpartition(".")[0], leaf
             if isinstance(module, ParametrizationList):
                 owner, _, tensor = owner.rsplit(".", 2) if owner.count(".") > 1 else ("", *owner.split("."))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable
 
 import torch
@@ -78,5 +79,5 @@ class Guard:
         path = self.store.folder / folder_name(step)
         return (
             f"the checkpoint of step {step} is intact: {change} ({data}) and go on from it with --trainer.checkpoint.resume "
-            f"{path} --trainer.allow_changes true; the command unchanged would end here again"
+            f"{shlex.quote(str(path))} --trainer.allow_changes true; the command unchanged would end here again"
         )

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from polargrad_dist.errors import ConfigError
-from polargrad_dist.optim.routing import clean_name
+from polargrad_dist.optim.names import cleaner
 from polargrad_dist.trainer.checkpoint.manifest import MANIFEST
 from polargrad_dist.trainer.checkpoint.single import MODEL, Checkpoint, find_checkpoint
 from polargrad_dist.trainer.world import World
@@ -87,7 +87,8 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """A model's parameters and persistent buffers, by their names in checkpoints."""
     persistent = model.state_dict()
     named = [*model.named_parameters(), *model.named_buffers()]
-    return {clean_name(name): tensor for name, tensor in named if name in persistent}
+    clean = cleaner(model)
+    return {clean(name): tensor for name, tensor in named if name in persistent}
 
 
 def _download(name: str) -> str:

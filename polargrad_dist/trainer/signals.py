@@ -7,11 +7,15 @@ terminal and from torchrun itself, so signals within a second count as one.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from types import FrameType
+
+log = logging.getLogger("polargrad_dist.trainer")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 # EX_TEMPFAIL: everything is saved, start me again
@@ -35,7 +39,13 @@ class LeaveRequest:
         self._has_launcher = "TORCHELASTIC_RUN_ID" in os.environ
         # nohup ignores SIGHUP on purpose.
         wanted = [n for n in SIGNALS if not (n == signal.SIGHUP and signal.getsignal(n) == signal.SIG_IGN)]
-        self._before = {number: signal.signal(number, self._asked) for number in wanted}
+        # Python lets only the main thread set handlers.
+        main = threading.current_thread() is threading.main_thread()
+        if not main:
+            log.warning(
+                "training in a thread: signals end this process unsaved, since only the main thread can handle them"
+            )
+        self._before = {number: signal.signal(number, self._asked) for number in wanted} if main else {}
 
     @property
     def asked(self) -> bool:

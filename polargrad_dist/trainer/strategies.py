@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim import OptimizerConfig, PolarGrad
-from polargrad_dist.optim.routing import clean_name, unwrap
+from polargrad_dist.optim.names import cleaner, unwrap
 from polargrad_dist.trainer.config import TrainerConfig
 from polargrad_dist.trainer.world import World
 
@@ -43,8 +43,9 @@ class Placed:
         """Parameters and persistent buffers by name, as this rank stores them; every rank calls it."""
         model = unwrap(self.model)
         named = [*model.named_parameters(), *model.named_buffers()]
-        persistent = set(map(clean_name, model.state_dict()))
-        return {clean_name(name): t.detach() for name, t in named if clean_name(name) in persistent}
+        clean = cleaner(model)
+        persistent = set(map(clean, model.state_dict()))
+        return {clean(name): t.detach() for name, t in named if clean(name) in persistent}
 
     def restored(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copies loaded tensors into the model, where they do not share its memory."""

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from polargrad_dist.errors import CheckpointError
 from polargrad_dist.optim.around import Average, EmaNesterov
-from polargrad_dist.optim.routing import clean_name
+from polargrad_dist.optim.names import cleaner
 from polargrad_dist.trainer.checkpoint.manifest import Manifest
 from polargrad_dist.trainer.config import TrainerConfig
 
@@ -20,7 +20,8 @@ class Wrapped:
 
     def __init__(self, model: nn.Module, config: TrainerConfig):
         # Taken now, while parameters are shards under FSDP2: during a forward pass the modules hold whole ones.
-        parameters = {clean_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+        clean = cleaner(model)
+        parameters = {clean(name): p for name, p in model.named_parameters() if p.requires_grad}
         self.model = model
         self.lookahead = EmaNesterov(parameters, config.lookahead) if config.lookahead.beta else None
         self.average = Average(parameters, config.average) if config.average.start is not None else None
@@ -33,12 +34,21 @@ class Wrapped:
 
     def check_saved(self, path: Path) -> None:
         """Raises ``CheckpointError`` for a checkpoint without what is configured: it cannot begin in mid-run."""
-        saved = {name.partition("/")[0] for name in Manifest.read(path).tensors}
+        manifest = Manifest.read(path)
+        saved = {name.partition("/")[0] for name in manifest.tensors}
         for kind, key in (("lookahead", "trainer.lookahead.beta"), ("average", "trainer.average.start")):
             if any(name.startswith(f"{kind}/") for name in self.tensors()) and kind not in saved:
                 raise CheckpointError(
                     f"{path} was saved without {key}, which cannot begin in the middle of a run: leave it out, or start anew "
                     "in another trainer.run_dir"
+                )
+        if self.average is not None:
+            begins = self.average.config.start or 0
+            before = manifest.configuration.get("trainer", {}).get("average", {}).get("start")
+            if begins <= manifest.step and before is not None and before > manifest.step:
+                raise CheckpointError(
+                    f"{path} of step {manifest.step} was saved with trainer.average.start {before}, "
+                    f"before its average began, which cannot begin at {begins}: set it to a later step than {manifest.step}"
                 )
 
     def before(self, step: int, factor: float) -> None:

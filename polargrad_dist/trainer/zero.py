@@ -32,7 +32,7 @@ from polargrad_dist.optim import OptimizerConfig
 from polargrad_dist.optim.facts import Facts
 from polargrad_dist.optim.matrix import rule_of
 from polargrad_dist.optim.member import Member
-from polargrad_dist.optim.routing import clean_name
+from polargrad_dist.optim.names import cleaner
 from polargrad_dist.trainer.config import TrainerConfig
 from polargrad_dist.trainer.strategies import Placed
 from polargrad_dist.trainer.world import World
@@ -216,14 +216,15 @@ class ZeroRun:
     def weights(self) -> dict[str, Tensor]:
         """Parameters and persistent buffers by name, as this rank stores them; at stage 3 its rows, and a collective."""
         module = self.engine.module
+        clean = cleaner(module)
         persistent = module.state_dict() if not self.stage3 else dict(module.named_buffers())
-        named = {clean_name(n): b.detach() for n, b in module.named_buffers() if n in persistent}
+        named = {clean(n): b.detach() for n, b in module.named_buffers() if n in persistent}
         if not self.stage3:
-            return {clean_name(n): p.detach() for n, p in module.named_parameters()} | named
+            return {clean(n): p.detach() for n, p in module.named_parameters()} | named
         for name, p in module.named_parameters():
             if p in self.client.wholes:
                 whole = self.client.wholes[p]
-                named[clean_name(name)] = self._as_rows(whole.of(whole.flat), p)  # type: ignore[arg-type]
+                named[clean(name)] = self._as_rows(whole.of(whole.flat), p)  # type: ignore[arg-type]
         return named
 
     def named_state(self) -> dict[str, Tensor]:

@@ -299,6 +299,15 @@ def test_a_run_begun_at_another_runs_checkpoint_goes_on_from_its_own_when_restar
         CheckpointStore(tmp_path / "first", elsewhere).resume_point()
 
 
+def test_a_checkpoint_is_the_same_by_a_path_through_links(tmp_path):
+    saved_run(tmp_path / "run", [5, 6])
+    (tmp_path / "link").symlink_to(tmp_path / "run", target_is_directory=True)
+    for folder, place in (("link", "run"), ("run", "link")):
+        config = CheckpointConfig(resume=str(tmp_path / place / "step-00000005"))
+        store = CheckpointStore(tmp_path / folder, config, identity={"model": {"width": 8}})
+        assert store.resume_point() == tmp_path / "run" / "step-00000005"
+
+
 @pytest.mark.parametrize("bad", [{"keep_last": 1}, {"every": -1}, {"threads": 0}])
 def test_an_impossible_configuration_is_refused_with_its_key(bad):
     with pytest.raises(ConfigError, match=f"checkpoint.{next(iter(bad))} is {next(iter(bad.values()))}"):

@@ -246,6 +246,26 @@ def test_a_module_that_was_taken_out_while_another_optimizer_trains_a_new_one_is
         assert not torch.equal(model["used"].weight, before)
 
 
+@pytest.mark.parametrize("change", [_unfrozen, _beside])
+@pytest.mark.parametrize("added", [False, True])
+def test_parameters_that_train_nowhere_are_warned_of_once_unless_a_group_holds_them(change, added):
+    model = nn.ModuleDict({name: nn.Linear(4, 4, bias=False) for name in ("used", "frozen")})
+    model["frozen"].requires_grad_(False)
+    optimizer = PolarGrad(model)
+    other = change(model)
+    if added:
+        optimizer.add_param_group({"params": list(other.parameters())})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(RATES_CHECKED + 1):
+            optimizer.zero_grad()
+            model["used"](other(torch.ones(2, 4))).square().sum().backward()
+            optimizer.step()
+    said = [str(w.message) for w in caught if "this optimizer does not train it" in str(w.message)]
+    assert len(said) == (0 if added else 1)
+    assert all(one.startswith(("frozen.weight has", "new.weight has")) for one in said)
+
+
 def test_a_parameter_of_the_root_that_was_taken_out_is_not_replaced_by_one_elsewhere():
     model = nn.Sequential(nn.Linear(4, 4, bias=False))
     model.scale = nn.Parameter(torch.ones(4))

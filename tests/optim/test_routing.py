@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.optim import OptimizerConfig, PolarGrad, Rule, route, routing_table
@@ -29,6 +30,41 @@ class Tiny(nn.Module):
 
 def roles(groups):
     return {name: group["role"] for group in groups for name in group["param_names"]}
+
+
+class Adapter(nn.Module):
+    """A layer in an attribute called as DDP's, with a parameter of its own beside it."""
+
+    def __init__(self, module, leaf):
+        super().__init__()
+        self.module = module
+        setattr(self, leaf, nn.Parameter(torch.zeros_like(getattr(module, leaf))))
+        self.leaf = leaf
+
+    def forward(self, x):
+        own = getattr(self, self.leaf)
+        return self.module(x) + (x @ own.T if own.dim() == 2 else own)
+
+
+@pytest.mark.parametrize("leaf", ["weight", "bias"])
+def test_an_attribute_called_module_keeps_its_name_so_that_no_parameter_hides_another(leaf):
+    torch.manual_seed(0)
+    model = nn.Sequential(Adapter(nn.Linear(6, 6), leaf), nn.ReLU(), nn.Linear(6, 4))
+    optimizer = PolarGrad(model)
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(torch.randn(8, 6)).square().mean().backward()
+    optimizer.step()
+    assert not [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
+
+
+def test_names_are_the_same_with_wrappers_around_and_inside():
+    plain = nn.Sequential(Adapter(nn.Linear(6, 6), "bias"), nn.Linear(6, 4))
+    expected = [name for group in route(plain) for name in group["param_names"]]
+    inner = nn.Sequential(torch.compile(nn.DataParallel(plain[0])), checkpoint_wrapper(plain[1]))
+    for wrapped in (inner, torch.compile(inner), nn.DataParallel(inner)):
+        assert [name for group in route(wrapped) for name in group["param_names"]] == expected
 
 
 def test_roles_are_read_from_modules():

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from polargrad_dist.diagnostics import DiagnosticsConfig
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.trainer import TrainingError, World
 from polargrad_dist.trainer.checkpoint import CheckpointConfig
+from polargrad_dist.trainer.checkpoint.single import find_checkpoint
 from polargrad_dist.trainer.config import EvaluationConfig, SafetyConfig, StrategyConfig
 from polargrad_dist.trainer.loop import Trainer
 from tests.gloo import run_ranks
@@ -125,8 +127,10 @@ def test_a_non_finite_step_is_skipped_named_and_leaves_the_weights_alone(tmp_pat
 
 
 def test_too_many_non_finite_steps_end_the_run_with_the_last_checkpoint_intact(tmp_path):
-    t = trainer(settings(tmp_path, safety=SafetyConfig(max_skipped=2)), poison=set(range(60, 200)))
-    with pytest.raises(TrainingError, match=r"2 steps in a row were skipped.*checkpoint of step 4 is intact"):
+    folder = tmp_path / "a run"
+    t = trainer(settings(folder, safety=SafetyConfig(max_skipped=2)), poison=set(range(60, 200)))
+    said = r"2 steps in a row were skipped.*checkpoint of step 4 is intact.*resume '[^']*/a run/checkpoints/step-00000004' "
+    with pytest.raises(TrainingError, match=said):
         t.fit()
     assert t.store.newest_valid().name.endswith("4")
 
@@ -262,6 +266,16 @@ def test_a_second_process_is_kept_out_of_a_run_directory_until_the_first_is_gone
     assert not unfinished.exists()
     # And lets go itself
     assert trainer(settings(tmp_path, steps=4)).fit().step == 4
+
+
+def test_a_home_folder_is_found_and_a_thread_may_train_in_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    # Only the main thread may set handlers of signals.
+    with ThreadPoolExecutor(1) as threads:
+        outcome = threads.submit(lambda: trainer(settings("~/of a user/run", steps=2)).fit()).result()
+    assert outcome.exit_code == 0
+    assert find_checkpoint(tmp_path / "of a user" / "run").step == 2
+    assert CheckpointConfig(resume="~/x").resume == str(tmp_path / "x")
 
 
 def test_offloading_from_cpus_is_refused(tmp_path):

@@ -180,3 +180,13 @@ def test_an_average_cannot_begin_in_the_middle_of_a_run(tmp_path):
     later = trainer(settings(tmp_path, steps=4, average=AverageConfig(start=1), allow_changes=True))
     with pytest.raises(CheckpointError, match=r"was saved without trainer\.average\.start"):
         later.fit()
+
+
+def test_an_average_cannot_begin_at_an_earlier_step_than_that_of_the_checkpoint(tmp_path):
+    trainer(settings(tmp_path / "run", steps=12, average=AverageConfig(start=6))).fit()
+    begin = CheckpointConfig(resume=str(tmp_path / "run" / "checkpoints" / "step-00000004"))
+    for start in (4, 2):
+        early = settings(tmp_path / f"from {start}", average=AverageConfig(start=start), checkpoint=begin)
+        with pytest.raises(CheckpointError, match=f"before its average began, which cannot begin at {start}"):
+            trainer(early).fit()
+    trainer(settings(tmp_path / "later", average=AverageConfig(start=5), checkpoint=begin)).fit()

@@ -51,6 +51,7 @@ class CheckpointConfig:
     allow_other_data: bool = False
 
     def __post_init__(self) -> None:
+        self.resume = os.path.expanduser(self.resume)
         least = {"every": 0, "keep_last": 2, "keep_every": 0, "threads": 1}
         for key, value in least.items():
             if getattr(self, key) < value:

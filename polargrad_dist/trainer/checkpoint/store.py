@@ -85,7 +85,7 @@ class CheckpointStore:
         run: str | None = None,
         timeout: timedelta | None = None,
     ) -> None:
-        self.folder = Path(folder).absolute()
+        self.folder = Path(folder).resolve()
         self.config = config or CheckpointConfig()
         # Through JSON once, so that tuples equal the lists a manifest gives back.
         self.identity = json.loads(json.dumps(identity or {}))
@@ -356,7 +356,7 @@ class CheckpointStore:
 
     @property
     def _asked_for(self) -> Path:
-        return Path(self.config.resume).absolute()
+        return Path(self.config.resume).resolve()
 
     def _run_at(self, path: Path) -> str | None:
         """The run that a checkpoint must belong to; None if it was requested by path or is in another folder."""
@@ -376,7 +376,8 @@ class CheckpointStore:
                 )
             return newest
         path = self._asked_for
-        if newest is not None and self._origin_of(newest) == str(path):
+        origin = None if newest is None else self._origin_of(newest)
+        if newest is not None and origin is not None and Path(origin).resolve() == path:
             if self._ranks.rank == 0:
                 log.info("this run began from %s and resumes from its own %s", path, newest.name)
             return newest

@@ -59,16 +59,16 @@ class ModelConfig:
         init_from: where the first weights come from: a folder or hub name with Qwen2 weights (for "transformers", of any
             architecture) in Hugging Face's format, or a run directory or checkpoint of this trainer. Weights only: the run
             starts at step 0 with a fresh optimizer, and sizes that are left open are those of the weights.
-        vocab_size: rows of the embedding; null takes the tokenizer's (GPT-2 small: rounded up to 128), or the
-            full size.
+        vocab_size: rows of the embedding. Defaults to the tokenizer's (GPT-2 small and the plain GPT: rounded up to a
+            multiple of 128), or the full size.
         width: model dimension.
         layers: number of blocks.
         heads: attention heads.
-        head_width: dimension of a head; null for width / heads: 64 (Qwen2.5) or 128 (GPT-2) at full size.
-        mlp_width: inner dimension of the MLP; null for 4.75 x width (Qwen2.5) or 4 x width (GPT-2).
-        kv_heads: key/value heads, Qwen2.5 only; null for as many as heads.
+        head_width: dimension of a head. Defaults to width / heads: 64 (Qwen2.5) or 128 (GPT-2) at full size.
+        mlp_width: inner dimension of the MLP. Defaults to 4.75 x width (Qwen2.5) or 4 x width (GPT-2).
+        kv_heads: key/value heads, Qwen2.5 only. Defaults to as many as heads.
         max_sequence_length: longest sequence that the model takes, in tokens.
-        end_of_text: token id at which the next document begins; null takes the tokenizer's, or the full size's; -1 makes
+        end_of_text: token id at which the next document begins. Defaults to the tokenizer's, or the full size's; -1 makes
             each sequence one document. Qwen2.5 attends across documents and only exports it.
         zero_projections: start the output projections of attention and MLP, and the head, at zero, "gpt" only; false starts
             them, and the MLP's input, as the benchmark does for rules that keep norms: standard deviations 0.026, 0.031 and

@@ -1,4 +1,4 @@
-"""The tools' command lines: what cannot be read is one sentence with the option that was meant, instead of a usage line."""
+"""The tools' command lines: a mistake is answered in one line with the option that was meant, instead of a usage line."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Arguments(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """argparse's complaint as one sentence."""
+        """argparse's complaint as one line."""
         text = " ".join(message.split())
         if missing := re.match(r"the following arguments are required: (.*)", text):
             names = {action.dest: action for action in self._actions}

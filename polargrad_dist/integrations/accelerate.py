@@ -1,4 +1,4 @@
-"""Accelerate: ``save_state`` writes what rank 0's optimizer returns, so the state is put together there first."""
+"""Accelerate: ``save_state`` writes what rank 0's optimizer returns, so the state is consolidated there first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Transformers: ``Trainer`` saves what rank 0's optimizer returns, so a callback puts the state together there first."""
+"""Transformers: ``Trainer`` saves what rank 0's optimizer returns, so a callback consolidates the state there first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the optimizer refuses, with one sentence each, before anything is built or communicated."""
+"""What the optimizer refuses, with a one-line error each, before anything is built or communicated."""
 
 from __future__ import annotations
 

@@ -45,7 +45,8 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
 
     Args:
         params: a model (routed by `route`), an iterable of parameters or of (name, parameter) pairs, or parameter groups; a
-            group may set every field of `Rule`, its rule's own options, and the last four arguments below.
+            group may set every field of `Rule`, a registered rule's options by their own names, and the last four arguments
+            below.
         lr: base learning rate of groups that set none; defaults to 1e-3. See `Rule`.
         hidden, embed, head, value_embed, scalar: for a model, changes to a role's rule in `OptimizerConfig()`: a dict such as
             ``hidden={"lr": 0.02}``, or a `Rule`. A dict for head or value_embed starts from the rule of
@@ -58,7 +59,7 @@ class PolarGrad(NamedState, torch.optim.Optimizer):
         comm_dtype: dtype, or its name, in which momenta, directions and updates are sent. Defaults to the parameters'
             dtype; weights are then sent instead of updates.
         bucket_mb: MiB of matrices, and of weights, per collective. Defaults to 32, on a GPU to 256.
-        **rule: every other field of `Rule`, for groups that do not set it (momentum defaults to "none"), and:
+        **rule: the other fields of `Rule` in the same way, for groups that do not set it (momentum defaults to "none"), and:
         split_sizes: numbers of rows of the matrices that are stacked in a fused parameter; each is stepped on its own.
         num_heads: the same for equal blocks: the number of blocks.
         flatten: treat a 3-D parameter as a convolution (first dimension by all others), not as a stack of matrices.

@@ -49,10 +49,12 @@ class Rule:
         spectrum: "polar" makes all singular values of the step equal; "homogenized" moves them closer together, as in the
             quartic case of the isotropic curvature model, at the same Frobenius norm.
         oracle: how polar factors are computed; "auto" is exact, "newton_schulz" is Muon's.
-        steps: inner steps of the oracle. Defaults to as many as it needs (5 for Muon's Newton-Schulz).
+        steps: inner steps of the oracle. Defaults to 5 for newton_schulz and polar_express (whose `lower` of 1e-4 needs about
+            10), and to as many as it needs for the others.
         oracle_dtype: dtype in which the oracle works. Defaults to bf16 for the polynomial oracles, as in Muon (fp64 stays
             fp64), and to the momentum's dtype for the others.
-        lower: exact oracles treat singular values below this fraction of the largest as zero.
+        lower: exact oracles treat singular values below this fraction of the largest as zero; polar_express is made for those
+            above it.
         weight_decay: decoupled weight decay, multiplied by the learning rate.
         control: "decay"; "cautious" decays only the entries that the step also shrinks; "hyperball" keeps each matrix's
             Frobenius norm and makes the step lr times as long.

@@ -1,4 +1,4 @@
-"""A rate that will not train, told early: what a nuclear-scaled role's step comes to, beside what runs here wanted.
+"""Warns early of a learning rate with which a nuclear-scaled role hardly trains.
 
 The rule of thumb and where it comes from: docs/choosing-rules.md.
 """

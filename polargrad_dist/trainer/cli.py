@@ -1,4 +1,4 @@
-"""Parses the command line into a configuration, and turns known errors into one sentence and an exit code."""
+"""Parses the command line into a configuration, and turns known errors into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -264,7 +264,7 @@ _TYPES = {
 
 
 def sentence(message: str, known: list[str]) -> str:
-    """jsonargparse's message as one sentence: found and expected value, or the unknown key and the nearest valid one."""
+    """jsonargparse's message as one line: found and expected value, or the unknown key and the nearest valid one."""
     text = " ".join(message.split())
     if stray := re.search(r"unrecognized arguments: (\S+)", text):
         word = stray.group(1)
@@ -329,7 +329,7 @@ def program() -> str:
 
 
 def run(main: Callable[[], int]) -> None:
-    """Exits with the code of ``main``. A known error is one sentence, and exit code 2 if the user can fix it, else 1; an
+    """Exits with the code of ``main``. A known error is one line, and exit code 2 if the user can fix it, else 1; an
     interrupt that ``main`` does not handle is one word, and 130."""
     # Fails if stderr is not a real file.
     with contextlib.suppress(OSError, ValueError, AttributeError):

@@ -24,7 +24,7 @@ class StrategyConfig:
     Args:
         name: "ddp": a copy on every rank; "fsdp": FSDP2, sharded by block over all ranks; "hsdp": sharded within groups of
             ranks and replicated between them; "deepspeed": DeepSpeed's ZeRO.
-        zero_stage: what "deepspeed" shards: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too; null for 2.
+        zero_stage: what "deepspeed" shards: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too. Defaults to 2.
         replicas: copies of the model under "hsdp"; the world size must be a multiple of it.
         reshard_after_forward: free gathered parameters between forward and backward (less memory, more traffic).
         cpu_offload: keep sharded parameters, gradients and optimizer state in host memory.
@@ -119,7 +119,7 @@ class LoggingConfig:
         tensorboard: also write TensorBoard events into the run directory.
         wandb: also log to wandb, "online" or "offline" (into a folder that `wandb sync` uploads).
         wandb_project: project on wandb.
-        wandb_name: name of the run on wandb; null for the run directory's name.
+        wandb_name: name of the run on wandb. Defaults to the run directory's.
         profile: steps to trace with torch's profiler, after two warm-up steps; 0 for none. Also ``--profile N``.
     """
 

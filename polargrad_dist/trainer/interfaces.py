@@ -63,7 +63,7 @@ class Progress:
 
 @dataclass
 class Outcome:
-    """How a run ended: 0 and its last figures, or `PREEMPTED` when it was asked to leave and saved."""
+    """How a run ended: 0, `PREEMPTED` when it was asked to leave and saved, or 1 if its last weights could not be saved."""
 
     exit_code: int
     step: int

@@ -1,7 +1,7 @@
-"""The training loop: handed a model, data and an optimizer's configuration, it knows none of their kinds.
+"""The training loop: handed a model, data and an optimizer's configuration, it knows the class of none of them.
 
-Steps are made in `stepping`, which on a GPU tells of each while the next one runs. Before anything is measured or saved,
-and at the end of a run, the loop waits for what the last step has to tell.
+Steps are made in `stepping`. On a GPU the figures of a step are read during the next one; before a measurement or a save,
+and at the end of a run, the loop waits for those of the last step.
 """
 
 from __future__ import annotations

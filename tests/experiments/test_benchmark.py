@@ -106,9 +106,12 @@ def test_the_races_have_the_hyperparameters_of_the_page():
         rates = [rules[role].lr for role in ("embed", "head", "scalar")]
         schedule = config.trainer.schedule
         parts = [schedule.of(role).decay_fraction for role in ("hidden", "scalar")]
-        said = [float(cell) for cell in cells[:7]]
-        assert said == [config.trainer.steps, rules["hidden"].lr, rules["hidden"].weight_decay, *rates,
-                        rules["embed"].weight_decay], name  # fmt: skip
+        said = [float(cell) for cell in cells[:6]]
+        assert said == [config.trainer.steps, rules["hidden"].lr, rules["hidden"].weight_decay, *rates], name
+        # Of all others, or of embeddings and head, then of scalars
+        decays = [float(part.split()[-1]) for part in cells[6].split(";")]
+        assert {rules[role].weight_decay for role in ("embed", "value_embed", "head")} == {decays[0]}, name
+        assert rules["scalar"].weight_decay == decays[-1], name
         assert [float(part) for part in cells[7].split(";")] == parts, name
         tokens = config.trainer.tokens_per_step
         assert (tokens, config.data.validation_tokens, config.data.order) == (

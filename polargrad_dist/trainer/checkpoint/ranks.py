@@ -76,7 +76,7 @@ def deal(held: tuple[dict[str, int], ...]) -> list[set[str]]:
 
 
 def cause(error: BaseException) -> str:
-    """The error of the first rank that failed, in one sentence."""
+    """The error of the first rank that failed, in one line."""
     if isinstance(error, dcp.CheckpointException) and error.failures:
         first = min(error.failures)
         ranks = f" (rank {', '.join(map(str, sorted(error.failures)))})" if dist.is_initialized() else ""

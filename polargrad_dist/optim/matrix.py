@@ -168,8 +168,10 @@ class Polar:
         factor = factor if group["algorithm"] == "polar" else group["algorithm"]
         parts = [group["precondition"], "centred" if group["center_rows"] else "none", group["normalize"]]
         extras = "".join(f"+{part}" for part in parts if part != "none")
-        control = f" {group['control']}" if group["control"] == "hyperball" else ""
-        return f"{factor}{extras} {group['scale']} {group['momentum']}{nesterov} {group['oracle']}{steps}{control}"
+        power = f"^{group['alpha']:g}" if group["alpha"] != 1 else ""
+        bounds = f" {group['control']}" if group["control"] != "decay" else ""
+        bounds += f" floor {group['floor']:g}" if group["floor"] else ""
+        return f"{factor}{extras} {group['scale']}{power} {group['momentum']}{nesterov} {group['oracle']}{steps}{bounds}"
 
     def states(self, group: Group) -> tuple[str, ...]:
         """Names of the elementwise states; they start as zeros of the parameter's shape."""

@@ -1,6 +1,7 @@
 """Roles come from modules, and what cannot be placed is refused."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -364,6 +365,22 @@ def test_a_hint_with_an_unknown_key_is_refused():
 def test_a_lazy_module_is_refused_before_its_first_batch():
     with pytest.raises(ConfigError, match=r"lazy\.weight has no shape yet"):
         route(beside(nn.LazyLinear(4), "lazy"))
+
+
+def test_the_table_says_every_part_of_a_rule_that_is_not_the_usual_one():
+    parts = {
+        "alpha": 0.5,
+        "control": "cautious",
+        "floor": 0.3,
+        "normalize": "rows",
+        "center_rows": True,
+        "steps": 3,
+    }
+    config = OptimizerConfig(hidden=replace(OptimizerConfig().hidden, scale="nuclear", lr=0.1, **parts))
+    line = next(
+        line for line in routing_table(route(Tiny(), config)).splitlines() if line.startswith("qkv.weight")
+    )
+    assert "polar+centred+rows nuclear^0.5 momentum_first+nesterov newton_schulz:3 cautious floor 0.3" in line
 
 
 def test_the_table_says_how_matrices_are_stored():

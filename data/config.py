@@ -19,9 +19,9 @@ class TokenizerConfig:
             that AutoTokenizer loads, or `tiktoken:NAME`.
         vocab_size: size of the trained BPE, including end-of-text; a ready-made tokenizer has its own.
         train_bytes: bytes of training text, from the start of the corpus, on which the BPE is trained.
-        end_of_text: token at the start of each document, as its string or its id; null for `<|endoftext|>` if the vocabulary
-            has it, else the tokenizer's end-of-sequence token. For foreign shards without a tokenizer give the id (GPT-2:
-            50256).
+        end_of_text: token at the start of each document, as its string or its id. Defaults to `<|endoftext|>` if the
+            vocabulary has it, else to the tokenizer's end-of-sequence token. For foreign shards without a tokenizer give the
+            id (GPT-2: 50256).
     """
 
     name: str = "bpe"
@@ -37,9 +37,9 @@ class HubConfig:
     Args:
         name: name on the hub (HuggingFaceFW/fineweb, Skylion007/openwebtext, Elriggs/openwebtext-100k, …), or a local folder
             that `datasets` can load.
-        subset: configuration of the data set, such as FineWeb's `sample-10BT`; null for the default one.
+        subset: configuration of the data set, such as FineWeb's `sample-10BT`. Defaults to its default one.
         split: split to read.
-        revision: branch, tag or commit; null for the main branch at the time of preparation.
+        revision: branch, tag or commit. Defaults to the main branch at the time of preparation.
         streaming: read over the network while tokenizing, storing only the shards; false downloads everything first.
     """
 
@@ -56,7 +56,7 @@ class SourceConfig:
 
     Args:
         weight: share of the training sequences, relative to the other weights.
-        name: name of its validation loss; null for a name derived from its source.
+        name: name of its validation loss. Defaults to one derived from its source.
         source: as data.source.
         paths: as data.paths.
         text_field: as data.text_field.
@@ -82,7 +82,8 @@ class DataConfig:
             `hub`: the Hugging Face hub; `shards`: folders that `python -m data.prepare` wrote, or foreign `.bin` shards.
         paths: for `files` (.txt, .md, .jsonl, .ndjson, .parquet; text also as .gz or .zst) and `shards` (.bin): files,
             folders or globs, read in the given order, each folder and glob sorted by name. Text and prepared folders can also
-            be URLs that fsspec reads, such as s3://bucket/folder.
+            be URLs that fsspec reads, such as s3://bucket/folder. Files that validation_paths or validation_sets name too are
+            left out.
         sources: a mixture of several corpora, each with a weight; replaces source, paths, text_field, hub and max_tokens.
             Every source has a validation set of its own.
         validation_sets: further validation sets by name, each a list of text files, or of one prepared folder; tokenized with

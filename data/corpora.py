@@ -15,7 +15,7 @@ from data.mixture import MixedText, shares
 from data.prepare import Report, prepare
 from data.remote import fetch_prepared, is_remote
 from data.shards import MANIFEST, Manifest, Shard, foreign_shard
-from data.sources import find_local, missing_paths, open_source
+from data.sources import find_local, missing_paths, open_source, without_validation
 from data.tokenizers import Tokenizer, TokenizerInfo, open_ready, open_tokenizer
 from polargrad_dist.errors import ConfigError, DataError
 
@@ -82,9 +82,9 @@ def _mixture(config: DataConfig, report: Report) -> tuple[list[Corpus], Tokenize
 
 
 def _alone(config: DataConfig, part: SourceConfig) -> DataConfig:
-    """The configuration of one source of a mixture."""
+    """The configuration of one source of a mixture; it keeps the validation sets, whose files it must not train on."""
     own = {key: getattr(part, key) for key in OWN}
-    return replace(config, sources=[], validation_sets={}, **own)
+    return replace(config, sources=[], **own)
 
 
 def _corpus(config: DataConfig, report: Report, tokenizer: Tokenizer | None) -> Corpus:
@@ -95,10 +95,11 @@ def _corpus(config: DataConfig, report: Report, tokenizer: Tokenizer | None) -> 
     if any((folder / MANIFEST).exists() for folder in folders):
         return _of_folders(folders, config)
     found = find_local(places, "data.paths", (".bin",))
+    train = without_validation(found, config, (".bin",), report)
     if config.validation_paths:
-        train, held_out = found, find_local(config.validation_paths, "data.validation_paths", (".bin",))
+        held_out = find_local(config.validation_paths, "data.validation_paths", (".bin",))
     else:
-        train = [path for path in found if not _VALIDATION.search(path.name)]
+        train = [path for path in train if not _VALIDATION.search(path.name)]
         held_out = [path for path in found if _VALIDATION.search(path.name)]
     if not train:
         raise DataError(

@@ -21,6 +21,8 @@ from data.sequential import SequentialLoader
 from data.shards import Manifest, Shard, open_shard, sampled_sha256, verify_shards
 from data.tokenizers import TokenizerInfo, open_ready
 from polargrad_dist.errors import ConfigError, DataError, PolarGradError
+from polargrad_dist.limits import MESHES, OTHERS, make_room, open_files
+from polargrad_dist.words import counted
 
 Gather = Callable[[Any], list[Any]]
 Meanwhile = Callable[[str, Callable[[], Any]], Any]
@@ -107,10 +109,12 @@ def open_data(
 
     corpora: list[Corpus] = on_rank_0("prepare the data", lambda: find_corpora(config, report))
     everything = [shard for corpus in corpora for shard in (*corpus.train, *corpus.validation)]
-    _together(
-        lambda: verify_shards(Path(), everything, config.verify, part=rank, parts=world),
-        all_gather,
-    )
+
+    def ready() -> None:
+        make_room_for_shards(len(everything), world)
+        verify_shards(Path(), everything, config.verify, part=rank, parts=world)
+
+    _together(ready, all_gather)
     first = corpora[0]
     info, end_of_text = on_rank_0("open the tokenizer", lambda: _tokenizer(config, first.manifest))
     held = ValidationMaker(sequence_length, micro_batch, rank, world, config.validation_tokens)
@@ -159,6 +163,14 @@ def open_data(
         tuple(everything),
         {name: found for name, found in named.items() if found is not None},
     )
+
+
+def make_room_for_shards(shards: int, world: int) -> None:
+    """Raises the limit of open files, of which each memory-mapped shard is one. Raises ``ConfigError`` if the system forbids
+    it."""
+    # Ranks make some of their connections only after the data are open.
+    later = MESHES * (world + 3) + OTHERS
+    make_room(open_files() + shards, counted(shards, "token shard"), spare=later)
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class HubSource:
             from datasets import load_dataset
         except ImportError as error:
             raise DataError(
-                "data.source is 'hub', but the package datasets is not installed: pip install 'polargrad-dist[train]'"
+                "data.source is 'hub', but the package datasets is not installed: pip install '.[train]'"
             ) from error
         hub = self._hub
         # Checked first, since the clients' own retries take minutes. Offline, an earlier download may suffice.

@@ -70,7 +70,7 @@ def prepare(
             "data.sources is a mixture, whose sources are prepared one by one when a run starts, expected one corpus: use "
             "data.source"
         )
-    source = open_source(config)
+    source = open_source(config, report)
     report(source.describe())
     tokenizer = tokenizer or open_tokenizer(config.tokenizer, source, Path(config.cache) / "tokenizers")
     inputs = source.identity() | {

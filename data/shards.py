@@ -138,11 +138,17 @@ def _header(path: Path) -> tuple[np.dtype, int]:
 def open_shard(path: Path) -> np.ndarray:
     """The tokens (n,) uint16 or uint32 of a shard, memory-mapped and read-only.
 
-    Raises DataError for an empty file, a wrong magic number, or a size that does not match the header.
+    Raises DataError for an empty file, a wrong magic number, a size that does not match the header, or too many open files.
     """
     dtype, count = _header(path)
-    with open(path, "rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        with open(path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be mapped into memory ({error.strerror}), expected room for one more shard: raise the limit of "
+            "open files (ulimit -n) or of mappings (vm.max_map_count)"
+        ) from error
     return np.frombuffer(mapped, dtype=dtype, count=count, offset=HEADER_BYTES)
 
 

@@ -9,19 +9,21 @@ import glob
 import hashlib
 import itertools
 import json
+import os
 import sys
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from data.checks import check_values
 from data.config import DataConfig, SourceConfig
 from data.documents import Part, Source, document_hash, split_document, stamp, text_field
 from data.hub import HubSource
-from data.remote import PACKED, File, find_remote, is_remote, kind, opened, size_of, unpacked_size
+from data.remote import PACKED, File, Remote, find_remote, is_remote, kind, opened, size_of, unpacked_size
 from polargrad_dist.errors import ConfigError, DataError
 from polargrad_dist.words import counted
 
@@ -29,21 +31,28 @@ LINE_BYTES = 2**27
 # Plain text is read in parts of this size, cut at a line break
 PART_BYTES = 2**18
 TEXT, LINES, PARQUET = (".txt", ".md"), (".jsonl", ".ndjson"), (".parquet",)
+SomeFile = TypeVar("SomeFile", bound=File)
 _NO_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
-def open_source(config: DataConfig) -> Source:
-    """The configured corpus. Raises ConfigError or DataError."""
+def open_source(config: DataConfig, report: Callable[[str], None] = lambda _: None) -> Source:
+    """The configured corpus. Raises ConfigError or DataError.
+
+    report: receives a line if files of ``data.paths`` are left out, see `without_validation`.
+    """
     check_values(config)
     if config.source == "builtin":
         return BuiltinSource(config.validation_fraction)
     if config.source == "files":
-        return FileSource(
-            config.paths,
-            config.text_field,
-            config.validation_fraction,
-            validation_paths=config.validation_paths,
+        suffixes = TEXT + LINES + PARQUET
+        found = find_files(config.paths, "data.paths", suffixes)
+        validation = (
+            find_files(config.validation_paths, "data.validation_paths", suffixes)
+            if config.validation_paths
+            else []
         )
+        train = without_validation(found, config, suffixes, report)
+        return FileSource(train, validation, config.text_field, config.validation_fraction)
     if config.source == "hub":
         return HubSource(config.hub, config.text_field, config.validation_fraction)
     raise ConfigError(
@@ -137,21 +146,16 @@ def _library_topics() -> Iterator[tuple[str, bytes]]:
 class FileSource:
     """Local text, JSON lines and parquet files.
 
-    Validation: the files of ``validation_paths`` if given; else documents of JSON lines and parquet by a hash of their text,
-    and the last share of the bytes of text files, from a line break on.
+    Validation: the files of ``validation`` if given; else documents of JSON lines and parquet by a hash of their text, and
+    the last share of the bytes of text files, from a line break on.
     """
 
     def __init__(
-        self, paths: list[str], field: str, validation_fraction: float, *, validation_paths: list[str]
+        self, files: list[File], validation: list[File], field: str, validation_fraction: float
     ) -> None:
         self._field = field
-        self._fraction = 0.0 if validation_paths else validation_fraction
-        self._files = find_files(paths, "data.paths", TEXT + LINES + PARQUET)
-        self._validation = (
-            find_files(validation_paths, "data.validation_paths", TEXT + LINES + PARQUET)
-            if validation_paths
-            else []
-        )
+        self._fraction = 0.0 if validation else validation_fraction
+        self._files, self._validation = files, validation
         self.size: int | None = sum(size_of(path) for path in self._validation + self._files)
         # Bytes of the files that are finished
         self._before = 0
@@ -210,8 +214,7 @@ def missing_paths(config: DataConfig) -> list[tuple[str, str]]:
 
     Raises ``ConfigError`` if a source of files or shards has no paths.
     """
-    named = {"data.validation_paths": config.validation_paths}
-    named |= {f"data.validation_sets.{name}": paths for name, paths in config.validation_sets.items()}
+    named = _validation_keys(config)
     sources: dict[str, SourceConfig | DataConfig] = {
         f"data.sources[{i}].": part for i, part in enumerate(config.sources)
     }
@@ -231,6 +234,44 @@ def missing_paths(config: DataConfig) -> list[tuple[str, str]]:
         for path in [Path(pattern).expanduser()]
         if not (is_remote(pattern) or path.exists() or glob.glob(str(path), recursive=True))
     ]
+
+
+def _validation_keys(config: DataConfig) -> dict[str, list[str]]:
+    """The paths of each key that names validation data."""
+    sets = {f"data.validation_sets.{name}": paths for name, paths in config.validation_sets.items()}
+    return {"data.validation_paths": config.validation_paths, **sets}
+
+
+def without_validation(
+    found: list[SomeFile], config: DataConfig, suffixes: tuple[str, ...], report: Callable[[str], None]
+) -> list[SomeFile]:
+    """The training files among those of ``data.paths``: all but those that ``data.validation_paths`` or
+    ``data.validation_sets`` name too. Raises DataError if none is left."""
+    remote = any(isinstance(file, Remote) for file in found)
+    for key, paths in _validation_keys(config).items():
+        held: set[str] = set()
+        for pattern in paths:
+            if not is_remote(pattern):
+                held.update(map(_place, _local_files(Path(pattern).expanduser(), suffixes)))
+            elif remote:
+                # A set may be a prepared folder, which has no such files
+                with suppress(DataError):
+                    held.update(map(_place, find_remote(pattern, key, suffixes)))
+        kept = [file for file in found if _place(file) not in held] if held else found
+        if not kept:
+            raise DataError(
+                f"data.paths has no file left to train on, since {key} names all {counted(len(found), 'file')} for "
+                f"validation, expected at least one: add files to data.paths, or name fewer in {key}"
+            )
+        if left_out := len(found) - len(kept):
+            report(f"{counted(left_out, 'file')} of data.paths left out of training, as named in {key}")
+        found = kept
+    return found
+
+
+def _place(file: File) -> str:
+    """Identifies a file, whatever links lead to it."""
+    return file.url if isinstance(file, Remote) else os.path.realpath(file)
 
 
 def find_local(paths: list[str], key: str, suffixes: tuple[str, ...]) -> list[Path]:
@@ -256,20 +297,9 @@ def find_files(paths: list[str], key: str, suffixes: tuple[str, ...]) -> list[Fi
             found += find_remote(pattern, key, suffixes)
             continue
         path = Path(pattern).expanduser()
-        if path.is_dir():
-            matches = sorted(p for p in path.rglob("*") if _known(p, suffixes) and p.is_file())
-        elif path.is_file():
-            if not _known(path, suffixes):
-                raise ConfigError(
-                    f"{key}: {path} ends in {path.suffix!r}, expected one of {', '.join(suffixes)}"
-                )
-            matches = [path]
-        else:
-            matches = [
-                Path(name)
-                for name in sorted(glob.glob(str(path), recursive=True))
-                if _known(Path(name), suffixes) and not Path(name).is_dir()
-            ]
+        if path.is_file() and not _known(path, suffixes):
+            raise ConfigError(f"{key}: {path} ends in {path.suffix!r}, expected one of {', '.join(suffixes)}")
+        matches = _local_files(path, suffixes)
         if not matches:
             raise DataError(
                 f"{key}: {pattern} matches no file, expected one that ends in {', '.join(suffixes)}"
@@ -285,6 +315,31 @@ def find_files(paths: list[str], key: str, suffixes: tuple[str, ...]) -> list[Fi
     return found
 
 
+def _local_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The file, or those of the folder or glob, in order; none if nothing matches."""
+    if path.is_dir():
+        return sorted(file for file in _below(path) if _known(file, suffixes) and file.is_file())
+    names = [str(path)] if path.is_file() else sorted(glob.glob(str(path), recursive=True))
+    return [file for file in map(Path, names) if _known(file, suffixes) and not file.is_dir()]
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """What lies in a folder and its subfolders, linked ones too; each real folder once, so that cycles of links end."""
+    seen: set[str] = set()
+    # Links come last: a folder that is reached both ways keeps its own path.
+    waiting = [str(folder)]
+    for start in waiting:
+        for place, folders, names in os.walk(start):
+            real = os.path.realpath(place)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders.sort()
+            waiting += filter(os.path.islink, (os.path.join(place, name) for name in folders))
+            yield from (Path(place, name) for name in names)
+
+
 def _known(path: Path, suffixes: tuple[str, ...]) -> bool:
     return (kind(path) if path.suffix in PACKED and kind(path) in TEXT + LINES else path.suffix) in suffixes
 
@@ -292,7 +347,7 @@ def _known(path: Path, suffixes: tuple[str, ...]) -> bool:
 def read_text(path: File, split: int, raw: list[BinaryIO] | None = None) -> Iterator[Part]:
     """One document in parts that end at line breaks; those from byte ``split`` on are for validation.
 
-    raw: see `data.remote.opened`.
+    raw: see `data.remote.opened`. Raises DataError if the file has become shorter meanwhile, or is not UTF-8.
     """
     size = unpacked_size(path)
     position, line, was_validation = 0, 1, False
@@ -307,8 +362,14 @@ def read_text(path: File, split: int, raw: list[BinaryIO] | None = None) -> Iter
             if not block.endswith(b"\n"):
                 more, end = rest, rest.find(b"\n") + 1
                 if not end:
-                    more += file.readline(max(1, PART_BYTES - len(rest)))
+                    line_end = file.readline(max(1, PART_BYTES - len(rest)))
+                    more += line_end
                     end = len(more)
+                    if not line_end and position + len(block) + end < size:
+                        raise DataError(
+                            f"{path} ends after {position + len(block) + end:,} bytes, expected {size:,}, its size when it "
+                            "was opened: prepare again once nothing writes to it"
+                        )
                 block, rest = block + more[:end], more[end:]
             if not block.endswith(b"\n") and position + len(block) < size:
                 cut = _cut_long_line(block)
@@ -378,7 +439,7 @@ def read_parquet(path: File, field: str, raw: list[BinaryIO] | None = None) -> I
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise DataError(
-            "parquet files need the package pyarrow, which is not installed: pip install 'polargrad-dist[train]'"
+            "parquet files need the package pyarrow, which is not installed: pip install '.[train]'"
         ) from error
     try:
         with opened(path, raw) as whole:

@@ -80,12 +80,21 @@ class Tokenizer:
         return self.encode_batch([text])[0].tolist()
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids. Those that the tokenizer lacks, such as a model's padding rows, are ignored."""
         ids = [int(i) for i in ids]
-        return (
-            self.backend.decode(ids)
-            if self._tiktoken
-            else self.backend.decode(ids, skip_special_tokens=False)
-        )
+        if not self._tiktoken:
+            return self.backend.decode(ids, skip_special_tokens=False)
+        try:
+            return self.backend.decode(ids)
+        except KeyError:
+            return self.backend.decode([i for i in ids if self._in_encoding(i)])
+
+    def _in_encoding(self, token: int) -> bool:
+        try:
+            self.backend.decode_single_token_bytes(token)
+        except KeyError:
+            return False
+        return True
 
     def json(self) -> str | None:
         """The tokenizer in the JSON format of `tokenizers`; None for tiktoken's."""
@@ -136,8 +145,7 @@ def _auto(name: str, place: str) -> Any:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise DataError(
-            f"the tokenizer {name!r} needs the package transformers, which is not installed: pip install "
-            "'polargrad-dist[train]'"
+            f"the tokenizer {name!r} needs the package transformers, which is not installed: pip install '.[train]'"
         ) from error
     try:
         try:
@@ -173,7 +181,7 @@ def _tiktoken(name: str, end_of_text: int | str | None) -> Tokenizer:
         backend = tiktoken.get_encoding(name.removeprefix("tiktoken:"))
     except ImportError as error:
         raise DataError(
-            f"{name} needs the package tiktoken, which is not installed: pip install 'polargrad-dist[train]'"
+            f"{name} needs the package tiktoken, which is not installed: pip install '.[train]'"
         ) from error
     except ValueError as error:
         raise ConfigError(

@@ -56,7 +56,7 @@ def of_export(folder: Path, device: torch.device, batch_size: int, trust: bool) 
 def _harness() -> Any:
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
-            "--tasks is set, but lm-eval is not installed: pip install 'polargrad-dist[lm-eval]', or leave --tasks out"
+            "--tasks is set, but lm-eval is not installed: pip install '.[lm-eval]', or leave --tasks out"
         )
     from lm_eval.models.huggingface import HFLM
 

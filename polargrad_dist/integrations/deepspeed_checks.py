@@ -31,7 +31,7 @@ def check_version() -> None:
     try:
         found = version("deepspeed")
     except PackageNotFoundError:
-        raise ConfigError("DeepSpeed is not installed: pip install 'polargrad-dist[deepspeed]'") from None
+        raise ConfigError("DeepSpeed is not installed: pip install deepspeed") from None
     if ".".join(found.split(".")[:2]) not in TESTED:
         raise ConfigError(
             f"DeepSpeed is {found}, tested is {' and '.join(TESTED)}: its private names change from version to version, so "

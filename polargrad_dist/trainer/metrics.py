@@ -205,7 +205,7 @@ def require(package: str, why: str, extra: str) -> None:
     """Raises ``ConfigError``, naming the extra to install, if a package is missing."""
     if importlib.util.find_spec(package) is None:
         raise ConfigError(
-            f"{why}, but the package {package} is not installed: pip install 'polargrad-dist[{extra}]', or turn it off"
+            f"{why}, but the package {package} is not installed: pip install '.[{extra}]', or turn it off"
         )
 
 

@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import os
-import resource
 import socket
 from collections.abc import Sequence
 
 from polargrad_dist.errors import ConfigError
-
-# gloo connects every rank to every other, once for the run's own group (and each mesh) and once for checkpoints.
-MESHES = 4
-# Shards, libraries, logs, NCCL's sockets
-OTHERS = 256
+from polargrad_dist.limits import MESHES, OTHERS, make_room
 
 
 def make_room_for_connections(size: int) -> None:
     """Raises the limit of open files to what ``size`` ranks need. Raises ``ConfigError`` if the system forbids it."""
-    needed = MESHES * (size + 3) + OTHERS
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        raise ConfigError(
-            f"this process may open {hard:,} files, expected {needed:,} for {size:,} ranks, which are all connected to "
-            f"each other: raise the hard limit (ulimit -Hn {needed}, LimitNOFILE in Slurm's or Docker's unit)"
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    make_room(MESHES * (size + 3) + OTHERS, f"{size:,} ranks, which are all connected to each other")
 
 
 def gloo_interfaces(wish: str, present: Sequence[str]) -> str | None:

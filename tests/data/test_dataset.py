@@ -1,4 +1,9 @@
+import re
 import struct
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,8 +11,10 @@ import torch
 
 from data import open_data
 from data.config import DataConfig, TokenizerConfig
+from data.corpora import _corpus
 from data.shards import write_shard
 from polargrad_dist.errors import ConfigError, DataError
+from tests.commandline import ROOT
 from tests.data.corpus import config, json_lines, quiet, texts
 from tests.gloo import run_ranks
 
@@ -175,6 +182,57 @@ def test_foreign_shards_split_by_name_and_need_no_tokenizer(foreign):
     assert opened(explicit).validation.num_targets == 1999
     with pytest.raises(DataError, match="names only shards for validation"):
         opened(DataConfig(source="shards", paths=[str(foreign / "*val*")]))
+
+
+@pytest.mark.parametrize("key", ["validation_paths", "validation_sets"])
+def test_foreign_shards_that_are_named_for_validation_are_not_trained_on(foreign, key):
+    settings = DataConfig(source="shards", paths=[str(foreign)])
+    # A folder, such as a prepared one, names the shards in it
+    (foreign / "held").mkdir()
+    (foreign / "fineweb_val_000000.bin").rename(foreign / "held" / "held.bin")
+    named = [str(foreign / "held")]
+    settings = replace(settings, **{key: named if key == "validation_paths" else {"held": named}})
+    told: list[str] = []
+    found = _corpus(settings, told.append, None)
+    assert [Path(shard.name).name for shard in found.train] == [
+        "fineweb_train_000001.bin",
+        "fineweb_train_000002.bin",
+    ]
+    assert len(told) == 1
+    assert told[0].startswith(f"1 file of data.paths left out of training, as named in data.{key}")
+    with pytest.raises(DataError, match=rf"no file left to train on, since data\.{key}"):
+        _corpus(replace(settings, paths=named), quiet, None)
+
+
+MANY = """
+import resource, sys
+from data import DataConfig, open_data
+from polargrad_dist.errors import ConfigError
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[2])))
+config = DataConfig(source="shards", paths=[sys.argv[1]], verify="sizes", cache=sys.argv[1])
+try:
+    data = open_data(config, sequence_length=16, global_batch=4, micro_batch=2)
+    print(len(data.train.tokens), resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 64)
+except ConfigError as error:
+    print(error)
+"""
+
+
+def test_more_shards_than_files_may_be_open_raise_the_limit_or_the_error_says_to_what(tmp_path):
+    write_shard(tmp_path / "train_000.bin", np.arange(20, dtype=np.uint16))
+    for i in range(1, 100):
+        (tmp_path / f"train_{i:03}.bin").write_bytes((tmp_path / "train_000.bin").read_bytes())
+
+    def told(hard: int) -> str:
+        run = [sys.executable, "-c", MANY, str(tmp_path), str(hard)]
+        done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT)
+        return done.stdout.strip() or done.stderr
+
+    # The second has room for the shards, but not for all that a run may open beside them
+    assert told(4096) == told(200) == "2000 True"
+    assert re.match(
+        r"this process may open 90 files, expected \d\d\d for 100 token shards: raise the", told(90)
+    )
 
 
 def test_foreign_shards_take_the_tokenizer_that_is_named(tmp_path, foreign):

@@ -144,6 +144,26 @@ def test_further_validation_sets_are_measured_with_the_runs_tokenizer(tmp_path):
         open_data(mixture(tmp_path, validation_sets={"nothing": [str(tmp_path / "empty.jsonl")]}), **SIZES)
 
 
+def test_no_source_of_a_mixture_trains_on_a_validation_set(tmp_path):
+    (tmp_path / "a").mkdir()
+    config = mixture(tmp_path / "a")
+    told: list[str] = []
+    json_lines(tmp_path / "a" / "held.jsonl", [f"<held> {text}" for text in texts(20)])
+    (folder := tmp_path / "b").mkdir()
+    for name in ("a.jsonl", "held.jsonl"):
+        (tmp_path / "a" / name).rename(folder / name)
+    settled = replace(
+        config,
+        sources=[replace(config.sources[0], name="a", paths=[str(folder)]), *config.sources[1:]],
+        validation_sets={"held": [str(folder / "held.jsonl")]},
+    )
+    data = open_data(settled, **SIZES | {"report": told.append})
+    tokenizer, tokens = data.load_tokenizer(), data.train.tokens
+    assert "<held>" not in tokenizer.decode(tokens.read(0, len(tokens)).tolist())
+    assert "<held>" in tokenizer.decode(data.validations["held"].targets().tolist())
+    assert told.count("1 file of data.paths left out of training, as named in data.validation_sets.held") == 1
+
+
 def test_held_out_shards_of_every_source_belong_to_the_fingerprint_and_sets_that_are_only_measured_do_not(
     tmp_path,
 ):

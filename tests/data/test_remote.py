@@ -105,6 +105,17 @@ def test_text_is_read_where_it_lies(tmp_path, bucket):
             open_source(config(tmp_path, paths=[path]))
 
 
+def test_validation_files_elsewhere_are_left_out_of_training_by_their_url(tmp_path, bucket):
+    for name, seed in (("train", 0), ("val", 1)):
+        bucket.pipe(f"/corpus/{name}.jsonl", json_lines(tmp_path / name, texts(9, seed=seed)).read_bytes())
+    for named in (
+        {"validation_paths": ["memory://corpus/val.jsonl"]},
+        {"validation_sets": {"held": ["memory://corpus/v*"], "prepared": ["memory://nothing"]}},
+    ):
+        settings = config(tmp_path, paths=["memory://corpus"], validation_fraction=0, **named)
+        assert [text for text, validation, _ in parts(settings) if not validation] == texts(9)
+
+
 def test_parquet_elsewhere_is_read_too(tmp_path, bucket):
     import pyarrow.parquet as parquet
 

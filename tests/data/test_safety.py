@@ -8,6 +8,7 @@ import textwrap
 import numpy as np
 import pytest
 
+from data.checksums import Background
 from data.config import DataConfig, TokenizerConfig
 from data.dataset import open_data
 from data.documents import PART_CHARACTERS, split_document
@@ -154,3 +155,35 @@ def test_a_foreign_shard_that_changes_between_the_sampled_blocks_is_found_in_the
     with pytest.raises(DataError, match=r"train_0\.bin has changed since it was first trained on"):
         first_epoch()
     opened(DataConfig(**vars(config) | {"verify": "sizes"})).train.background.wait()
+
+
+def test_checksums_that_cannot_be_stored_or_read_are_reported_once_and_end_no_run(tmp_path):
+    paths = [tmp_path / f"train_{i}.bin" for i in range(3)]
+    for i, path in enumerate(paths):
+        write_shard(path, np.arange(100 * (i + 1), dtype=np.uint16))
+
+    def told(folder):
+        lines: list[str] = []
+        background = Background(paths, folder, lines.append)
+        background.start()
+        background.wait()
+        background.raise_if_found()
+        return lines
+
+    (tmp_path / "file").write_text("where no folder can be")
+    (line,) = told(tmp_path / "file" / "checksums")
+    assert line.startswith("checksums of shards cannot be stored, so a later change may go unnoticed: ")
+    folder = tmp_path / "checksums"
+    assert told(folder) == []
+    notes = {path: path.read_bytes() for path in folder.iterdir()}
+    for path in list(notes)[:2]:
+        # As a full disk leaves them
+        path.write_bytes(notes[path][:20])
+    (line,) = told(folder)
+    assert line.startswith("a stored checksum cannot be read, so its shard is taken as new: ")
+    assert {path: path.read_bytes() for path in folder.iterdir()} == notes
+    assert told(folder) == []
+    (note,) = (path for path in notes if "train_1.bin" in notes[path].decode())
+    note.write_text(json.dumps(json.loads(notes[note]) | {"sha256": "0" * 64}))
+    with pytest.raises(DataError, match=r"train_1\.bin has changed since it was first trained on"):
+        told(folder)

@@ -1,3 +1,5 @@
+import errno
+import mmap
 import struct
 from dataclasses import replace
 
@@ -55,6 +57,16 @@ def test_a_file_that_is_no_whole_shard_is_named_with_what_is_wrong(tmp_path, dam
     with pytest.raises(DataError, match=message) as error:
         open_shard(path)
     assert str(path) in str(error.value)
+
+
+def test_a_shard_for_which_there_is_no_room_is_named(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    shard = write_shard(tmp_path / "a.bin", np.arange(9, dtype=np.uint16))
+    monkeypatch.setattr(mmap, "mmap", full)
+    with pytest.raises(DataError, match=r"a\.bin cannot be mapped into memory \(Too many open files\)"):
+        open_shard(tmp_path / shard.name)
 
 
 def shards_of(tmp_path, count=3):

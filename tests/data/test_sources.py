@@ -1,4 +1,6 @@
+import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -135,6 +137,36 @@ def test_separate_validation_files_come_first_and_replace_the_fraction(tmp_path)
     assert [part.validation for part in parts] == [True] * 5 + [False] * 50
 
 
+def test_files_that_are_named_for_validation_are_left_out_of_training_and_it_is_said(tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    train, held = texts(20), texts(5, seed=1)
+    json_lines(folder / "train.jsonl", train)
+    json_lines(folder / "val.jsonl", held)
+    # Another path to the same file
+    (tmp_path / "link.jsonl").symlink_to(folder / "val.jsonl")
+
+    def trained_on(**fields):
+        told: list[str] = []
+        config = DataConfig(source="files", paths=[str(folder)], validation_fraction=0, **fields)
+        parts = open_source(config, told.append).documents()
+        return [part.text for part in parts if not part.validation], told
+
+    assert trained_on() == (train + held, [])
+    for key, fields in (
+        ("validation_paths", {"validation_paths": [str(tmp_path / "link.jsonl")]}),
+        ("validation_sets.held", {"validation_sets": {"held": [str(folder / "v*.jsonl")]}}),
+    ):
+        said = f"1 file of data.paths left out of training, as named in data.{key}"
+        assert trained_on(**fields) == (train, [said])
+        with pytest.raises(DataError, match=rf"no file left to train on, since data\.{key} names all 1 file"):
+            files(folder / "val.jsonl", **fields)
+    # Sets that share no file with the training text, or are prepared folders, leave its key in the cache
+    elsewhere = {"held": [str(folder / "val.jsonl")], "prepared": [str(tmp_path / "without-text")]}
+    only = folder / "train.jsonl"
+    assert files(only, validation_sets=elsewhere).identity() == files(only).identity()
+
+
 def test_parquet_rows_come_in_order_and_a_missing_column_is_named(tmp_path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
@@ -181,6 +213,33 @@ def test_paths_are_folders_and_globs_in_sorted_order_and_must_match(tmp_path):
         open_source(DataConfig(validation_paths=["a"]))
     with pytest.raises(ConfigError, match=r"validation_fraction is 1\.5"):
         files(tmp_path, validation_fraction=1.5)
+
+
+def test_linked_folders_are_read_like_their_own_and_a_cycle_of_links_ends(tmp_path):
+    inside, outside = tmp_path / "corpus", tmp_path / "elsewhere"
+    for name in ("corpus/b/1.txt", "elsewhere/deep/2.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(name)
+    alone = [str(path) for path in sources.find_files([str(inside)], "key", (".txt",))]
+    assert alone == [str(inside / "b" / "1.txt")]
+    (inside / "a").symlink_to(outside)
+    (inside / "again").symlink_to(inside / "b")
+    (outside / "deep" / "up").symlink_to(inside)
+    found = [str(path) for path in sources.find_files([str(inside)], "key", (".txt",))]
+    assert found == [str(inside / "a" / "deep" / "2.txt"), *alone]
+
+
+@pytest.mark.parametrize("left", [64 * 100, 64 * 100 + 7, 1])
+def test_a_text_file_that_becomes_shorter_while_it_is_read_is_refused(tmp_path, left):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"a line of text of thirty-two by\n" * 50_000)
+    parts = read_text(path, sys.maxsize)
+    next(parts)
+    os.truncate(path, sources.PART_BYTES * 2 + left)
+    with pytest.raises(
+        DataError, match=r"a\.txt ends after 5\d\d,\d\d\d bytes, expected 1,600,000, its size when"
+    ):
+        list(itertools.islice(parts, 1000))
 
 
 def test_identity_changes_with_the_files_and_what_is_read_from_them(tmp_path):

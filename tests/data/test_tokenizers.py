@@ -10,7 +10,14 @@ import pytest
 
 from data.config import DataConfig, TokenizerConfig
 from data.sources import open_source
-from data.tokenizers import _without_long_words, open_ready, open_tokenizer
+from data.tokenizers import (
+    END_OF_TEXT,
+    Tokenizer,
+    TokenizerInfo,
+    _without_long_words,
+    open_ready,
+    open_tokenizer,
+)
 from polargrad_dist.errors import ConfigError, DataError
 from tests.data.corpus import config, json_lines, texts
 
@@ -180,6 +187,19 @@ def test_a_tiktoken_encoding_is_used_by_name(tmp_path, monkeypatch):
     finally:
         tiktoken.registry._available_plugin_modules.cache_clear()
         sys.modules.pop("tiktoken_ext", None)
+
+
+def test_ids_that_a_tokenizer_lacks_are_ignored_in_text(trained):
+    """A model may have more rows than its tokenizer has tokens, and samples may take one."""
+    tiktoken = pytest.importorskip("tiktoken")
+    letters = {bytes([97 + i]): i for i in range(26)}
+    # With a gap, as published encodings have
+    encoding = tiktoken.Encoding("x", pat_str=".", mergeable_ranks=letters, special_tokens={END_OF_TEXT: 30})
+    ours = Tokenizer(encoding, TokenizerInfo("tiktoken:x", "", 31, 30))
+    for tokenizer, unknown in ((ours, (27, 31, 127)), (trained, (300, 383))):
+        known = tokenizer.encode("abc")
+        for token in unknown:
+            assert tokenizer.decode([token, *known, token, tokenizer.info.end_of_text]) == "abc<|endoftext|>"
 
 
 REAL = os.environ.get("POLARGRAD_TEST_DATA")

@@ -15,7 +15,7 @@ from polargrad_dist import CheckpointError, ConfigError, PolarError
 from tests.gloo import run_ranks
 from tests.integrations import zero
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'polargrad-dist[deepspeed]'")
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install '.[deepspeed]'")
 
 OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
 

@@ -16,7 +16,7 @@ from tests.commandline import ROOT
 from tests.launch.cluster import free_ports
 from tests.launch.tiny import options
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'polargrad-dist[deepspeed]'")
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install '.[deepspeed]'")
 pytestmark = pytest.mark.slow
 
 

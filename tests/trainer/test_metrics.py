@@ -94,7 +94,7 @@ def test_a_sink_that_fails_is_named_once_and_dropped(tmp_path, monkeypatch):
 
 
 def test_a_missing_package_names_the_extra_to_install():
-    with pytest.raises(ConfigError, match=r"pip install 'polargrad-dist\[wandb\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[wandb\]'"):
         require("no_such_package", "trainer.logging.wandb is 'online'", "wandb")
 
 

@@ -36,7 +36,7 @@ SMALL = (
             "model.vocab_size is 100, but data.tokenizer has 300 tokens: set it to 300",
         ),
         (["--trainer.global_batch", "0"], "trainer.global_batch is 0"),
-        (["--trainer.logging.wandb", "offline"], "pip install 'polargrad-dist[wandb]'"),
+        (["--trainer.logging.wandb", "offline"], "pip install '.[wandb]'"),
         (["--trainer.evaluation.hellaswag", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--trainer.run_dir", "train.py/run"], "train.py is a file"),
         (["--model.heads", "5"], "which model.heads = 5 does not divide"),

@@ -20,7 +20,7 @@ from polargrad_dist.trainer.world import World
 from tests.gloo import run_ranks
 from tests.trainer.toy import settings, trainer
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'polargrad-dist[deepspeed]'")
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install '.[deepspeed]'")
 
 # Of a parameter's or state's largest element, after 12 steps in fp32
 TOLERANCE = 5e-6

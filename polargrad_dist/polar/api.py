@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from ..errors import PolarError
 from .cost import choose_method
 from .newton import newton
-from .oracle import Options, Oracle, is_finite, largest_entry, without_tf32
+from .oracle import Options, Oracle, full_precision, is_finite, largest_entry, without_autocast
 from .polynomial import newton_schulz, polar_express
 from .qdwh import qdwh
 from .root import choose_root
@@ -128,7 +127,7 @@ def polar(
     if sparse is not None and finite is not None and not check:
         sparse = sparse._replace(rows=torch.where(finite[0], sparse.rows, 0.0))
     whole = tall if check or finite is None or method == "gram" else torch.where(finite, tall, 0.0)
-    with nullcontext() if method in POLYNOMIALS else without_tf32(a.device):
+    with without_autocast(a.device) if method in POLYNOMIALS else full_precision(a.device):
         found = (
             ORACLES[method](whole, options) if sparse is None else _on_nonzero_rows(sparse, method, options)
         )
@@ -138,7 +137,7 @@ def polar(
     U = (found.U if m >= n else found.U.mT).reshape(a.shape).to(out_dtype)
     H = None
     if hermitian:
-        with without_tf32(a.device):
+        with full_precision(a.device):
             H = _hermitian_factor(tall, found.U, wide=m < n).reshape(*batch, n, n)
     norm = found.nuclear_norm.to(torch.promote_types(a.dtype, torch.float32)).reshape(batch)
     return Polar(U, H, norm, _details(found, method, batch) if info else None)
@@ -154,10 +153,14 @@ def _nonzero_rows(tall: Tensor) -> CompressedRows | None:
 
 
 def _on_nonzero_rows(sparse: CompressedRows, method: str, options: Options) -> Oracle:
-    """The oracle on the non-zero rows; the others stay zero in U."""
+    """The oracle on the non-zero rows; the others stay zero in U. Fewer than n rows leave n - k null directions."""
     k, n = sparse.rows.shape
     found = ORACLES[method]((sparse.rows if k >= n else sparse.rows.mT)[None], options)
     U = found.U[0] if k >= n else found.U[0].mT
+    if k < n:
+        residual = None if found.residual is None else ((k * found.residual**2 + n - k) / n).sqrt()
+        sigma_min = None if found.sigma_min is None else torch.zeros_like(found.sigma_min)
+        found = found._replace(residual=residual, sigma_min=sigma_min)
     return found._replace(U=expand_rows(U, sparse.positions, sparse.m)[None])
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .oracle import inverse_scale, largest_entry, row_chunks, without_tf32
+from .oracle import full_precision, inverse_scale, largest_entry, row_chunks
 
 BLOCK_COLUMNS = 192
 
@@ -102,7 +102,7 @@ class RowFactor:
             A = rows[..., chunk, :].to(self.work)
             if self.up is not None:
                 A = A * self.up
-            with without_tf32(rows.device):
+            with full_precision(rows.device):
                 product = A @ self.rest
             if self.diagonal is not None:
                 product.addcmul_(A, self.diagonal)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,9 +105,27 @@ def missing_share(kept: Tensor) -> Tensor:
     return (~kept).double().mean(-1).sqrt()
 
 
+def probe(like: Tensor) -> Tensor:
+    """A vector (n, 1) to start an iteration on matrices (…, n, n) from: as good as random, and the same on every rank."""
+    index = torch.arange(1, like.shape[-1] + 1, dtype=like.dtype, device=like.device)
+    return torch.cos(index * index)[:, None]
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Products in their factors' dtype inside, also where a training loop calls `polar` within autocast."""
+    off = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if off else nullcontext()
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Full fp32 products inside: neither autocast nor TF32, which a trainer may have enabled and keeps only three digits."""
+    with without_autocast(device), without_tf32(device):
+        yield
+
+
 @contextmanager
 def without_tf32(device: torch.device) -> Iterator[None]:
-    """Full fp32 products inside: TF32, which a trainer may have enabled, keeps only three digits."""
     if device.type != "cuda":
         yield
         return

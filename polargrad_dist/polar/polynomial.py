@@ -56,6 +56,10 @@ def newton_schulz(A: Tensor, options: Options) -> Oracle:
                     f"coefficients are {rows}, expected one (a, b, c) for each of {options.steps} steps"
                 )
             schedule = rows
+        case other:
+            raise PolarError(
+                f"coefficients are a {type(other).__name__}, expected 'muon', 'cubic' or a sequence of (a, b, c)"
+            )
     return _polynomial(A, schedule, 1.0, options)
 
 

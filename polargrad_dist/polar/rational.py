@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .oracle import Options, Oracle, inner_product, orthogonality, working_copy
+from .oracle import Options, Oracle, inner_product, orthogonality, probe, working_copy
 
 POWER_STEPS = 8
 
@@ -36,7 +36,7 @@ def on_square(A: Tensor, options: Options, run: Callable[[Tensor, Bounds], tuple
     alpha = largest_singular_value(R)
     eps = torch.finfo(X.dtype).eps
     # Twice, so that directions far below `lower` (rounding of an fp32 null direction: 1e-6) get a gain below 1e-2.
-    low = floor = max(2 * options.lower, eps / 4)
+    low = floor = max(min(2 * options.lower, 0.5), eps / 4)
     full_rank, sigma_min = False, None
     if options.may_wait:
         sigma_min = smallest_singular_value(torch.linalg.qr(R, mode="r").R if Q is None else R)
@@ -71,10 +71,11 @@ def largest_singular_value(A: Tensor) -> Tensor:
     """Upper estimate (…) of ‖A‖₂: power iteration on AᵀA, raised by a tenth, never above ‖A‖_F.
 
     The iteration approaches ‖A‖₂ from below; the tenth covers the error that eight steps leave. If even that is too
-    small, the methods still converge, with an argument slightly above 1.
+    small, the methods still converge, with an argument slightly above 1. It must not start from a vector such as that of
+    the column sums, which structured matrices have as a small singular vector.
     """
     frobenius = torch.linalg.matrix_norm(A)
-    v = A.abs().sum(-2, keepdim=True).mT + torch.finfo(A.dtype).tiny
+    v = probe(A).expand(*A.shape[:-2], -1, -1)
     for _ in range(POWER_STEPS):
         v = v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_min(torch.finfo(A.dtype).tiny)
         v = A.mT @ (A @ v)
@@ -84,7 +85,7 @@ def largest_singular_value(A: Tensor) -> Tensor:
 
 def smallest_singular_value(R: Tensor) -> Tensor:
     """Lower estimate (…) of σ_min of a triangular R (…, n, n): inverse iteration, halved; 0 for a singular R."""
-    v = torch.ones(*R.shape[:-1], 1, dtype=R.dtype, device=R.device)
+    v = probe(R).expand(*R.shape[:-2], -1, -1)
     for _ in range(POWER_STEPS):
         v = v / torch.linalg.vector_norm(v, dim=-2, keepdim=True)
         v = torch.linalg.solve_triangular(R.mT, v, upper=False)

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..compiled import constant_result
 from ..errors import PolarError
 from .gram import gram_matrix
+from .oracle import probe
 from .polynomial import polar_express_coefficients
 from .spectrum import homogenized_spectrum
 
@@ -203,9 +204,7 @@ def dominant_directions(M: Tensor) -> Tensor:
     That eigenvalue is between 1e-8 and 1e8, so the `PROBES` products need no scaling in between.
     """
     tiny = torch.finfo(M.dtype).tiny
-    index = torch.arange(1, M.shape[-1] + 1, dtype=M.dtype, device=M.device)
-    # As good as random, and the same on every rank.
-    v = torch.cos(index * index)[:, None]
+    v = probe(M)
     for _ in range(PROBES):
         v = M @ v
     return v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_min(tiny)

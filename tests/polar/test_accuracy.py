@@ -22,6 +22,36 @@ def test_gaussian_fp32_is_right_to_1e_7(method, shape):
     assert direction_error(U, exact(a)) <= tolerance
 
 
+@pytest.mark.parametrize("method", EXACT_METHODS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-13)])
+def test_matrices_with_the_vector_of_ones_as_a_singular_vector_are_no_exception(method, dtype, tolerance):
+    # A Gram matrix squares the condition number.
+    tolerance = max(tolerance, 1e-9) if method == "gram" else tolerance
+    for n in (2, 3, 16, 64):
+        for s in (0.01, 0.1, 0.5, 1.5, 10.0, 100.0):
+            a = torch.eye(n, dtype=dtype) - torch.full((n, n), (1 - s) / n, dtype=dtype)
+            found = polar(a, method=method, info=True)
+            assert (torch.linalg.svdvals(found.U.double()) - 1).abs().max() <= tolerance, (n, s)
+            assert 0.9 * max(1, s) <= found.info.sigma_max <= 1.11 * max(1, s), (n, s)
+
+
+@pytest.mark.parametrize("method", ["svd", "gram", "qdwh", "zolo"])
+@pytest.mark.parametrize("lower", [0.3, 0.5, 0.6])
+def test_directions_above_a_large_lower_are_kept_whole(method, lower):
+    U = polar(torch.diag(torch.tensor([1.0, 0.95, 0.618, 0.618])), method=method, lower=lower).U
+    assert (torch.linalg.svdvals(U) - 1).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("method", EXACT_METHODS)
+def test_autocast_around_it_changes_nothing(method):
+    a = gaussian(200, 100).float()
+    expected = polar(a, method=method, hermitian=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = polar(a, method=method, hermitian=True)
+    assert torch.equal(found.U, expected.U)
+    assert torch.equal(found.H, expected.H)
+
+
 @pytest.mark.parametrize("method", ["auto", "gram"])
 @pytest.mark.parametrize("shape", [(1024, 256), (256, 256), (256, 1024)])
 @pytest.mark.parametrize(("condition", "tolerance"), [(1e2, 1e-7), (1e4, 1e-6), (1e6, 6e-3)])

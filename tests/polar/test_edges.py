@@ -146,6 +146,10 @@ def test_non_finite_matrices_pass_through_alone_when_asked(method, bad):
         ({"lower": 1.0}, "lower is 1.0"),
         ({"method": "polar_express", "lower": 0}, "lower > 0"),
         ({"method": "newton_schulz", "coefficients": "nope"}, "nope"),
+        (
+            {"method": "newton_schulz", "coefficients": torch.ones(2, 3)},
+            "coefficients are a Tensor, expected 'muon'",
+        ),
         ({"method": "newton_schulz", "coefficients": [(1, 2, 3)], "steps": 2}, "2 steps"),
         ({"method": "gram", "coefficients": "cubic"}, "newton_schulz"),
     ],

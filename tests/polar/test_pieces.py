@@ -15,7 +15,7 @@ from polargrad_dist.polar import (
     polar,
     root_cost,
 )
-from polargrad_dist.polar.oracle import without_tf32
+from polargrad_dist.polar.oracle import full_precision
 
 from .spectra import direction_error, exact, gaussian, log_spaced
 
@@ -94,6 +94,8 @@ def test_fewer_non_zero_rows_than_columns_are_a_wide_problem(rows):
     assert (found.U - reference.U).norm() <= 1e-5
     assert (found.U @ found.H - a).norm() <= 1e-5 * a.norm()
     assert abs(found.nuclear_norm / reference.sigma.sum() - 1) <= 1e-6
+    assert found.info.sigma_min == 0
+    assert found.info.residual == pytest.approx((1 - rows / 32) ** 0.5, abs=1e-6)
 
 
 @pytest.mark.parametrize("method", ["auto", *METHODS])
@@ -126,10 +128,10 @@ def test_tf32_is_switched_off_for_exact_methods_and_back_on_after():
     before = matmul.fp32_precision
     try:
         matmul.fp32_precision = "tf32"
-        with without_tf32(torch.device("cuda")):
+        with full_precision(torch.device("cuda")):
             assert matmul.fp32_precision == "ieee"
         assert matmul.fp32_precision == "tf32"
-        with without_tf32(torch.device("cpu")):
+        with full_precision(torch.device("cpu")):
             assert matmul.fp32_precision == "tf32"
     finally:
         matmul.fp32_precision = before

@@ -82,8 +82,9 @@ class Entry:
 
     @property
     def momentum_dtype(self) -> torch.dtype:
-        """The dtype in which momenta are sent: an exact oracle would treat rounding errors of bf16 as directions."""
-        return self.state_dtype if self.wide else self.dtype
+        """The dtype in which momenta are sent: an exact oracle would treat rounding errors of bf16 as directions, and fp16
+        has too small a range for gradients."""
+        return self.state_dtype if self.wide or self.dtype == torch.float16 else self.dtype
 
     @property
     def numel(self) -> int:

@@ -83,6 +83,10 @@ def check_travel(comm_dtype: torch.dtype | str | None, bucket_mb: float | None) 
     dtype = getattr(torch, comm_dtype, comm_dtype) if isinstance(comm_dtype, str) else comm_dtype
     if dtype is not None and dtype not in FLOATS:
         raise ConfigError(f"comm_dtype is {comm_dtype!r}, expected null, a floating dtype or its name")
+    if dtype == torch.float16:
+        raise ConfigError(
+            "comm_dtype is float16, whose range momenta can leave, expected bfloat16 or a wider dtype"
+        )
     if bucket_mb is not None and not (bucket_mb > 0 and math.isfinite(bucket_mb)):
         raise ConfigError(f"bucket_mb is {bucket_mb}, expected a size in MiB > 0")
     return dtype

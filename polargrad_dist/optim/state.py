@@ -22,7 +22,7 @@ from polargrad_dist.distributed.teams import local
 from polargrad_dist.distributed.transport import Traffic
 from polargrad_dist.errors import CheckpointError, ConfigError
 from polargrad_dist.optim.checks import FIXED, check_values, fixed_part
-from polargrad_dist.optim.matrix import kept_states
+from polargrad_dist.optim.matrix import kept_states, rule_of
 from polargrad_dist.optim.member import Member
 from polargrad_dist.optim.world import World
 
@@ -272,6 +272,9 @@ class NamedState:
         rules = list(zip(FIXED, fixed_part(group), fixed_part(group | theirs), strict=True))
         if kept_states(group).keys() != kept_states(group | theirs).keys():
             rules.append(("scale", *scales))
+        if rule_of(group).pauses(group) != rule_of(group).pauses(group | theirs):
+            parts = ("scale", "control", "floor")
+            rules.append((", ".join(parts), *([g[key] for key in parts] for g in (group, group | theirs))))
         for key, here, there in rules:
             if here != there:
                 raise CheckpointError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import random
 import subprocess
 import sys
@@ -297,6 +298,32 @@ def test_a_run_begun_at_another_runs_checkpoint_goes_on_from_its_own_when_restar
     elsewhere = CheckpointConfig(resume=str(tmp_path / "second" / "step-00000006"))
     with pytest.raises(CheckpointError, match="a run that did not begin there"):
         CheckpointStore(tmp_path / "first", elsewhere).resume_point()
+
+
+def test_what_was_set_aside_is_resumed_from_only_under_its_former_name(tmp_path):
+    saved_run(tmp_path, [1, 2, 3])
+    aside = tmp_path / "aside-step-00000002"
+    (tmp_path / "step-00000002").rename(aside)
+    for _ in range(2):
+        with pytest.raises(
+            CheckpointError, match=r"expected a checkpoint step-…: rename one that was set aside"
+        ):
+            CheckpointStore(tmp_path, CheckpointConfig(resume=str(aside))).resume_point()
+    assert names(tmp_path) == ["step-00000001", "step-00000003"]
+
+
+def test_a_dtype_that_cannot_hold_what_was_saved_is_refused(tmp_path):
+    store = CheckpointStore(tmp_path)
+    store.save(1, {"a": torch.tensor([1e38, 2.5]), "b": torch.tensor([1.5, math.inf])})
+    given = {"b": torch.zeros(2, dtype=torch.float16)}
+    store.load(store.newest_valid(), given)
+    assert given["b"].tolist() == [1.5, math.inf]
+    for dtype, said in (
+        (torch.float16, "values that torch.float16 cannot hold"),
+        (torch.int64, "not torch.int64"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            store.load(store.newest_valid(), {"a": torch.zeros(2, dtype=dtype)})
 
 
 def test_a_checkpoint_is_the_same_by_a_path_through_links(tmp_path):

@@ -5,6 +5,7 @@ One group of processes runs many cases, since starting it costs more than a case
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -178,6 +179,33 @@ def test_updates_in_bf16_leave_ranks_identical_and_close(world):
     cases = [(mode, {"bag": BAG, "rule": rule, "options": options}) for mode in modes_of(world)]
     for result in same_on_all_ranks(run_ranks(_cases, world, cases)):
         agree(one, result["parameters"], 3e-2, 3e-2)
+
+
+def _tiny_gradients(rank: int, world: int) -> list[float]:
+    """Norms of a first step of fp16 parameters: over all ranks, and on this one alone."""
+    alone = dist.new_group([rank], use_local_synchronization=True)
+    gradient = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)) * 1e-6
+    rule = {
+        "lr": 0.02,
+        "momentum": "momentum_first",
+        "beta": 0.95,
+        "scale": "muon",
+        "oracle": "newton_schulz",
+    }
+    norms = []
+    for group in (None, alone):
+        p = nn.Parameter(torch.zeros(8, 8, dtype=torch.float16))
+        optimizer = PolarGrad([p], process_group=group, **rule)
+        # The momentum is a twentieth of it, less than fp16 can hold.
+        p.grad = gradient.half()
+        optimizer.step()
+        norms.append(float(p.detach().float().norm()))
+    return norms
+
+
+def test_fp16_parameters_are_stepped_on_two_ranks_as_on_one():
+    for together, alone in run_ranks(_tiny_gradients, 2):
+        assert together == pytest.approx(alone, rel=2e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -100,6 +101,7 @@ def test_groups_may_be_added_later_and_keep_what_was_there():
         ({"params": [SQUARE], "oracle_dtype": "float61"}, "oracle_dtype is float61"),
         ({"params": [SQUARE], "comm_dtype": "int8"}, "comm_dtype is 'int8'"),
         ({"params": [SQUARE], "comm_dtype": "float61"}, "comm_dtype is 'float61'"),
+        ({"params": [SQUARE], "comm_dtype": torch.float16}, "comm_dtype is float16, whose range"),
         ({"params": [SQUARE], "bucket_mb": 0}, "bucket_mb is 0"),
         ({"params": [SQUARE], "spectrum": "homogenized", "oracle": "qdwh"}, "spectrum is 'homogenized'"),
         ({"params": [SQUARE], "num_heads": 0}, "num_heads is 0"),
@@ -359,6 +361,28 @@ def test_a_damaged_state_is_refused_before_anything_changes(damage):
     with pytest.raises(CheckpointError):
         optimizer.load_state_dict(state)
     assert torch.equal(optimizer.state[p]["momentum"], momentum)
+
+
+def test_a_state_with_other_sums_over_ranks_is_refused_before_anything_is_loaded():
+    built = [PolarGrad([nn.Parameter(torch.ones(3, 2))], scale=scale) for scale in ("nuclear_shared", "muon")]
+    with pytest.raises(
+        CheckpointError, match=r"has scale, control, floor .*nuclear_shared.*, expected .*muon"
+    ):
+        built[1].load_state_dict(built[0].state_dict())
+    assert built[1].param_groups[0]["scale"] == "muon"
+
+
+@pytest.mark.parametrize("ok", [None, torch.tensor(True), torch.tensor(False)])
+def test_one_gradient_that_is_not_finite_keeps_no_other_from_being_stepped_on_a_cpu(ok):
+    bad, good = (nn.Parameter(torch.zeros(3)) for _ in range(2))
+    optimizer = PolarGrad([bad, good], algorithm="adamw", lr=0.1)
+    bad.grad, good.grad = torch.full((3,), torch.nan), torch.ones(3)
+    with pytest.raises(PolarError, match="not finite") if ok is None or ok else nullcontext():
+        optimizer.step(ok=ok)
+    stepped = ok is None or bool(ok)
+    assert torch.equal(bad, torch.zeros(3))
+    assert torch.allclose(good, torch.full((3,), -0.1 if stepped else 0.0))
+    assert [float(optimizer.state[p]["step"]) for p in (bad, good)] == [0, stepped]
 
 
 def test_a_state_of_another_rule_is_refused():

@@ -200,7 +200,18 @@ class StrictLoad(DefaultLoadPlanner):
         ]
         if shapes:
             raise CheckpointError(f"it has {some(shapes)}: it is of another model")
+        kinds = [
+            f"{name} of {self.saved[name].dtype}, not {tensor.dtype}"
+            for name, tensor in self.state_dict.items()
+            if self.saved[name].dtype.is_floating_point != tensor.dtype.is_floating_point
+        ]
+        if kinds:
+            raise CheckpointError(f"it has {some(kinds)}: it is of another model or optimizer")
         return super().create_local_plan()
+
+
+def _overflowed(source: torch.Tensor, target: torch.Tensor) -> bool:
+    return bool((torch.isfinite(source) & ~torch.isfinite(target)).any())
 
 
 class Reader(StorageReader):
@@ -265,6 +276,10 @@ class Reader(StorageReader):
                 for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
                     source = source.narrow(dim, start, length)
                 target.copy_(source)
+                if dtype != target.dtype and target.is_floating_point() and _overflowed(source, target):
+                    raise CheckpointError(
+                        f"{key[0]} was saved in {dtype} and has values that {target.dtype} cannot hold: load it into {dtype}"
+                    )
 
         in_threads(self.threads, read, wanted.items())
         done: Future[None] = Future()

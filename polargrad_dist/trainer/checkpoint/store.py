@@ -226,7 +226,7 @@ class CheckpointStore:
         Raises CheckpointError on all ranks for damage, missing names, other shapes, another model, tokenizer or data.
         """
         self._finish()
-        path, rank = Path(path).absolute(), self._ranks.rank
+        path, rank = Path(path).resolve(), self._ranks.rank
         self._ranks.together(f"{path} was not loaded", lambda: self._admit(path))
         manifest, per_rank = Manifest.read(path), None
         if manifest.world_size == self._ranks.world:
@@ -376,6 +376,11 @@ class CheckpointStore:
                 )
             return newest
         path = self._asked_for
+        if path.parent == self.folder and step_of(path) is None:
+            raise CheckpointError(
+                f"trainer.checkpoint.resume is {path}, expected a checkpoint step-…: rename one that was set aside to its "
+                "former name to resume from it"
+            )
         origin = None if newest is None else self._origin_of(newest)
         if newest is not None and origin is not None and Path(origin).resolve() == path:
             if self._ranks.rank == 0:

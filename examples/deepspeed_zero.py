@@ -49,6 +49,7 @@ config = {
 optimizer = ZeroPolarGrad(model, hidden={"lr": 0.02}, embed={"scale": "nuclear", "lr": 0.02})
 engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
 engine.load_checkpoint(args.checkpoints)
+loss = None
 for step in range(engine.global_steps, args.steps):
     torch.manual_seed(step * engine.world_size + engine.global_rank)
     words = [torch.randint(WORDS, (16,))]
@@ -59,5 +60,6 @@ for step in range(engine.global_steps, args.steps):
     engine.backward(loss)
     engine.step()
 engine.save_checkpoint(args.checkpoints)
-if engine.global_rank == 0:
+# Without a loss, the run had finished before
+if loss is not None and engine.global_rank == 0:
     print(f"loss {loss.item():.3f} after {engine.global_steps} steps on {engine.world_size} ranks")

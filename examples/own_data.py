@@ -70,4 +70,7 @@ seed_everything(config.seed)
 shape = ModelConfig(vocab_size=len(SYMBOLS), width=64, layers=2, heads=4, max_sequence_length=128)
 model = build_model(shape)
 outcome = Trainer(config, OptimizerConfig(), model, Sums(), world, {"model": {"kind": "sums"}}).fit()
-print(f"validation loss {outcome.validation['validation_loss']:.3f} after {outcome.step} steps")
+# Without a loss, the run had finished before, or was asked to leave
+if "validation_loss" in outcome.validation:
+    print(f"validation loss {outcome.validation['validation_loss']:.3f} after {outcome.step} steps")
+sys.exit(outcome.exit_code)

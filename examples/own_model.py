@@ -46,4 +46,7 @@ data = open_data(
 seed_everything(config.seed)
 model = Recurrent(vocabulary=512)
 outcome = Trainer(config, OptimizerConfig(), model, data, world, {"model": {"kind": "GRU"}}).fit()
-print(f"validation loss {outcome.validation['validation_loss']:.3f} after {outcome.step} steps")
+# Without a loss, the run had finished before, or was asked to leave
+if "validation_loss" in outcome.validation:
+    print(f"validation loss {outcome.validation['validation_loss']:.3f} after {outcome.step} steps")
+sys.exit(outcome.exit_code)

@@ -109,6 +109,13 @@ def make_config(plain: dict[str, Any], vocab_size: int | None, end_of_text: int 
         raise ConfigError(f"model.config makes no {kind!r}: {first_line(error)}") from error
 
 
+def _no_model(config: Any, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"model.config makes no {config.model_type!r} ({type(error).__name__}: {first_line(error)}): see "
+        f"{type(config).__name__} in the documentation of Transformers"
+    )
+
+
 class TransformersModel(LanguageModel):
     """A Transformers model with this project's interface; its parameters' names begin with ``inner.``."""
 
@@ -127,10 +134,7 @@ class TransformersModel(LanguageModel):
             ) from error
         except Exception as error:
             # Each model fails in its own way where its configuration makes no sense
-            raise ConfigError(
-                f"model.config makes no {config.model_type!r} ({type(error).__name__}: {first_line(error)}): see "
-                f"{type(config).__name__} in the documentation of Transformers"
-            ) from error
+            raise _no_model(config, error) from error
         text = config.get_text_config()
         # XLNet's is -1: no limit
         positions = getattr(text, "max_position_embeddings", None) or 0
@@ -213,6 +217,10 @@ class TransformersModel(LanguageModel):
             theirs, changed = (
                 self.inner(input_ids=t, use_cache=False).logits.float() for t in (tokens, other)
             )
+        except Exception as error:
+            # Some sizes that do not fit are only found here
+            raise _no_model(self.inner.config, error) from error
+        try:
             ours = self(tokens)
             known = ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
         except (AttributeError, RuntimeError, TypeError, ValueError):

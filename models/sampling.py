@@ -19,7 +19,9 @@ def choose(
     """
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = logits.float() / temperature
+    # Relative to the largest, since a small temperature divides beyond fp32
+    logits = logits.float() - logits.float().amax(-1, keepdim=True)
+    logits = logits / max(temperature, torch.finfo(torch.float32).tiny)
     if top_k is not None and top_k < logits.shape[-1]:
         least = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)

@@ -2,9 +2,13 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 from tests.commandline import ROOT
 
@@ -36,3 +40,22 @@ def test_data_of_ones_own_train_on_two_ranks(tmp_path):
     assert found is not None
     # The results of all sums but a few are known.
     assert float(found[1]) < 0.1
+
+
+@pytest.mark.parametrize("code", [0, 75])
+@pytest.mark.parametrize("name", ["own_data", "own_model"])
+def test_a_run_without_a_loss_to_show_ends_with_its_exit_code(tmp_path, monkeypatch, capsys, name, code):
+    class Finished:
+        def __init__(self, *_):
+            pass
+
+        def fit(self):
+            return SimpleNamespace(validation={}, step=40, exit_code=code)
+
+    monkeypatch.setattr("polargrad_dist.trainer.Trainer", Finished)
+    monkeypatch.setattr("data.open_data", lambda *_, **__: None)
+    monkeypatch.setattr(sys, "argv", [name, str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"examples.{name}")
+    assert ended.value.code == code
+    assert "validation loss" not in capsys.readouterr().out

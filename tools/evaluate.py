@@ -83,6 +83,15 @@ def main(args: list[str] | None = None) -> int:
             raise ConfigError(f"--{name} is {value}, expected a whole number >= 1")
     if options.include is not None and (options.tasks is None or not options.include.is_dir()):
         raise ConfigError(f"--include is {options.include}, expected a folder of tasks, beside --tasks")
+    if options.sequence_length is not None and not options.text:
+        raise ConfigError(
+            f"--sequence_length is {options.sequence_length}, which is the length of --text alone: add --text NAME=PATH, or "
+            "leave it out"
+        )
+    if options.json is not None and not options.json.parent.is_dir():
+        raise ConfigError(
+            f"--json is {options.json}, whose folder does not exist: make it, or choose another"
+        )
     found = evaluate(options)
     show(found)
     if options.json is not None:
@@ -124,7 +133,12 @@ def _task_options(options: argparse.Namespace) -> dict[str, Any]:
 def validation(run: Run, options: argparse.Namespace, device: torch.device) -> dict[str, dict[str, float]]:
     """Loss in nats per token and, where the text is known, bits per byte, of the given texts or of the run's own sets."""
     trained = run.checkpoint.manifest.configuration.get("trainer", {})
-    length = options.sequence_length or int(trained.get("sequence_length", run.model.max_sequence_length))
+    longest = run.model.max_sequence_length
+    length = options.sequence_length or int(trained.get("sequence_length", longest))
+    if length > longest:
+        raise ConfigError(
+            f"--sequence_length is {length}, but the run's model takes at most {longest} tokens: lower it"
+        )
     make = ValidationMaker(length, options.batch_size, 0, 1, None)
     if not options.text:
         data = run.data
@@ -133,10 +147,7 @@ def validation(run: Run, options: argparse.Namespace, device: torch.device) -> d
         sets = {"validation": data.validation, **data.validations}
         return {name: mean_loss(run, found, device) for name, found in sets.items()}
     out = {}
-    for text in options.text:
-        name, sign, path = text.partition("=")
-        if not (name and sign and path):
-            raise ConfigError(f"--text is {text!r}, expected NAME=PATH")
+    for name, path in named(options.text).items():
         config = DataConfig(source="files", cache=options.cache)
         corpus = validation_corpus(name, [path], config, run.tokenizer, quiet)
         found = make.of(corpus.validation)
@@ -144,6 +155,21 @@ def validation(run: Run, options: argparse.Namespace, device: torch.device) -> d
             raise ConfigError(f"--text {name}: {path} holds fewer than two tokens, expected text")
         out[name] = mean_loss(run, found, device)
     return out
+
+
+def named(texts: list[str]) -> dict[str, str]:
+    """The path of each ``NAME=PATH``. Raises ``ConfigError`` for what is none, and for a name given twice."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, sign, path = text.partition("=")
+        if not (name and sign and path):
+            raise ConfigError(f"--text is {text!r}, expected NAME=PATH")
+        if name in found:
+            raise ConfigError(
+                f"--text names two texts {name!r} ({found[name]} and {path}): give each a name of its own"
+            )
+        found[name] = path
+    return found
 
 
 @torch.no_grad()

@@ -136,13 +136,7 @@ def export(
         fill(whole, checkpoint, "the run")
         whole.to(kind).inner.save_pretrained(out, max_shard_size=shard_bytes)
     _write(out / "config.json", config)
-    marker = config.get("eos_token_id")
-    generation: dict[str, Any] = {
-        "bos_token_id": marker,
-        "eos_token_id": marker,
-        "pad_token_id": marker,
-        "use_cache": True,
-    }
+    generation = _markers(config) | {"use_cache": True}
     rows = model.get_output_embeddings().weight.shape[0]
     # A head padded to whole blocks: the padding rows are not tokens
     if rows > model.vocab_size:
@@ -152,8 +146,20 @@ def export(
         shutil.copyfile(model.hub_code, out / model.hub_code.name)
     if tokenizer != "none":
         add_tokenizer(known, out, apart=tokenizer == "apart", trust=model.hub_code is not None)
-    (out / "README.md").write_text(model_card(checkpoint, model, known, kind), encoding="utf-8")
+    (out / "README.md").write_text(model_card(checkpoint, model, known, kind, tokenizer), encoding="utf-8")
     ordinary_modes(out)
+
+
+def _markers(config: dict[str, Any]) -> dict[str, Any]:
+    """The special tokens of generation. Transformers takes several ends, but one beginning and one padding token."""
+    ends = config.get("eos_token_id")
+    first = next(iter(ends), None) if isinstance(ends, list) else ends
+    begin, padding = (config.get(f"{name}_token_id") for name in ("bos", "pad"))
+    return {
+        "bos_token_id": first if begin is None else begin,
+        "eos_token_id": ends,
+        "pad_token_id": first if padding is None else padding,
+    }
 
 
 def ordinary_modes(folder: Path) -> None:

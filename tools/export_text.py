@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +88,30 @@ def _plain_class(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def model_card(checkpoint: Checkpoint, model: LanguageModel, known: Kept, kind: torch.dtype) -> str:
-    """The README.md of an export: model, data, training so far, and how to load it."""
+def model_card(
+    checkpoint: Checkpoint,
+    model: LanguageModel,
+    known: Kept,
+    kind: torch.dtype,
+    tokenizer: str = "beside",
+) -> str:
+    """The README.md of an export: model, data, training so far, and how to load it.
+
+    tokenizer: where it is, as in `tools.export`: beside, apart or none.
+    """
     manifest = checkpoint.manifest
     configuration = manifest.configuration
     trainer, data = configuration.get("trainer", {}), configuration.get("data", {})
     tokens = checkpoint.step * trainer.get("global_batch", 0) * trainer.get("sequence_length", 0)
     count = sum(p.numel() for p in model.parameters())
-    loss = manifest.validation_loss
+    loss = (
+        "not measured"
+        if manifest.validation_loss is None
+        else f"{manifest.validation_loss:.4f} nats per token"
+    )
+    if checkpoint.last and replace(checkpoint, last=False).averaged:
+        # It is that of the average
+        loss = "not measured for these weights"
     trust = ", trust_remote_code=True" if model.hub_code else ""
     facts = {
         "parameters": f"{count:,}",
@@ -103,15 +120,25 @@ def model_card(checkpoint: Checkpoint, model: LanguageModel, known: Kept, kind: 
         "steps": f"{checkpoint.step:,} of {trainer.get('steps', 0):,}",
         "training tokens": f"{tokens:,}",
         "sequence length": f"{trainer.get('sequence_length')}",
-        "validation loss at this step": "not measured" if loss is None else f"{loss:.4f} nats per token",
-        "tokenizer": "none"
-        if known.info is None
-        else f"{known.info.name}, {known.info.vocab_size:,} entries",
+        "validation loss at this step": loss,
+        "tokenizer": _tokenizer_fact(known, tokenizer),
         "run": str(manifest.run or "unknown"),
         "saved": manifest.saved_at,
         "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    lines = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER"{trust})',
+    ]
+    if known.info is None or tokenizer == "none":
+        lines[0] = "from transformers import AutoModelForCausalLM"
+    elif tokenizer == "apart":
+        lines.append('tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER/tokenizer")')
+    else:
+        lines.append(f'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER"{trust})')
+    code = "\n".join(lines)
     shown = yaml.safe_dump({"data": data, "optimizer": configuration.get("optimizer", {})}, sort_keys=False)
     header = "library_name: transformers\npipeline_tag: text-generation\ntags: [polargrad-dist]"
     return f"""---
@@ -127,10 +154,7 @@ A causal language model pre-trained with polargrad-dist.
 {table}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER"{trust})
-tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER"{trust})
+{code}
 ```
 
 In training every document begins with the end-of-text token; a prompt may begin with it too.
@@ -140,3 +164,10 @@ In training every document begins with the end-of-text token; a prompt may begin
 ```yaml
 {shown}```
 """
+
+
+def _tokenizer_fact(known: Kept, where: str) -> str:
+    if known.info is None:
+        return "none"
+    away = " (not exported)" if where == "none" else ""
+    return f"{known.info.name}, {known.info.vocab_size:,} entries{away}"

@@ -19,6 +19,7 @@ from polargrad_dist.trainer import rundir
 from polargrad_dist.trainer.checkpoint.single import Checkpoint, find_checkpoint
 from polargrad_dist.trainer.console import quiet
 from polargrad_dist.trainer.initial import fill
+from polargrad_dist.trainer.measure import continuation
 from train import RunConfig, parse_run
 
 
@@ -75,7 +76,7 @@ class Run:
         seed: int = 0,
     ) -> Iterator[str]:
         """The continuation of a prompt, streamed as it is sampled; whole characters only."""
-        ids: list[int] = []
+        before, ids = self.tokenizer.encode(prompt), list[int]()
         shown = ""
         self.model.eval()
         for token in self.model.stream(
@@ -88,7 +89,7 @@ class Run:
             generator=torch.Generator().manual_seed(seed),
         ):
             ids.append(int(token))
-            text = self.tokenizer.decode(ids)
+            text = continuation(self.tokenizer, before, ids)
             if text.endswith("\ufffd") and len(ids) < tokens:
                 # In the middle of a character
                 continue

@@ -23,6 +23,7 @@ from polargrad_dist.errors import PolarGradError
 from polargrad_dist.trainer.metrics import record_in
 
 STARTED, DONE = "started.json", "done.json"
+DIVERGED = "diverged"
 ROOT = Path(__file__).resolve().parents[2]
 
 # Changes that make a full-size configuration small; everything else is kept.
@@ -88,22 +89,24 @@ class Job:
 
 @dataclass
 class Curves:
-    """A run's logged (step, value) pairs; ``diagnostics`` by parameter, part and figure. Empty if it diverged."""
+    """A run's logged (step, value) pairs; ``diagnostics`` by parameter, part and figure. Cut short if it diverged."""
 
     train: list[tuple[int, float]] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
     diagnostics: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    diverged: bool = False
 
     @property
     def final(self) -> float:
         """The last validation loss in nats per token; infinite for a run that diverged."""
-        last = self.validation[-1][1] if self.validation else math.inf
+        last = self.validation[-1][1] if self.validation and not self.diverged else math.inf
         return last if math.isfinite(last) else math.inf
 
     @classmethod
     def read(cls, folder: Path) -> Curves:
         """The curves in a run directory."""
-        curves = cls()
+        ended = (_read(folder / DONE) or {}).get("ended")
+        curves = cls(diverged=str(ended).startswith(DIVERGED))
         path = folder / "metrics.jsonl"
         for line in path.read_bytes().splitlines() if path.exists() else ():
             if (record := record_in(line)) is None:
@@ -142,10 +145,16 @@ def run_all(jobs: Iterable[Job], workers: int, description: str) -> dict[Job, Cu
 
 def _written(job: Job, name: str) -> dict[str, Any] | None:
     """The identity with which a folder's run was started or finished."""
+    return (_read(job.folder / name) or {}).get("identity")
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None if there is none."""
     try:
-        return json.loads((job.folder / name).read_text())["identity"]
-    except (OSError, ValueError, KeyError, TypeError):
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
         return None
+    return found if isinstance(found, dict) else None
 
 
 def _train(job: Job) -> None:
@@ -170,7 +179,7 @@ def _train(job: Job) -> None:
         ):
             outcome = pretrain(config, configuration)
     except TrainingError as error:
-        ended = f"diverged: {error}"
+        ended = f"{DIVERGED}: {error}"
     else:
         if outcome.exit_code:
             raise PolarGradError(

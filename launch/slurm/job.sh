@@ -11,14 +11,17 @@ export MASTER_PORT=$((61000 + SLURM_JOB_ID % 4500))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
 # srun can come back with 0 after a node has failed; only rank 0, which runs on this node, knows that the run is done.
-POLARGRAD_FINISHED=$(mktemp -u "${TMPDIR:-/tmp}/polargrad-$SLURM_JOB_ID-XXXXXX")
+# The name of a file for it to create, in the first folder that takes files; empty if none does.
+for folder in "${TMPDIR:-/tmp}" /tmp; do
+  POLARGRAD_FINISHED=$(mktemp "$folder/polargrad-$SLURM_JOB_ID-XXXXXX" 2>/dev/null) && rm "$POLARGRAD_FINISHED" && break
+done
 export POLARGRAD_FINISHED
 
 # Each task gets Slurm's signals itself: torchrun in between would die of SIGUSR1 and leave its workers behind.
 # Since Slurm 22.05 srun no longer takes the job's CPUs per task by itself and would bind each task to one core.
 srun ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "$PYTHON" train.py "$@"
 code=$?
-if [ "$code" = 0 ] && ! rm "$POLARGRAD_FINISHED" 2>/dev/null; then
+if [ "$code" = 0 ] && [ -n "$POLARGRAD_FINISHED" ] && ! rm "$POLARGRAD_FINISHED" 2>/dev/null; then
   code=1
   echo "srun ended with 0 before the run was finished, as after a node's failure: Slurm requeues the job, or submit it again"
 fi

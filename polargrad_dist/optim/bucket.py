@@ -270,10 +270,9 @@ class Elementwise(Batch):
         finite = is_finite(torch.stack(torch._foreach_norm(grads)))
         facts.finite([m.index for m in self.members], finite)
         sure = finite.all() if ok is None else finite.all() & ok.to(finite.device)
-        host = sure.device.type == "cpu"
-        wanted = not host or ok is None or bool(ok)
+        host = sure.device.type == "cpu" and ok is None
         # On a GPU the host cannot look, so a non-finite gradient skips the whole bucket.
-        good = [wanted and fine for fine in finite.tolist()] if host else [True] * len(weights)
+        good = finite.tolist() if host else [True] * len(weights)
         values = weights
         low: Tensor | None = None
         old: Tensor | None = None
@@ -289,7 +288,7 @@ class Elementwise(Batch):
         for m, w in zip(self.members, weights, strict=True):
             # The step count of an empty shard is saved too, and may be loaded where the shard is not empty.
             if not w.numel():
-                m.state["step"] += int(wanted) if host else sure.to(m.state["step"])
+                m.state["step"] += 1 if host else sure.to(m.state["step"])
         self.rule.update(
             [values[i] for i in some], [grads[i] for i in some],
             {key: [self.members[i].held(key) for i in some] for key in self.rule.states(self.group)},

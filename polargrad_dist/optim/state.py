@@ -269,12 +269,14 @@ class NamedState:
         except ConfigError as error:
             raise CheckpointError(str(error)) from error
         scales = group["scale"], theirs.get("scale", group["scale"])
-        rules = list(zip(FIXED, fixed_part(group), fixed_part(group | theirs), strict=True))
+        rules: list[tuple[str, Any, Any]] = list(
+            zip(FIXED, fixed_part(group), fixed_part(group | theirs), strict=True)
+        )
         if kept_states(group).keys() != kept_states(group | theirs).keys():
             rules.append(("scale", *scales))
         if rule_of(group).pauses(group) != rule_of(group).pauses(group | theirs):
-            parts = ("scale", "control", "floor")
-            rules.append((", ".join(parts), *([g[key] for key in parts] for g in (group, group | theirs))))
+            here, there = ([g[key] for key in ("scale", "control", "floor")] for g in (group, group | theirs))
+            rules.append(("scale, control, floor", here, there))
         for key, here, there in rules:
             if here != there:
                 raise CheckpointError(

@@ -6,6 +6,7 @@ Text, tokens and normalization are those of the LM evaluation harness, so that f
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,20 +87,28 @@ def score(
     """Whether the correct ending is the likeliest, and the likeliest per character.
 
     logits_of: (B, T) int64 tokens on the CPU -> logits (B, T, V). limit: the longest sequence; longer ones are truncated at
-    the start.
+    the start. An empty context is the tokenizer's end-of-text token, as in the harness. An ending without a token that could
+    be predicted is never the likeliest.
     """
+    marker = getattr(getattr(tokenizer, "info", None), "end_of_text", None)
     rows = []
     for ending in question.endings:
         start, end = encode_pair(tokenizer, question.context, " " + ending)
+        if not start and marker is not None:
+            start = [marker]
         whole = (start + end)[-(limit + 1) :] if limit is not None else start + end
         rows.append((whole, min(len(end), len(whole) - 1)))
-    length = max(len(whole) for whole, _ in rows) - 1
+    length = max(2, *(len(whole) for whole, _ in rows)) - 1
     tokens = torch.zeros(len(rows), length, dtype=torch.int64)
     for row, (whole, _) in zip(tokens, rows, strict=True):
-        row[: len(whole) - 1] = torch.tensor(whole[:-1])
+        given = whole[:-1]
+        row[: len(given)] = torch.tensor(given, dtype=torch.int64)
     logits = logits_of(tokens)
     likelihoods = []
     for row, (whole, count) in zip(logits, rows, strict=True):
+        if count < 1:
+            likelihoods.append(-math.inf)
+            continue
         steps = row[len(whole) - 1 - count : len(whole) - 1].float().log_softmax(-1)
         targets = torch.tensor(whole[-count:], device=steps.device)
         likelihoods.append(float(steps.gather(1, targets[:, None]).sum()))

@@ -6,7 +6,7 @@ the run's random generators.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,13 @@ Asked = Callable[[], bool]
 def never() -> bool:
     """False: this rank was not asked to leave."""
     return False
+
+
+def continuation(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> str:
+    """The text of ``ids`` behind the text of ``before``: decoders such as Llama 2's take the space off a first word."""
+    whole, start = tokenizer.decode([*before, *ids]), tokenizer.decode(before) if before else ""
+    # The bytes of an incomplete character can change what precedes them
+    return whole[len(start) :] if whole.startswith(start) else tokenizer.decode(ids)
 
 
 class Evaluator:
@@ -123,7 +130,8 @@ class Evaluator:
                 if self.world.any(asked()):
                     return None
                 generator = torch.Generator().manual_seed(options.seed)
-                start = self.tokenizer.encode(prompt) or [self.data.end_of_text or 0]
+                known = self.tokenizer.encode(prompt)
+                start = known or [self.data.end_of_text or 0]
                 stream = self.bare.stream(  # type: ignore[operator]
                     torch.tensor([start], device=self.world.device),
                     options.tokens,
@@ -133,9 +141,8 @@ class Evaluator:
                     progress=done,
                     generator=generator,
                 )
-                found.append(
-                    {"prompt": prompt, "text": self.tokenizer.decode([int(token) for token in stream])}
-                )
+                text = continuation(self.tokenizer, known, [int(token) for token in stream])
+                found.append({"prompt": prompt, "text": text})
         return found
 
     @contextmanager

@@ -158,8 +158,14 @@ def claim(folder: Path, configuration: dict[str, Any], run: str) -> None:
 def tell_launcher() -> None:
     """Creates the file that tells a batch script that the run is finished, if the script names one."""
     if path := os.environ.get("POLARGRAD_FINISHED"):
-        with contextlib.suppress(OSError):
+        try:
             Path(path).touch()
+        except OSError as error:
+            log.warning(
+                "%s cannot be created (%s): the batch script will say that this run, which is finished, is not",
+                path,
+                error.strerror,
+            )
 
 
 def expect(folder: Path, *names: str) -> None:

@@ -129,6 +129,19 @@ def test_points_move_by_ratios_of_rates_and_of_a_momentum_s_distance_from_one():
     assert race.moved(point, 3, False, 2.0) == (0.02, 0.4, 0.95, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("ended", "final"), [("diverged: 20 steps in a row were skipped", math.inf), ("finished", 4.0)]
+)
+def test_a_run_that_diverged_after_a_finite_validation_has_an_infinite_final_loss(tmp_path, ended, final):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 40, "validation_loss": 4.0}\n{"step": 45, "loss": null}\n'
+    )
+    (tmp_path / "done.json").write_text(json.dumps({"ended": ended, "identity": {}}))
+    found = Curves.read(tmp_path)
+    assert found.final == final
+    assert found.validation == [(40, 4.0)]
+
+
 @pytest.mark.slow
 def test_the_race_runs_for_real_and_again_from_what_has_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(race, "FURTHER", 0)

@@ -43,7 +43,7 @@ def started(launcher: str, arguments: list[str], folder: Path) -> str:
 
 def test_the_example_trains_under_deepspeed_and_goes_on_under_torchrun(tmp_path):
     example = ROOT / "examples" / "deepspeed_zero.py"
-    assert len(example.read_text().splitlines()) <= 60
+    assert len(example.read_text().splitlines()) <= 70
     for launcher, steps in (("deepspeed", 40), ("torchrun", 60)):
         arguments = [
             str(example),

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,10 +12,10 @@ from tests.commandline import ROOT
 
 @pytest.fixture
 def job(tmp_path):
-    """Runs job.sh with ``srun`` as the given shell line; returns its exit code and output."""
+    """Runs job.sh with ``srun``, and other programs by name, as the given shell lines; returns its exit code and output."""
 
-    def run(srun: str) -> tuple[int, str]:
-        for name, body in (("srun", srun), ("scontrol", 'echo "node0"')):
+    def run(srun: str, *, folder: Path = tmp_path, **programs: str) -> tuple[int, str]:
+        for name, body in ({"srun": srun, "scontrol": 'echo "node0"'} | programs).items():
             program = tmp_path / name
             program.write_text(f"#!/usr/bin/env bash\n{body}\n")
             program.chmod(0o755)
@@ -23,7 +24,7 @@ def job(tmp_path):
             "SLURM_JOB_ID": "7",
             "SLURM_JOB_NODELIST": "node0",
             "SLURM_SUBMIT_DIR": str(ROOT),
-            "TMPDIR": str(tmp_path),
+            "TMPDIR": str(folder),
             "PYTHON": sys.executable,
         }
         done = subprocess.run(
@@ -50,6 +51,24 @@ def test_an_srun_that_came_back_without_the_run_being_done_is_not(job):
     assert code == 1
     assert "finished\n" not in told
     assert "before the run was finished, as after a node's failure" in told
+
+
+@pytest.mark.parametrize("kind", ["missing", "no folder"])
+def test_a_finished_run_is_finished_where_tmpdir_cannot_be_used(job, tmp_path, kind):
+    folder = tmp_path / "temporary"
+    if kind == "no folder":
+        folder.write_text("")
+    code, told = job('touch "$POLARGRAD_FINISHED"', folder=folder)
+    assert (code, told) == (0, "finished\n")
+    code, told = job("exit 0", folder=folder)
+    assert code == 1
+    assert "before the run was finished" in told
+
+
+def test_without_any_place_for_the_finished_file_the_code_of_srun_counts(job):
+    code, told = job('[ -z "$POLARGRAD_FINISHED" ]', mktemp="exit 1")
+    assert (code, told) == (0, "finished\n")
+    assert job("exit 3", mktemp="exit 1")[0] == 3
 
 
 def test_a_preempted_run_goes_back_into_the_queue(job):

@@ -108,6 +108,11 @@ def test_a_router_is_balanced_in_training_only():
             {"model_type": "phi3", "pad_token_id": 96} | SIZES,
             r"makes no 'phi3' \(AssertionError: Padding_idx",
         ),
+        # Only the forward pass finds that heads do not divide by kv heads
+        (
+            {"model_type": "llama"} | SIZES | {"num_key_value_heads": 3},
+            r"makes no 'llama' \(\w+: .*: see LlamaConfig",
+        ),
     ],
 )
 def test_what_makes_no_model_is_one_sentence(config, expected):

@@ -77,3 +77,10 @@ def test_temperature_top_k_and_top_p_draw_from_what_they_leave():
     assert frequencies(logits, top_p=0.01)[0] == 1
     assert choose(logits, temperature=0).item() == 0
     torch.testing.assert_close(frequencies(logits, top_k=9, top_p=1.0), probabilities[0], atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-45, 1e-320])
+def test_the_smallest_temperatures_take_the_likeliest_token(temperature):
+    logits = torch.tensor([[1.0, 3.0, -torch.inf, 2.0], [0.5, 0.25, -4.0, 0.0]])
+    for options in ({}, {"top_k": 2}, {"top_p": 0.5}):
+        assert choose(logits, temperature=temperature, **options).tolist() == [[1], [0]]

@@ -4,13 +4,14 @@ import json
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.trainer.checkpoint.single import find_checkpoint
-from polargrad_dist.trainer.choices import encode_pair, read_questions
+from polargrad_dist.trainer.choices import Question, encode_pair, read_questions, score
 from tests.commandline import torchrun, train
 from tools.evaluate import main
 from tools.export import export
@@ -158,6 +159,13 @@ def test_mistakes_are_one_sentence(tmp_path, trained, material):
         (("--hellaswag", folder / "page.jsonl"), "line 1 is not a question"),
         (("--limit", "0"), "--limit is 0"),
         (("--include", include), "beside --tasks"),
+        (("--sequence_length", "16"), "--sequence_length is 16, which is the length of --text alone"),
+        (
+            ("--text", f"a={folder}/page.txt", "--sequence_length", "4096"),
+            "--sequence_length is 4096, but the run's",
+        ),
+        (("--text", f"a={folder}/page.txt", "--text", "a=b.txt"), "--text names two texts 'a'"),
+        (("--json", tmp_path / "none" / "f.json"), "whose folder does not exist"),
     ):
         with pytest.raises(ConfigError, match=re.escape(expected)):
             measured(run, *args)
@@ -213,3 +221,33 @@ def test_spaces_between_context_and_ending_belong_to_the_ending(trained):
     start, end = encode_pair(tokenizer, "The value ", "of it")
     assert tokenizer.decode(start) == "The value"
     assert tokenizer.decode(end) == " of it"
+
+
+class Letters:
+    """A token per character, spaces only between words; 0 for end-of-text, if there is one."""
+
+    def __init__(self, end_of_text: int | None = 0):
+        self.info = SimpleNamespace(end_of_text=end_of_text)
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) - 96 for letter in text.replace(" ", "")]
+
+
+def follows(tokens: torch.Tensor) -> torch.Tensor:
+    """Logits of a model that expects each letter's successor, and b at the start."""
+    wanted = torch.where(tokens == 0, 2, tokens + 1)
+    return 20 * torch.nn.functional.one_hot(wanted, 40).float()
+
+
+def test_an_empty_context_is_the_end_of_text_token_whatever_the_length_of_the_endings():
+    asked = Question("", ("a", "b", "cz"), 1)
+    assert score(follows, asked, Letters(), None) == (True, True)
+    assert score(follows, Question("", ("a", "b", "cz"), 0), Letters(), None) == (False, False)
+    # Without such a token only what follows a first one can be predicted
+    assert score(follows, Question("", ("a", "bc", "cz"), 1), Letters(None), None) == (True, True)
+
+
+def test_an_ending_without_a_token_of_its_own_is_never_the_likeliest():
+    assert score(follows, Question("a", (" ", "z"), 1), Letters(), None) == (True, True)
+    assert score(follows, Question("a", (" ", "z"), 0), Letters(), 8) == (False, False)
+    assert score(follows, Question("", (" ", "b"), 1), Letters(None), None)[0] is False

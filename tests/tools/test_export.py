@@ -7,6 +7,7 @@ import resource
 import signal
 import stat
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,11 @@ from data.kept import keep, kept
 from data.tokenizers import open_ready
 from polargrad_dist.errors import ConfigError
 from polargrad_dist.trainer.checkpoint.single import find_checkpoint
-from tests.commandline import torchrun
+from tests.commandline import torchrun, train
 from tests.tools.conftest import tool
-from tools.export import export, export_dcp
-from tools.export_text import add_tokenizer
-from tools.runs import load_run
+from tools.export import _markers, export, export_dcp
+from tools.export_text import add_tokenizer, model_card
+from tools.runs import build, load_run
 
 ARCHITECTURES = ["qwen2.5", "gpt2-small", "gpt2-medium", "gpt"]
 PROSE = "It's 12345 tests; naïve café 日本語 text, def f(x):\n\n    return x  # 🙂\r\n\t'LL"
@@ -97,6 +98,74 @@ def test_a_tokenizer_that_autotokenizer_would_change_is_refused_with_the_way_out
     assert not list(out.iterdir())
     add_tokenizer(kept(tmp_path), out, apart=True, trust=False)
     assert AutoTokenizer.from_pretrained(out / "tokenizer").encode(PROSE) == tokenizer.encode(PROSE)
+
+
+def test_a_model_with_several_end_tokens_exports_one_beginning_and_one_padding_token(tmp_path, arguments):
+    config = (
+        "{model_type: llama, hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 1, intermediate_size: 48, "
+        "max_position_embeddings: 128, eos_token_id: [0, 5], bos_token_id: 3}"
+    )
+    model = ["--model.architecture", "transformers", "--model.config", config]
+    options = arguments(tmp_path / "run", "--trainer.steps", "1")
+    # The sizes are the configuration's
+    sizes = options.index("--data.tokenizer.vocab_size")
+    assert (done := train(*model, *options[sizes:])).returncode == 0, done.stderr
+    (out := tmp_path / "out").mkdir()
+    export(find_checkpoint(tmp_path / "run"), out)
+    written = json.loads((out / "generation_config.json").read_text())
+    assert [written[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [3, [0, 5], 0]
+    text = opened(out).generate(torch.tensor([[3, 7]]), max_new_tokens=4, do_sample=False)
+    assert text.shape[1] > 2
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ({}, (0, 0, 0)),
+        ({"bos_token_id": 3, "pad_token_id": 7}, (3, 0, 7)),
+        ({"eos_token_id": []}, (None, [], None)),
+    ],
+)
+def test_a_beginning_and_a_padding_token_that_are_not_stated_are_the_end_token(stated, expected):
+    found = _markers({"eos_token_id": 0} | stated)
+    assert tuple(found[f"{name}_token_id"] for name in ("bos", "eos", "pad")) == expected
+
+
+@pytest.mark.parametrize(
+    ("where", "line"),
+    [
+        ("beside", 'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")'),
+        ("apart", 'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER/tokenizer")'),
+        ("none", None),
+    ],
+)
+def test_the_model_card_loads_the_tokenizer_from_where_it_is(tmp_path, trained, where, line):
+    checkpoint = find_checkpoint(trained("qwen2.5"))
+    export(checkpoint, tmp_path, tokenizer=where)
+    card = (tmp_path / "README.md").read_text()
+    assert [found for found in card.splitlines() if found.startswith("tokenizer =")] == [line] * (
+        line is not None
+    )
+    assert ("AutoTokenizer" in card) == (line is not None)
+    if line is not None:
+        AutoTokenizer.from_pretrained(line.split('"')[1].replace("THIS_FOLDER", str(tmp_path)))
+
+
+def test_the_model_card_gives_no_loss_for_weights_that_were_not_validated(trained):
+    checkpoint = find_checkpoint(trained("qwen2.5"))
+    known = kept(checkpoint.run_dir)
+    model = build(checkpoint, known, device="meta")
+    tree = checkpoint.manifest.configuration
+    averaging = tree | {"trainer": tree["trainer"] | {"average": {"start": 2, "weight": 0.5}}}
+    averaged = replace(checkpoint, manifest=replace(checkpoint.manifest, configuration=averaging))
+    for one, measured in (
+        (averaged, True),
+        (replace(averaged, last=True), False),
+        (replace(checkpoint, last=True), True),
+    ):
+        card = model_card(one, model, known, torch.float32)
+        assert ("not measured for these weights" in card) != measured
+        assert (f"{checkpoint.manifest.validation_loss:.4f} nats" in card) == measured
 
 
 def test_large_exports_are_sharded_and_types_can_be_chosen(tmp_path, trained):

@@ -2,12 +2,18 @@
 
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from data.tokenizers import Tokenizer as WithTokenizer
+from data.tokenizers import TokenizerInfo
 from polargrad_dist.errors import ConfigError
+from polargrad_dist.trainer.measure import continuation
 from tools.generate import main
-from tools.runs import load_run
+from tools.runs import Run, load_run
 
 
 def test_the_command_prints_the_text_of_its_seed(trained, capsys):
@@ -49,3 +55,24 @@ def test_a_run_directory_alone_is_enough(tmp_path, trained, architecture):
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace("topics.jsonl", "gone.jsonl"))
     assert load_run(run).sample("def ", 5).startswith("def ")
+
+
+def test_a_decoder_that_strips_the_first_space_keeps_the_one_between_prompt_and_continuation():
+    """As those of Llama 2 and Mistral do."""
+    words = ["<unk>", "</s>", "▁The", "▁cat", "▁sat", "▁on"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    info = TokenizerInfo("words", "", len(words), 1)
+    tokenizer = WithTokenizer(backend, info)
+    run = Run(
+        SimpleNamespace(progress=1.0),
+        SimpleNamespace(eval=lambda: None, stream=lambda *_, **__: (torch.tensor([[i]]) for i in (4, 5))),
+        SimpleNamespace(load=lambda: tokenizer, end_of_text=1),
+    )
+    assert list(run.stream("The cat", 2)) == [" sat", " on"]
+    assert list(run.stream("", 2)) == ["sat", " on"]
+    assert run.sample("The cat", 2) == "The cat sat on"
+    assert continuation(tokenizer, tokenizer.encode("The cat"), [4, 5]) == " sat on"

@@ -303,6 +303,45 @@ def test_the_lowest_loss_is_marked_only_among_runs_validated_on_as_many_targets(
     assert ("Validated on different data (558, 93,594 targets)" in page.source) == (not marked)
 
 
+def test_a_run_whose_last_validation_is_not_finite_says_so_and_is_never_the_best(tmp_path):
+    lost = {"step": 3, "loss": None, "validation_loss": None, "bits_per_byte": None}
+    runs = [
+        run_of(tmp_path / "a", [*LITTLE, validation(1, 2.0), lost], trainer={"seed": 0}),
+        run_of(tmp_path / "b", [*LITTLE, validation(3, 4.0)], trainer={"seed": 1}),
+        run_of(tmp_path / "c", [*LITTLE, validation(3, 3.5)], trainer={"seed": 2}),
+    ]
+    alone = Page(write_report(runs[:1], tmp_path / "alone.html"))
+    assert alone.tiles()["final validation loss"] == alone.tiles()["bits per byte"] == "not finite"
+    assert alone.tiles()["best validation loss"] == "2.0000 at step 1"
+    assert "a: the last validation loss, at step 3, is not finite: this run diverged." in alone.source
+    page = Page(write_report(runs, tmp_path / "report.html"))
+    assert [row["final validation loss"] for row in page.summary()] == ["not finite", "4.0000", "3.5000"]
+    assert re.findall(r'<td class="number best">([^<]*)', page.source) == ["3.5000 at step 3"]
+    assert ["a, b, c", "0, 1, 2", "not the same", "not finite", "not finite"] in page.rows
+
+
+def test_a_validation_that_is_finite_again_after_a_resume_counts(tmp_path):
+    (run,) = read_runs([run_of(tmp_path / "run", [validation(1, 2.0), {"step": 2, "validation_loss": None}])])
+    assert run.diverged_at == 2
+    run.add(validation(1, 1.5))
+    assert run.diverged_at is None
+    assert run.summary().final_loss == 1.5
+    run.add({"step": 3, "validation_loss": float("inf")})
+    assert run.diverged_at == 3
+    run.add(validation(4, 1.25))
+    assert run.summary().final_loss == 1.25
+
+
+@pytest.mark.parametrize(
+    ("epochs", "shown"), [(120.0, "120 epochs"), (1200, "1,200 epochs"), (0.034, "0.034 epochs")]
+)
+def test_epochs_are_written_out(tmp_path, epochs, shown):
+    run = run_of(tmp_path / "run", LITTLE)
+    facts = {"training": {"epochs": epochs}, "data": {"source": "files", "train_tokens": 5}}
+    (run / "run.json").write_text(json.dumps(facts))
+    assert dict(Page(write_report([run], tmp_path / "page.html")).rows)["data"].endswith(f", {shown}")
+
+
 def test_several_runs_lie_beside_each_other_with_only_their_differences(tmp_path):
     a = run_of(
         tmp_path / "a",
@@ -458,9 +497,12 @@ def test_nulls_and_values_of_another_kind_are_left_out(tmp_path):
         "diagnostics": [1],
         "share": {"data": "x"},
         "skipped": True,
+        "samples": 5,
+        "validation_loss": "x",
     }
     (run,) = read_runs([run_of(tmp_path / "run", [record(1), odd, record(3, loss=float("nan"))])])
     assert run.curve("loss")[0].tolist() == [1]
+    assert run.samples == run.not_finite == []
     write_report([run.folder], tmp_path / "report.html")
 
 

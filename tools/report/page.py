@@ -23,6 +23,7 @@ from polargrad_dist.words import counted
 from tools.report.runs import UNSET, Array, RunRecords, Summary, by_seed, differences, finite, printable
 
 NONE = "–"
+NOT_FINITE = "not finite"
 HERE = Path(__file__).parent
 COLOURS = 8
 SAMPLES = 8
@@ -30,11 +31,11 @@ SAMPLES = 8
 
 # A figure of the summary: heading, and how a run's cell reads.
 COLUMNS: dict[str, Callable[[Summary], str]] = {
-    "final validation loss": lambda s: number(s.final_loss, "{:.4f}".format),
+    "final validation loss": lambda s: measured(s.final_loss),
     "best validation loss": lambda s: (
         NONE if s.best_loss is None else f"{s.best_loss:.4f} at step {s.best_step:,}"
     ),
-    "bits per byte": lambda s: number(s.bits_per_byte, "{:.4f}".format),
+    "bits per byte": lambda s: measured(s.bits_per_byte),
     "bigram's bits per byte": lambda s: number(s.bigram_bits_per_byte, "{:.4f}".format),
     "steps": lambda s: f"{s.step:,} / {number(s.planned, '{:,}'.format)}",
     "tokens": lambda s: number(s.tokens, short),
@@ -57,6 +58,10 @@ PARTS = {
 
 def number(value: float | None, form: Callable[[float], str]) -> str:
     return NONE if value is None or not math.isfinite(value) else form(value)
+
+
+def measured(loss: float | None) -> str:
+    return NOT_FINITE if loss is not None and not math.isfinite(loss) else number(loss, "{:.4f}".format)
 
 
 def short(value: float) -> str:
@@ -199,7 +204,8 @@ def summary(runs: list[RunRecords]) -> str:
             for name, cells in filled.items()
         )
         return f'<dl class="tiles">{tiles}</dl>\n{notes}'
-    losses = [row.best_loss for row in rows if row.best_loss is not None]
+    # A run that diverged is not the best one, whatever it had reached before
+    losses = [row.best_loss for row in rows if row.best_loss is not None and row.final_loss != math.inf]
     targets = sorted(
         {count for run in runs if (count := finite(run.fact("data.validation_targets"))) is not None}
     )
@@ -211,7 +217,8 @@ def summary(runs: list[RunRecords]) -> str:
     for i, (run, row) in enumerate(zip(runs, rows, strict=True)):
         cells = f'<th scope="row">{name_of(i, run, True)}</th><td>{escape(row.model or NONE)}</td>'
         for name, texts in filled.items():
-            best = name == judged and len(losses) > 1 and len(targets) < 2 and row.best_loss == min(losses)
+            judges = name == judged and len(losses) > 1 and len(targets) < 2 and row.final_loss != math.inf
+            best = judges and row.best_loss == min(losses)
             cells += f'<td class="number{" best" if best else ""}">{escape(texts[i])}</td>'
         lines.append(f"<tr>{cells}</tr>\n")
     heads = "".join(f'<th scope="col" class="number">{escape(name)}</th>' for name in filled)
@@ -234,9 +241,10 @@ def over_seeds(runs: list[RunRecords]) -> str:
         ends = [run.curve("validation_loss")[0][-1:].tolist() for run in group]
         # A mean over different steps would say nothing
         alike = ends[0] != [] and all(end == ends[0] for end in ends)
-        cells = [f"{ends[0][0]:,.0f}" if alike else "not the same"]
+        diverged = any(run.diverged_at is not None for run in group)
+        cells = [f"{ends[0][0]:,.0f}" if alike and not diverged else "not the same"]
         cells += [
-            spread_of([run.curve(name)[1] for run in group], alike)
+            NOT_FINITE if diverged else spread_of([run.curve(name)[1] for run in group], alike)
             for name in ("validation_loss", "bits_per_byte")
         ]
         numbers = "".join(f'<td class="number">{escape(cell)}</td>' for cell in cells)
@@ -269,6 +277,10 @@ def remarks(run: RunRecords) -> list[str]:
         found.append(
             f"{run.label}: {run.unreadable:,} of {run.unreadable + run.records:,} lines of metrics.jsonl could not be read, "
             "as happens to the last line of a run that is being written."
+        )
+    if (step := run.diverged_at) is not None:
+        found.append(
+            f"{run.label}: the last validation loss, at step {step:,}, is not finite: this run diverged."
         )
     if not run.records:
         found.append(f"{run.label}: nothing is recorded yet.")
@@ -457,7 +469,7 @@ def _data(run: RunRecords) -> str:
     if isinstance(tokens := data.get("train_tokens"), int):
         parts.append(counted(tokens, "training token"))
     if isinstance(epochs := run.fact("training.epochs"), int | float):
-        parts.append(f"{epochs:.2g} epochs")
+        parts.append(f"{epochs:,.0f} epochs" if epochs >= 10 else f"{epochs:.2g} epochs")
     return ", ".join(parts)
 
 

@@ -7,6 +7,7 @@ run, and works while the run is still going.
 from __future__ import annotations
 
 import json
+import math
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -51,7 +52,10 @@ class Series:
 
 @dataclass
 class Summary:
-    """The summary of a run; None for what the run directory does not contain."""
+    """The summary of a run; None for what the run directory does not contain.
+
+    ``final_loss`` and ``bits_per_byte`` are infinite if the last validation was not finite.
+    """
 
     label: str
     model: str | None
@@ -85,6 +89,8 @@ class RunRecords:
     unreadable: int = 0
     samples: list[tuple[int, str, str]] = field(default_factory=list)
     """Step, prompt and continuation of each sample, in the order in which they were written."""
+    not_finite: list[int] = field(default_factory=list)
+    """Steps of validations that were not finite, ascending; no series holds them."""
 
     def curve(self, *path: str) -> tuple[Array, Array]:
         """(steps, values) of a series; empty if nothing finite was recorded."""
@@ -114,6 +120,13 @@ class RunRecords:
         sizes = [self.setting(f"trainer.{name}") for name in ("global_batch", "sequence_length")]
         return sizes[0] * sizes[1] if all(type(size) is int for size in sizes) else None
 
+    @property
+    def diverged_at(self) -> int | None:
+        """The step of the last validation if that was not finite, else None."""
+        steps, _ = self.curve("validation_loss")
+        last_one = self.not_finite[-1] if self.not_finite else None
+        return last_one if last_one is not None and not (steps.size and steps[-1] >= last_one) else None
+
     def skips(self) -> Array:
         """Steps of the records whose count of skipped steps is higher than that of the previous record."""
         steps, counts = self.curve("skipped")
@@ -129,9 +142,13 @@ class RunRecords:
             for series in self.series.values():
                 series.cut(step)
             self.samples = [entry for entry in self.samples if entry[0] < step]
+            self.not_finite = [entry for entry in self.not_finite if entry < step]
         self.records += 1
         self.step = step
-        for sample in record.get("samples") or ():
+        if "validation_loss" in record and is_not_finite(record["validation_loss"]):
+            self.not_finite.append(step)
+        samples = record.get("samples")
+        for sample in samples if isinstance(samples, list) else ():
             if isinstance(sample, dict):
                 self.samples.append((step, str(sample.get("prompt", "")), str(sample.get("text", ""))))
         for path, value in numbers(record, ()):
@@ -177,16 +194,17 @@ class RunRecords:
         _, mfu = self.curve("mfu")
         best = int(losses.argmin()) if losses.size else None
         tokens, planned = self.tokens_per_step, self.setting("trainer.steps")
+        diverged = self.diverged_at is not None
         return Summary(
             label=self.label,
             model=describe_model(self.setting("model")),
             parameters=int(parameters[-1]) if parameters.size else None,
             step=self.step,
             planned=planned if type(planned) is int else None,
-            final_loss=last(losses),
+            final_loss=math.inf if diverged else last(losses),
             best_loss=None if best is None else float(losses[best]),
             best_step=None if best is None else int(loss_steps[best]),
-            bits_per_byte=last(bits),
+            bits_per_byte=math.inf if diverged and bits.size else last(bits),
             tokens=None if tokens is None else float(self.step * tokens),
             tokens_per_second=float(np.median(rates)) if rates.size else None,
             skipped=int(skipped[-1]) if skipped.size else None,
@@ -206,6 +224,12 @@ def finite(value: Any) -> float | None:
     """A number that fits on an axis, else None."""
     good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
     return float(value) if good else None
+
+
+def is_not_finite(value: Any) -> bool:
+    """Whether this is how a record holds a loss that is not finite: null, or a number that fits on no axis."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value is None or (number and finite(value) is None)
 
 
 def last(values: Array) -> float | None:

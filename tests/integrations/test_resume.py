@@ -171,9 +171,7 @@ def _distance(name: str, a: str, b: str) -> float:
 @pytest.mark.parametrize("name", [*OFTEN, *(pytest.param(name, marks=pytest.mark.slow) for name in SELDOM)])
 def test_a_resumed_run_ends_as_an_undisturbed_one_on_the_same_and_another_number_of_processes(name):
     if "lightning" in name:
-        pytest.importorskip(
-            "lightning", reason="Lightning is not installed: pip install '.[lightning]'"
-        )
+        pytest.importorskip("lightning", reason="Lightning is not installed: pip install '.[lightning]'")
     results = _results(OFTEN if name in OFTEN else SELDOM)
     one, losses = results[name, 1, None]
     assert losses[-1] < losses[0] - 0.05

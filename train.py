@@ -17,7 +17,7 @@ from typing import Any
 
 from data import DataConfig, open_data
 from data.checks import check_values
-from data.sources import missing_paths
+from data.paths import missing_paths
 from models import ModelConfig, adopt, build_model
 from polargrad_dist.optim import OptimizerConfig
 from polargrad_dist.trainer import Outcome, Trainer, TrainerConfig, join, rundir, seed_everything

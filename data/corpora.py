@@ -12,10 +12,11 @@ from pathlib import Path
 from data.checks import OWN, called
 from data.config import DataConfig, SourceConfig
 from data.mixture import MixedText, shares
+from data.paths import find_local, missing_paths, without_validation
 from data.prepare import Report, prepare
 from data.remote import fetch_prepared, is_remote
 from data.shards import MANIFEST, Manifest, Shard, foreign_shard
-from data.sources import find_local, missing_paths, open_source, without_validation
+from data.sources import open_source
 from data.tokenizers import Tokenizer, TokenizerInfo, open_ready, open_tokenizer
 from polargrad_dist.errors import ConfigError, DataError
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import data.sources as sources
 from data.config import DataConfig, HubConfig
+from data.paths import find_files
 from data.sources import open_source, read_text
 from polargrad_dist.errors import ConfigError, DataError
 from tests.data.corpus import json_lines, texts
@@ -220,12 +221,12 @@ def test_linked_folders_are_read_like_their_own_and_a_cycle_of_links_ends(tmp_pa
     for name in ("corpus/b/1.txt", "elsewhere/deep/2.txt"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text(name)
-    alone = [str(path) for path in sources.find_files([str(inside)], "key", (".txt",))]
+    alone = [str(path) for path in find_files([str(inside)], "key", (".txt",))]
     assert alone == [str(inside / "b" / "1.txt")]
     (inside / "a").symlink_to(outside)
     (inside / "again").symlink_to(inside / "b")
     (outside / "deep" / "up").symlink_to(inside)
-    found = [str(path) for path in sources.find_files([str(inside)], "key", (".txt",))]
+    found = [str(path) for path in find_files([str(inside)], "key", (".txt",))]
     assert found == [str(inside / "a" / "deep" / "2.txt"), *alone]
 
 
